@@ -5,6 +5,7 @@ Promises
   construction, for every seed and on every machine, and pretraining uses training words only.
 - `train_word` and `heldout_words` draw from the same law: mostly random strings, `ENGLISH_SHARE` of them
   English words.
+- O stands among letters only and 0 among digits, since no reader could tell them apart otherwise.
 - Only the standard library, no global random state.
 """
 
@@ -70,4 +71,16 @@ def prompt_of(word: str) -> str:
 def _any_word(rng: random.Random) -> str:
     if rng.random() < ENGLISH_SHARE:
         return rng.choice(english_words())
-    return "".join(rng.choices(CHARACTERS, k=WORD_LENGTH))
+    while not _is_legible(word := "".join(rng.choices(CHARACTERS, k=WORD_LENGTH))):
+        pass
+    return word
+
+
+def _is_legible(word: str) -> bool:
+    """False where O and 0 could be taken for each other: readers tell them apart by their neighbours.
+
+    >>> [_is_legible(word) for word in ("OVEN", "OV3N", "7038", "703K", "70EK")]
+    [True, False, True, True, False]
+    """
+    digits = sum(character.isdigit() for character in word)
+    return not ("O" in word and digits > 0) and not ("0" in word and digits < 3)
