@@ -1,0 +1,150 @@
+"""From YAML and `--set section.key=value` to a checked Config, with errors that name the place.
+
+Promises
+- The error names the path in the YAML, what was found, and what would be valid.
+- YAML is parsed with the safe loader; overrides are YAML values too (`--set learner.max_steps=4`).
+- Relative paths that exist in the working directory win; else they are sought beside the packages, so that
+  `quickstart/model` is found wherever the program is started.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from services.config import Config
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used; the text says where, what was found and what would be valid."""
+
+
+def find(path: str | Path) -> Path:
+    """A path as given if it exists, else below the project root if it exists there, else as given."""
+    given = Path(path)
+    if given.is_absolute() or given.exists():
+        return given
+    beside = PROJECT_ROOT / given
+    return beside if beside.exists() else given
+
+
+def recipe_path(name: str) -> Path:
+    """A YAML file by path, or a shipped recipe by its bare name (`quickstart`).
+
+    Raises:
+        ConfigError: there is neither; the text lists the shipped recipes.
+    """
+    for candidate in (Path(name), PROJECT_ROOT / name, PROJECT_ROOT / "recipes" / f"{name}.yaml"):
+        if candidate.is_file():
+            return candidate
+    shipped = sorted(p.stem for p in (PROJECT_ROOT / "recipes").glob("*.yaml"))
+    raise ConfigError(f"no recipe {name!r}: give a YAML file, or one of {', '.join(shipped)}")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Parse a recipe and apply overrides.
+
+    Args:
+        path: YAML file, or the bare name of a shipped recipe.
+        overrides: `section.key=value` each; the value is YAML; list items by index (`rewards.0.weight=2`).
+
+    Raises:
+        ConfigError: anything that makes the result unusable.
+    """
+    file = recipe_path(str(path))
+    try:
+        raw = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}: not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{file}: expected a mapping of sections, found {type(raw).__name__}")
+    for override in overrides:
+        _apply(raw, override)
+    return parse_config(raw, source=str(file))
+
+
+def parse_config(raw: dict[str, Any], *, source: str) -> Config:
+    """Validate a nested dict; `source` is named in the error."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(raw, detail) for detail in error.errors()]
+        raise ConfigError(f"{source}:\n" + "\n".join(f"  {line}" for line in lines)) from error
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML; loads back to an equal Config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not separator or not all(parts):
+        raise ConfigError(f"--set {override!r}: expected section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not valid YAML: {error}") from error
+    node: Any = raw
+    for depth, part in enumerate(parts[:-1]):
+        node = _child(node, part, ".".join(parts[: depth + 1]), override)
+    if isinstance(node, list):
+        index = _index(node, parts[-1], override)
+        node[index] = value
+    elif isinstance(node, dict):
+        node[parts[-1]] = value
+    else:
+        raise ConfigError(f"--set {override!r}: {'.'.join(parts[:-1])} holds a value, not a section")
+
+
+def _child(node: Any, part: str, path: str, override: str) -> Any:
+    if isinstance(node, list):
+        return node[_index(node, part, override)]
+    if not isinstance(node, dict):
+        raise ConfigError(f"--set {override!r}: {path} is inside a value, not a section")
+    if node.get(part) is None:
+        node[part] = {}
+    return node[part]
+
+
+def _index(node: list[Any], part: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise ConfigError(f"--set {override!r}: {part!r} is not an index of a list of {len(node)}")
+    return int(part)
+
+
+def _explain(raw: dict[str, Any], detail: Any) -> str:
+    place = ".".join(str(part) for part in detail["loc"]) or "(whole file)"
+    if detail["type"] == "extra_forbidden":
+        section = _section_at(detail["loc"][:-1])
+        valid = sorted(section.model_fields) if section else []
+        close = difflib.get_close_matches(str(detail["loc"][-1]), valid, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        return f"{place}: unknown key; {hint}valid keys: {', '.join(valid)}"
+    if detail["type"] == "missing":
+        return f"{place}: missing, and it has no default"
+    found = detail.get("input")
+    shown = f" (found {found!r})" if not isinstance(found, dict | list) else ""
+    return f"{place}: {detail['msg'].removeprefix('Value error, ')}{shown}"
+
+
+def _section_at(location: tuple[int | str, ...]) -> type[BaseModel] | None:
+    section: Any = Config
+    for part in location:
+        if isinstance(part, int):
+            continue
+        field = section.model_fields.get(part)
+        if field is None:
+            return None
+        annotation = field.annotation
+        arguments = [a for a in getattr(annotation, "__args__", ()) if a is not Ellipsis]
+        section = arguments[0] if arguments else annotation
+    return section if isinstance(section, type) and issubclass(section, BaseModel) else None
