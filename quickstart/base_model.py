@@ -1,0 +1,91 @@
+"""The base model as a whole: a Stable Diffusion 3 pipeline small enough for two CPU cores.
+
+Promises
+- What `save_pretrained` writes, plain `StableDiffusion3Pipeline.from_pretrained(directory)` loads.
+- The transformer starts as adaLN-zero: its velocity is 0 everywhere until it is trained.
+"""
+
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+
+from quickstart.render import WIDTH
+from quickstart.text_encoders import (
+    JOINT_WIDTH,
+    POOLED_WIDTH,
+    new_clip_encoder,
+    new_clip_tokenizer,
+    new_t5_encoder,
+    new_t5_tokenizer,
+)
+
+FLOW_SHIFT: Final = 3.0
+LAYERS: Final = 4
+HEADS: Final = 3
+WIDTH_OF_HEAD: Final = 32
+UNCONDITIONAL_PROMPT: Final = ""
+
+
+def new_transformer() -> SD3Transformer2DModel:
+    """An untrained transformer: 4 layers, width 96, 32 image tokens; 1.4 M parameters."""
+    transformer = SD3Transformer2DModel(
+        sample_size=WIDTH // 4,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=LAYERS,
+        num_attention_heads=HEADS,
+        attention_head_dim=WIDTH_OF_HEAD,
+        joint_attention_dim=JOINT_WIDTH,
+        caption_projection_dim=HEADS * WIDTH_OF_HEAD,
+        pooled_projection_dim=POOLED_WIDTH,
+        pos_embed_max_size=8,
+        qk_norm="rms_norm",
+    )
+    gates = [transformer.norm_out.linear, transformer.proj_out]
+    for block in transformer.transformer_blocks:
+        gates += [block.norm1.linear, block.norm1_context.linear]
+    for layer in gates:
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    return transformer
+
+
+def new_pipeline(
+    transformer: SD3Transformer2DModel, vae: AutoencoderKL, seed: int
+) -> StableDiffusion3Pipeline:
+    """Put text encoders made from `seed` beside a transformer and an autoencoder."""
+    clip_tokenizer, t5_tokenizer = new_clip_tokenizer(), new_t5_tokenizer()
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT),
+        text_encoder=new_clip_encoder(clip_tokenizer, seed=3 * seed),
+        tokenizer=clip_tokenizer,
+        text_encoder_2=new_clip_encoder(clip_tokenizer, seed=3 * seed + 1),
+        tokenizer_2=new_clip_tokenizer(),
+        text_encoder_3=new_t5_encoder(t5_tokenizer, seed=3 * seed + 2),
+        tokenizer_3=t5_tokenizer,
+    )
+
+
+@torch.inference_mode()
+def encode_prompts(
+    pipeline: StableDiffusion3Pipeline, prompts: Sequence[str]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Text tokens (N, PROMPT_TOKENS + 1, JOINT_WIDTH) and pooled text (N, POOLED_WIDTH) of `prompts`."""
+    embeds, _, pooled, _ = pipeline.encode_prompt(
+        prompt=list(prompts),
+        prompt_2=None,
+        prompt_3=None,
+        do_classifier_free_guidance=False,
+        max_sequence_length=1,
+    )
+    return embeds, pooled

@@ -1,0 +1,96 @@
+"""The text side of the base model: tokenizers and encoders of Stable Diffusion 3, very small.
+
+Promises
+- The prompt template is one token and every character of a word is one token, the same token wherever it
+  stands: `K` is the same number in "KKKK" and in "7K". A word is therefore exactly four tokens.
+- Encoders are random and frozen, made from a seed; their outputs have about unit variance, which is what the
+  transformer expects. One layer each: the pipeline takes the hidden states before the last layer, so what the
+  transformer sees of a character is its own embedding plus that of its place.
+- The T5 encoder is there because plain `from_pretrained` asks for one; it adds a single constant token when
+  the pipeline is called with `max_sequence_length=1`.
+"""
+
+from typing import Final
+
+import torch
+from tokenizers import AddedToken
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+from quickstart.words import CHARACTERS, TEMPLATE_PREFIX, TEMPLATE_SUFFIX, WORD_LENGTH
+
+PROMPT_TOKENS: Final = WORD_LENGTH + 4
+"""Start, template, the word, closing quote, end."""
+CLIP_WIDTH: Final = 48
+JOINT_WIDTH: Final = 2 * CLIP_WIDTH
+"""Width of the text tokens: both CLIP encoders side by side, and that of T5."""
+POOLED_WIDTH: Final = 2 * CLIP_WIDTH
+
+
+def new_clip_tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer that knows the template and the characters; anything else is the end token."""
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    tokenizer = CLIPTokenizer(vocab={start: 0, end: 1}, merges=[], model_max_length=PROMPT_TOKENS)
+    # Added tokens are cut out before the tokenizer lower-cases and splits, so context cannot change them.
+    pieces = [TEMPLATE_PREFIX, TEMPLATE_SUFFIX, *CHARACTERS]
+    tokenizer.add_tokens([AddedToken(piece, normalized=False, special=False) for piece in pieces])
+    return tokenizer
+
+
+def new_clip_encoder(tokenizer: CLIPTokenizer, seed: int) -> CLIPTextModelWithProjection:
+    """A frozen random encoder: one layer, token and place embeddings of half the variance each."""
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=CLIP_WIDTH,
+        intermediate_size=CLIP_WIDTH,
+        projection_dim=CLIP_WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=PROMPT_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    encoder = CLIPTextModelWithProjection(config).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    matrix_std = CLIP_WIDTH**-0.5
+    for name, parameter in encoder.named_parameters():
+        if "embedding" in name:
+            parameter.normal_(0.0, 0.5**0.5, generator=generator)
+        elif parameter.ndim == 2:
+            # The pooled output is read at the end token: a strong value path makes it depend on the word.
+            strong = "v_proj" in name or "out_proj" in name
+            parameter.normal_(0.0, matrix_std * (2.0 if strong else 1.0), generator=generator)
+    return encoder
+
+
+def new_t5_tokenizer() -> T5Tokenizer:
+    """A T5 tokenizer without words: at a maximum length of 1 every prompt is the end token."""
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+    return T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=1)
+
+
+def new_t5_encoder(tokenizer: T5Tokenizer, seed: int) -> T5EncoderModel:
+    """A frozen random encoder of one layer; its final norm gives unit variance by itself."""
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=JOINT_WIDTH,
+        d_kv=8,
+        d_ff=8,
+        num_layers=1,
+        num_heads=1,
+        is_encoder_decoder=False,
+        use_cache=False,
+    )
+    encoder = T5EncoderModel(config).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in encoder.parameters():
+        if parameter.ndim == 2:
+            parameter.normal_(0.0, 1.0 if parameter.shape[0] == len(tokenizer) else 0.1, generator=generator)
+    return encoder
