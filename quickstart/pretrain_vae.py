@@ -72,9 +72,7 @@ def train_vae(steps: int, seed: int) -> AutoencoderKL:
     vae.eval().requires_grad_(False)
     words = [train_word(rng) for _ in range(STATISTICS_IMAGES)]
     latents = encode(vae, render_batch(words, rng))
-    vae.register_to_config(
-        scaling_factor=1.0 / latents.std().item(), shift_factor=latents.mean().item()
-    )
+    vae.register_to_config(scaling_factor=1.0 / latents.std().item(), shift_factor=latents.mean().item())
     return vae
 
 

@@ -35,9 +35,7 @@ class Recognizer:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         path = Path(rapidocr.__file__).parent / "models" / "PP-OCRv6_rec_small.onnx"
-        self._session = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
+        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self._input = self._session.get_inputs()[0].name
         listed = self._session.get_modelmeta().custom_metadata_map["character"].splitlines()
         # Index 0 is the CTC blank; the space is not listed and comes last.

@@ -7,9 +7,9 @@ Promises
 """
 
 import colorsys
-import os
 import random
 from functools import cache
+from pathlib import Path
 from typing import Final
 
 import matplotlib
@@ -75,5 +75,5 @@ def _place(space: int, extent: float, max_shift: float, rng: random.Random) -> f
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
     # DejaVu comes with matplotlib, so no font file has to be shipped or found on the machine.
-    path = os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSansMono-Bold.ttf")
-    return ImageFont.truetype(path, size)
+    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSansMono-Bold.ttf"
+    return ImageFont.truetype(str(path), size)

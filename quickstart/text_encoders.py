@@ -13,14 +13,17 @@ Promises
 from typing import Final
 
 import torch
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.normalizers import Replace
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
-    T5Tokenizer,
 )
 
 from quickstart.words import CHARACTERS, TEMPLATE_PREFIX, TEMPLATE_SUFFIX, WORD_LENGTH
@@ -70,13 +73,21 @@ def new_clip_encoder(tokenizer: CLIPTokenizer, seed: int) -> CLIPTextModelWithPr
     return encoder
 
 
-def new_t5_tokenizer() -> T5Tokenizer:
-    """A T5 tokenizer without words: at a maximum length of 1 every prompt is the end token."""
-    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
-    return T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=1)
+def new_t5_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer for the T5 encoder that takes every prompt for the empty one, the end token alone.
+
+    Not a `T5Tokenizer`: that one would keep the words, and the pipeline would warn of each prompt that it
+    cuts down to `max_sequence_length=1`.
+    """
+    backend = Tokenizer(WordLevel({"<pad>": 0, "</s>": 1}, unk_token="</s>"))
+    backend.normalizer = Replace(Regex("."), "")
+    backend.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="</s>", pad_token="<pad>", model_max_length=1
+    )
 
 
-def new_t5_encoder(tokenizer: T5Tokenizer, seed: int) -> T5EncoderModel:
+def new_t5_encoder(tokenizer: PreTrainedTokenizerFast, seed: int) -> T5EncoderModel:
     """A frozen random encoder of one layer; its final norm gives unit variance by itself."""
     config = T5Config(
         vocab_size=len(tokenizer),
