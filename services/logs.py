@@ -1,0 +1,90 @@
+"""Log records of every process of a run, structured, one line each.
+
+Promises
+- A record is one line, with the fields run, step, version, ordinal and worker where they are known.
+- Records go to `logs/<part>.log` of the run directory; grave ones to standard error as well.
+- Imports nothing but the standard library: any process may call it first thing.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+LOG_FIELDS = ("run", "step", "version", "ordinal", "worker")
+
+_log_fields: ContextVar[dict[str, object] | None] = ContextVar("log_fields", default=None)
+
+
+def configure_logging(
+    part: str,
+    run_dir: Path | None = None,
+    *,
+    run: str | None = None,
+    level: int = logging.INFO,
+    stream_level: int | None = logging.WARNING,
+) -> None:
+    """Send this process's records to `logs/<part>.log` of the run directory, and the grave ones to stderr.
+
+    Safe to call again (a restarted actor does): handlers of an earlier call are replaced.
+
+    Args:
+        part: rollout-0, learner-0, driver; it becomes the field `worker`.
+        run_dir: null writes no file.
+        stream_level: lowest level that also goes to standard error; null for none.
+    """
+    root = logging.getLogger()
+    for handler in [h for h in root.handlers if getattr(h, "dgpo", False)]:
+        root.removeHandler(handler)
+        handler.close()
+    fields = {"run": run, "worker": part}
+    handlers: list[logging.Handler] = []
+    if run_dir is not None:
+        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(run_dir / "logs" / f"{part}.log", encoding="utf-8"))
+        handlers[-1].setLevel(level)
+    if stream_level is not None:
+        handlers.append(logging.StreamHandler(sys.stderr))
+        handlers[-1].setLevel(stream_level)
+    for handler in handlers:
+        handler.dgpo = True  # type: ignore[attr-defined]
+        handler.setFormatter(LineFormatter(fields))
+        root.addHandler(handler)
+    root.setLevel(min((handler.level for handler in handlers), default=level))
+
+
+@contextmanager
+def log_fields(**fields: object) -> Iterator[None]:
+    """Records made inside carry these fields (of LOG_FIELDS), in this thread or task only."""
+    unknown = set(fields) - set(LOG_FIELDS)
+    if unknown:
+        raise ValueError(f"log fields {sorted(unknown)} are unknown; valid: {', '.join(LOG_FIELDS)}")
+    token = _log_fields.set({**(_log_fields.get() or {}), **fields})
+    try:
+        yield
+    finally:
+        _log_fields.reset(token)
+
+
+class LineFormatter(logging.Formatter):
+    """`time level logger message key=value ...`, always one line: line breaks become a literal \\n."""
+
+    def __init__(self, fields: dict[str, Any]) -> None:
+        super().__init__("%(asctime)s %(levelname)-7s %(name)s %(message)s")
+        self.converter = time.gmtime
+        self.default_time_format = "%Y-%m-%dT%H:%M:%S"
+        self.default_msec_format = "%s.%03dZ"
+        self._fields = fields
+
+    def format(self, record: logging.LogRecord) -> str:
+        given = {name: getattr(record, name) for name in LOG_FIELDS if hasattr(record, name)}
+        fields = {**self._fields, **(_log_fields.get() or {}), **given}
+        shown = "".join(f" {name}={fields[name]}" for name in LOG_FIELDS if fields.get(name) is not None)
+        message, line_break, trace = super().format(record).partition("\n")
+        return (message + shown + line_break + trace).replace("\r", "").replace("\n", "\\n")
