@@ -131,6 +131,8 @@ class RewardConfig(Section):
     """A required reward that fails dead-letters the group; an optional one drops its term for the group."""
     heldout: bool = False
     """Scored and reported, never trained."""
+    every: int = Field(default=1, ge=1)
+    """For a held-out reward: score the groups of every so many ordinals only, to save its time."""
     batching: Literal["request", "dynamic"] = "request"
     """`request`: a request is scored as a unit; `dynamic`: requests may be merged into one batch."""
     deadline_s: float = Field(default=60.0, gt=0)
@@ -148,6 +150,8 @@ class RewardConfig(Section):
     def _one_place(self) -> RewardConfig:
         if (self.app is None) == (self.url is None):
             raise ValueError(f"reward {self.name!r} needs either app or url, and not both")
+        if self.every > 1 and not self.heldout:
+            raise ValueError(f"reward {self.name!r}: every > 1 is for held-out rewards only")
         if self.url is not None and not self.url.startswith(("http://", "https://")):
             raise ValueError(f"reward {self.name!r}: url {self.url!r} must begin with http:// or https://")
         return self

@@ -1,0 +1,119 @@
+"""Evaluation on held-out prompts: fixed prompts, fixed initial noise, the rollout's own solver and guidance.
+
+Promises
+- The same prompts and seeds before, during and after training, so that scores are paired: an evaluation of
+  fewer prompts uses the first ones of the longer list.
+- Every reward is asked for, held-out ones too; one that fails is an error, never a zero.
+- Standard errors are over prompts (one sample a prompt).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from policy import Policy
+from quickstart.diversity import diversity
+from rollout_workers.sampling import sample
+from rollout_workers.scoring import GroupScores, Scorer
+from services.config import Config
+from services.messages import Prompt
+from services.metrics import Estimate
+from services.prompts import sample_seeds
+
+DIVERSITY_PROMPTS = 16
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found."""
+
+    prompts: tuple[Prompt, ...]
+    images: NDArray[np.uint8]
+    """(prompts, H, W, 3)."""
+    scores: GroupScores
+    rewards: dict[str, Estimate]
+    exact: dict[str, Estimate]
+    diversity: dict[str, float]
+    seconds: float
+
+
+def evaluate(
+    policy: Policy,
+    scorer: Scorer,
+    config: Config,
+    prompts: Sequence[Prompt],
+    *,
+    with_diversity: bool = False,
+) -> Evaluation:
+    """Sample one image a prompt and score it with every reward.
+
+    Args:
+        policy: with the weights to evaluate installed.
+        with_diversity: also sample whole groups for some prompts and measure how varied they are.
+
+    Raises:
+        RewardError: a reward could not be had.
+    """
+    started = time.monotonic()
+    images, rewards, details = [], dict[str, list[float]](), dict[str, list[dict[str, object]]]()
+    size = config.rollout.group_size
+    for first in range(0, len(prompts), BATCH):
+        batch = _images(policy, config, prompts[first : first + BATCH], first)
+        images.append(batch)
+        for start in range(0, len(batch), size):
+            part = prompts[first + start : first + start + size]
+            scored = scorer.score(
+                batch[start : start + size], [p.text for p in part], [p.metadata for p in part]
+            )
+            for name, values in scored.rewards.items():
+                rewards.setdefault(name, []).extend(values)
+                details.setdefault(name, []).extend(scored.details.get(name, ()))
+    exact = {
+        name: _estimate([float(item["exact"]) for item in items])  # type: ignore[arg-type]
+        for name, items in details.items()
+        if items and all("exact" in item for item in items)
+    }
+    return Evaluation(
+        prompts=tuple(prompts),
+        images=np.concatenate(images),
+        scores=GroupScores(
+            rewards={name: tuple(values) for name, values in rewards.items()},
+            details={name: tuple(items) for name, items in details.items()},
+        ),
+        rewards={name: _estimate(values) for name, values in rewards.items()},
+        exact=exact,
+        diversity=_diversity(policy, config, prompts[:DIVERSITY_PROMPTS]) if with_diversity else {},
+        seconds=time.monotonic() - started,
+    )
+
+
+def _images(policy: Policy, config: Config, prompts: Sequence[Prompt], first: int) -> NDArray[np.uint8]:
+    conditions = [policy.encode(prompt.text) for prompt in prompts]
+    seeds = [sample_seeds(config.eval.seed, "eval", first + place, 1)[0] for place in range(len(prompts))]
+    latents = sample(policy, conditions, seeds, config.rollout)
+    return policy.decode(latents, batch=config.rollout.decode_batch)
+
+
+def _diversity(policy: Policy, config: Config, prompts: Sequence[Prompt]) -> dict[str, float]:
+    size = config.rollout.group_size
+    groups = []
+    for place, prompt in enumerate(prompts):
+        seeds = sample_seeds(config.eval.seed, "diversity", place, size)
+        latents = sample(policy, policy.encode(prompt.text), seeds, config.rollout)
+        groups.append(policy.decode(latents, batch=config.rollout.decode_batch))
+    return diversity(np.concatenate(groups), size)
+
+
+def _estimate(values: Sequence[float]) -> Estimate:
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return Estimate(mean=mean)
+    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return Estimate(mean=mean, se=math.sqrt(variance / len(values)))

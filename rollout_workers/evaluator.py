@@ -1,0 +1,100 @@
+"""The evaluator as a Ray actor: evaluates announced EMA weights beside the training."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from typing import Any, Literal
+
+import torch
+
+from rollout_workers.evaluation import Evaluation, evaluate
+from rollout_workers.policy_sampler import PolicySampler
+from rollout_workers.worker import BEATS_TO_LIVE, reward_servers
+from services.context import RunContext
+from services.heartbeat import Pulse
+from services.images import write_grid
+from services.logs import configure_logging
+from services.messages import WeightsAnnouncement
+from services.metrics import EvalRow
+from services.prompts import prompt_source
+
+logger = logging.getLogger(__name__)
+
+GRID_IMAGES = 64
+GRID_COLUMNS = 8
+
+When = Literal["before", "during", "after"]
+
+
+class Evaluator:
+    """Evaluates versions one after the other.
+
+    Args:
+        context: RunContext as JSON.
+        store: handle of the PolicyStore actor.
+    """
+
+    def __init__(self, context: str, store: Any) -> None:
+        self._context = RunContext.model_validate_json(context)
+        configure_logging("evaluator", self._context.directory, run=self._context.run)
+        torch.set_num_threads(self._context.config.rollout.threads)
+        self._queue = self._context.open_queue()
+        telemetry = self._context.config.telemetry
+        ttl = BEATS_TO_LIVE * telemetry.heartbeat_s
+        self._pulse = Pulse(
+            "evaluator", lambda beat: self._queue.beat(beat, ttl), every_s=telemetry.heartbeat_s
+        )
+        self._pulse.__enter__()
+        self._pulse.enter("loading the model")
+        self._sampler = PolicySampler(self._context.config, self._context.directory, store)
+        self._scorer = reward_servers(self._context)
+        self._prompts = prompt_source(self._context.config)
+        self._pulse.enter("waiting for weights")
+
+    def evaluate(self, announcement: str, when: When) -> str:
+        """One evaluation of announced weights (WeightsAnnouncement as JSON); returns an EvalRow as JSON."""
+        config = self._context.config
+        told = WeightsAnnouncement.model_validate_json(announcement)
+        self._pulse.enter(f"evaluating {told.version}")
+        self._sampler.install(told)
+        self._pulse.version = told.version
+        final = when != "during"
+        count = config.eval.final_prompts if final else config.eval.prompts
+        found = evaluate(
+            self._sampler.policy,
+            self._scorer,
+            config,
+            self._prompts.heldout(config.eval.seed, count),
+            with_diversity=final,
+        )
+        if final:
+            self._keep(found, when)
+        self._pulse.enter("waiting for weights")
+        row = EvalRow(
+            time=time.time(),
+            when=when,
+            epoch=told.version.epoch,
+            step=told.version.step,
+            prompts=len(found.prompts),
+            rewards=found.rewards,
+            exact=found.exact,
+            diversity=found.diversity,
+            seconds=found.seconds,
+        )
+        return row.model_dump_json()
+
+    def _keep(self, found: Evaluation, when: When) -> None:
+        samples = self._context.run_directory.samples
+        write_grid(found.images[:GRID_IMAGES], samples / f"eval-{when}.png", columns=GRID_COLUMNS)
+        scores = found.scores
+        records = [
+            {
+                "prompt": prompt.text,
+                "scores": {name: values[place] for name, values in scores.rewards.items()},
+                "details": {name: items[place] for name, items in scores.details.items()},
+            }
+            for place, prompt in enumerate(found.prompts)
+        ]
+        (samples / f"eval-{when}.json").write_text(json.dumps(records))

@@ -1,0 +1,200 @@
+"""What a rollout worker does all day: lease an ordinal, sample its group, have it scored, admit it whole.
+
+Promises
+- Weights are installed between groups, never inside one; an install is proven (digest and bound tensors)
+  before the first group is sampled with it.
+- While a group is being scored the next one is being sampled; at most one group waits for its scores.
+- A group whose scores cannot be had is given back with the reason, and nothing of it reaches the learner.
+- A lease is renewed while its group is alive; the loop ends by `RunEnded` only: anything else is a failure.
+
+Knows no Ray and no torch module: sampler, scorer and weights are handed in (rollout_workers/worker.py binds
+them to the real ones, benchmarks/overlap.py to waits of a measured length).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from reward_servers.client import RewardError
+from services.group_queue import Admitted, GroupQueue, Lease, RunEnded
+
+from rollout_workers.scoring import GroupScores, Scorer
+from services.codec import encode_group
+from services.heartbeat import Pulse
+from services.messages import GroupHeader, GroupTask, PolicyVersion, WeightsAnnouncement
+
+logger = logging.getLogger(__name__)
+
+FULL_RETRY_S = 0.2
+
+
+@dataclass(frozen=True)
+class SampledGroup:
+    """What a sampler makes of a group task."""
+
+    tensors: dict[str, torch.Tensor]
+    """`latents` (G, C, h, w) and `condition.*` of one sample: the payload of the group."""
+    images: NDArray[np.uint8]
+    """(G, H, W, 3), in the order of the seeds."""
+
+
+class Sampler(Protocol):
+    """The model side of a worker."""
+
+    def install(self, announcement: WeightsAnnouncement) -> None:
+        """Fetch, verify and bind a version; raises when fewer tensors bind than were published."""
+        ...
+
+    def sample(self, task: GroupTask) -> SampledGroup: ...
+
+
+TaskOf = Callable[[Lease], GroupTask]
+KeepImages = Callable[[GroupTask, SampledGroup, GroupScores], None]
+
+
+class RolloutLoop:
+    """One worker's loop over a queue."""
+
+    def __init__(
+        self,
+        worker: str,
+        queue: GroupQueue,
+        sampler: Sampler,
+        scorer: Scorer,
+        task_of: TaskOf,
+        pulse: Pulse,
+        *,
+        poll_s: float = 1.0,
+        keep_images: KeepImages | None = None,
+    ) -> None:
+        self.worker = worker
+        self._queue = queue
+        self._sampler = sampler
+        self._scorer = scorer
+        self._task_of = task_of
+        self._pulse = pulse
+        self._poll_s = poll_s
+        self._keep_images = keep_images
+        self._installed: PolicyVersion | None = None
+        self._scoring: Future[None] | None = None
+        self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="score")
+
+    def run(self) -> int:
+        """Work until the run ends.
+
+        Returns:
+            Groups admitted.
+
+        Raises:
+            WeightsMismatch, QueueUnreachable, ...: whatever the loop cannot go on from.
+        """
+        try:
+            while True:
+                self._turn()
+        except RunEnded as ended:
+            self._settle()
+            logger.info("run is %s after %d groups", ended.state, self._pulse.groups)
+            return self._pulse.groups
+        finally:
+            self._background.shutdown(wait=False, cancel_futures=True)
+
+    def _turn(self) -> None:
+        lease = self._queue.issue(self.worker)
+        if lease is None:
+            self._pulse.enter("waiting for an ordinal")
+            # A failure of the scoring thread must not hide behind an idle queue.
+            if self._scoring is not None and self._scoring.done():
+                self._settle()
+            self._queue.wait_for_work(self._poll_s)
+            return
+        self._pulse.hold(lease.ordinal)
+        self._update_weights(lease)
+        task = self._task_of(lease)
+        version = self._installed
+        assert version is not None
+        self._pulse.enter("sampling", ordinal=task.ordinal)
+        started = time.monotonic()
+        sampled = self._sampler.sample(task)
+        sample_s = time.monotonic() - started
+        if self._scoring is not None and not self._scoring.done():
+            self._pulse.enter("waiting for scores", ordinal=task.ordinal)
+        self._settle()
+        self._scoring = self._background.submit(self._score_and_admit, task, version, sampled, sample_s)
+
+    def _update_weights(self, lease: Lease) -> None:
+        if self._installed is not None and self._installed >= lease.version:
+            return
+        announcement = self._queue.latest("policy")
+        if announcement is None or announcement.version < lease.version:
+            raise RuntimeError(
+                f"ordinal {lease.ordinal} is to be sampled with version {lease.version}, but the newest "
+                f"announced is {announcement.version if announcement else 'none'}"
+            )
+        self._pulse.enter("installing weights", ordinal=lease.ordinal)
+        self._sampler.install(announcement)
+        self._installed = announcement.version
+        self._pulse.version = announcement.version
+
+    def _score_and_admit(
+        self, task: GroupTask, version: PolicyVersion, sampled: SampledGroup, sample_s: float
+    ) -> None:
+        try:
+            started = time.monotonic()
+            size = len(task.seeds)
+            try:
+                scores = self._scorer.score(
+                    sampled.images,
+                    [task.prompt.text] * size,
+                    [task.prompt.metadata] * size,
+                    ordinal=task.ordinal,
+                )
+            except RewardError as error:
+                outcome = self._queue.fail(self.worker, task.ordinal, f"{type(error).__name__}: {error}")
+                logger.warning("ordinal %d not scored (%s): %s", task.ordinal, outcome, error)
+                return
+            header = GroupHeader(
+                run=task.run,
+                ordinal=task.ordinal,
+                attempt=task.attempt,
+                version=version,
+                prompt=task.prompt,
+                seeds=task.seeds,
+                rewards=scores.rewards,
+                details=scores.details,
+                worker=self.worker,
+                sample_s=sample_s,
+                reward_s=time.monotonic() - started,
+            )
+            if self._admit(header, sampled.tensors) and self._keep_images is not None:
+                self._keep_images(task, sampled, scores)
+        finally:
+            self._pulse.let_go(task.ordinal)
+
+    def _admit(self, header: GroupHeader, tensors: dict[str, torch.Tensor]) -> bool:
+        encoded = encode_group(header, tensors)
+        while (answer := self._queue.admit(encoded)) is Admitted.FULL:
+            # The window keeps the queue below its bounds; a full one means that it is bounded too tightly
+            # or shared. The lease is renewed meanwhile, so waiting loses nothing.
+            self._pulse.enter("waiting for room in the queue", ordinal=header.ordinal)
+            if self._queue.wait_for_work(FULL_RETRY_S) and self._queue.state() in ENDED:
+                return False
+        if answer is Admitted.FUTURE:
+            raise RuntimeError(f"group {header.ordinal} was sampled with the unannounced {header.version}")
+        if answer is not Admitted.OK:
+            logger.info("group %d not admitted: %s", header.ordinal, answer.name)
+            return False
+        self._pulse.groups += 1
+        return True
+
+    def _settle(self) -> None:
+        if self._scoring is not None:
+            self._scoring.result()
+            self._scoring = None

@@ -1,0 +1,60 @@
+"""The real sampler: a policy with its text encoders and VAE, and the weights it installs.
+
+Promises
+- The prompt is encoded once a group; its condition travels with the group, so the learner holds no encoder.
+- An install binds every published tensor, or raises.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from services.policy_store import WeightsMismatch, fetch
+
+from policy import Policy, load_policy
+from rollout_workers.loop import SampledGroup
+from rollout_workers.sampling import sample
+from services.config import Config
+from services.messages import GroupTask, WeightsAnnouncement
+
+
+class PolicySampler:
+    """Samples groups with the newest installed weights.
+
+    Args:
+        config: of the run.
+        run_directory: where weights are found when the process that published them is gone.
+        store: handle of the PolicyStore actor.
+    """
+
+    def __init__(self, config: Config, run_directory: Path, store: Any) -> None:
+        self._config = config
+        self._run_directory = run_directory
+        self._store = store
+        self.policy: Policy = load_policy(config.model, text_encoders=True, vae=True, seed=config.run.seed)
+
+    def install(self, announcement: WeightsAnnouncement) -> None:
+        """Fetch, verify and bind.
+
+        Raises:
+            WeightsMismatch: the digest differs, or fewer tensors bind than were published.
+        """
+        tensors = fetch(self._store, announcement, self._run_directory)
+        bound = self.policy.install(tensors)
+        if bound != announcement.tensors:
+            raise WeightsMismatch(
+                f"version {announcement.version}: {announcement.tensors} tensors published, {bound} bound"
+            )
+
+    def sample(self, task: GroupTask) -> SampledGroup:
+        """The group of a task: latents (G, C, h, w), condition of one sample, images (G, H, W, 3)."""
+        condition = self.policy.encode(task.prompt.text)
+        latents = sample(self.policy, condition, task.seeds, self._config.rollout)
+        images = self.policy.decode(latents, batch=self._config.rollout.decode_batch)
+        tensors = {"latents": latents.contiguous()}
+        tensors |= {f"condition.{name}": tensor.contiguous() for name, tensor in condition.items()}
+        if self._config.rollout.guidance > 1 or self._config.objective.kl_cfg > 1:
+            negative = self.policy.negative()
+            tensors |= {f"negative.{name}": tensor.contiguous() for name, tensor in negative.items()}
+        return SampledGroup(tensors=tensors, images=images)

@@ -1,0 +1,117 @@
+"""All rewards of one group at once: one request a reward server, concurrently.
+
+Promises
+- Every required reward is there, for every sample, or `RewardError` is raised: nothing is made up.
+- An optional reward that fails is left out of the group whole, and the failure is reported.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from reward_servers.client import RewardClient, RewardError, Scored
+
+from services.config import RewardConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class GroupScores:
+    """Scores of one batch of images by reward name, in the order of the images."""
+
+    rewards: dict[str, tuple[float, ...]]
+    details: dict[str, tuple[dict[str, Any], ...]] = field(default_factory=dict)
+
+
+class Scorer(Protocol):
+    """Scores images; RewardServers for real, a timed wait in the overlap benchmark."""
+
+    def score(
+        self,
+        images: NDArray[np.uint8],
+        prompts: Sequence[str],
+        metadata: Sequence[dict[str, Any]],
+        *,
+        ordinal: int | None = None,
+    ) -> GroupScores: ...
+
+
+class RewardServers:
+    """The reward servers of a run.
+
+    Args:
+        rewards: the configured rewards.
+        addresses: reward name -> URL of its server.
+        tokens: reward name -> bearer token; None for a server without one.
+    """
+
+    def __init__(
+        self,
+        rewards: Sequence[RewardConfig],
+        addresses: dict[str, str],
+        tokens: dict[str, str | None],
+    ) -> None:
+        self._rewards = tuple(rewards)
+        self._clients = {
+            reward.name: RewardClient(
+                reward.name, addresses[reward.name], tokens[reward.name], deadline_s=reward.deadline_s
+            )
+            for reward in rewards
+        }
+        self._threads = ThreadPoolExecutor(max_workers=len(self._rewards), thread_name_prefix="reward")
+
+    def score(
+        self,
+        images: NDArray[np.uint8],
+        prompts: Sequence[str],
+        metadata: Sequence[dict[str, Any]],
+        *,
+        ordinal: int | None = None,
+    ) -> GroupScores:
+        """Scores of every reward that is due.
+
+        Args:
+            images: (N, H, W, 3) uint8.
+            prompts: one an image.
+            metadata: one an image.
+            ordinal: of the group; decides which held-out rewards are due. None: all are.
+
+        Raises:
+            RewardError: a required reward could not be had before its deadline.
+        """
+        due = [r for r in self._rewards if ordinal is None or ordinal % r.every == 0]
+        pending = {
+            reward.name: self._threads.submit(
+                self._clients[reward.name].score, images, list(prompts), list(metadata)
+            )
+            for reward in due
+        }
+        scored: dict[str, Scored] = {}
+        failure: RewardError | None = None
+        for reward in due:
+            try:
+                scored[reward.name] = pending[reward.name].result()
+            except RewardError as error:
+                # Every request is awaited, so that none still runs when the group is given up.
+                if reward.required and not reward.heldout:
+                    failure = failure or error
+                else:
+                    logger.warning("optional reward %s left out: %s", reward.name, error)
+        if failure is not None:
+            raise failure
+        return GroupScores(
+            rewards={name: tuple(s.scores) for name, s in scored.items()},
+            details={name: tuple(s.details) for name, s in scored.items()},
+        )
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for client in self._clients.values():
+            client.close()

@@ -1,0 +1,108 @@
+"""The rollout worker as a Ray actor: binds the loop to the real policy, reward servers and queue."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+import torch
+from services.group_queue import Lease
+
+from rollout_workers.loop import KeepImages, RolloutLoop, SampledGroup
+from rollout_workers.policy_sampler import PolicySampler
+from rollout_workers.scoring import GroupScores, RewardServers
+from services.context import RunContext
+from services.heartbeat import Pulse
+from services.images import write_strip
+from services.logs import configure_logging
+from services.messages import GroupTask
+from services.prompts import group_task, prompt_source
+
+logger = logging.getLogger(__name__)
+
+BEATS_TO_LIVE = 5
+"""A heartbeat is kept this many intervals: five missed ones and the part is gone."""
+
+
+class RolloutWorker:
+    """One rollout worker.
+
+    Args:
+        context: RunContext as JSON.
+        index: of the worker in the run.
+        store: handle of the PolicyStore actor.
+    """
+
+    def __init__(self, context: str, index: int, store: Any) -> None:
+        self._context = RunContext.model_validate_json(context)
+        self._name = f"rollout-{index}"
+        configure_logging(self._name, self._context.directory, run=self._context.run)
+        self._store = store
+        torch.set_num_threads(self._context.config.rollout.threads)
+
+    def run(self) -> int:
+        """Work until the run ends; returns the groups admitted."""
+        context, config = self._context, self._context.config
+        queue = context.open_queue()
+        ttl = BEATS_TO_LIVE * config.telemetry.heartbeat_s
+        with Pulse(
+            self._name,
+            lambda beat: queue.beat(beat, ttl),
+            lambda ordinal: queue.renew(self._name, ordinal),
+            every_s=min(config.telemetry.heartbeat_s, config.queue.lease_s / 3),
+        ) as pulse:
+            pulse.enter("loading the model")
+            sampler = PolicySampler(config, context.directory, self._store)
+            scorer = reward_servers(context)
+            prompts = prompt_source(config)
+
+            def task_of(lease: Lease) -> GroupTask:
+                return group_task(config, prompts, context.run, lease.ordinal, lease.attempt, lease.version)
+
+            loop = RolloutLoop(
+                self._name, queue, sampler, scorer, task_of, pulse, keep_images=sample_keeper(context)
+            )
+            try:
+                return loop.run()
+            except Exception:
+                logger.exception("%s failed", self._name)
+                raise
+            finally:
+                scorer.close()
+
+
+def reward_servers(context: RunContext) -> RewardServers:
+    """Clients of all reward servers of a run."""
+    return RewardServers(
+        context.config.rewards,
+        {name: place.url for name, place in context.rewards.items()},
+        {name: place.token.read() for name, place in context.rewards.items()},
+    )
+
+
+def sample_keeper(context: RunContext) -> KeepImages:
+    """Keeps the images of the first group of every `telemetry.samples_every`-th update in samples/.
+
+    The report shows them beside the rewards; the directory is pruned by nobody, so few are kept.
+    """
+    config, samples = context.config, context.run_directory.samples
+    every = config.telemetry.samples_every * config.learner.groups_per_step
+
+    def keep(task: GroupTask, sampled: SampledGroup, scores: GroupScores) -> None:
+        if every == 0 or task.ordinal % every:
+            return
+        place = samples / f"step-{task.ordinal // config.learner.groups_per_step:06d}"
+        place.mkdir(exist_ok=True)
+        file = place / f"group-{task.ordinal:06d}.png"
+        write_strip(sampled.images, file)
+        record = {
+            "ordinal": task.ordinal,
+            "prompt": task.prompt.text,
+            "version": str(task.version),
+            "rewards": scores.rewards,
+            "details": scores.details,
+        }
+        file.with_suffix(".json").write_text(json.dumps(record))
+
+    return keep

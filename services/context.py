@@ -1,0 +1,89 @@
+"""What the driver tells every other process of a run: where things are, and where secrets may be read.
+
+Promises
+- Plain JSON; holds the places of secrets (a variable, a file), never a secret.
+- Whoever has it can reach the queue, the reward servers and the run directory, and nothing else is needed.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from services.config import Config
+from services.config_file import ConfigError
+from services.group_queue import GroupQueue, connect
+from services.messages import Message
+from services.run_directory import RunDirectory
+
+
+class SecretPlace(Message):
+    """Where a secret is read from: an environment variable or a file. Neither: there is none."""
+
+    env: str | None = None
+    file: Path | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if self.env is not None and self.file is not None:
+            raise ValueError("a secret is in a variable or in a file, not in both")
+        return self
+
+    def read(self) -> str | None:
+        """The secret itself.
+
+        Raises:
+            ConfigError: the variable is not set, or the file cannot be read.
+        """
+        if self.env is not None:
+            value = os.environ.get(self.env)
+            if not value:
+                raise ConfigError(f"the environment variable {self.env} is not set: it must hold a secret")
+            return value
+        if self.file is None:
+            return None
+        try:
+            return self.file.read_text().strip()
+        except OSError as error:
+            raise ConfigError(f"secret file {self.file}: cannot be read: {error}") from error
+
+
+class RewardPlace(Message):
+    """A running reward server."""
+
+    url: str
+    token: SecretPlace = SecretPlace()
+
+
+class RunContext(Message):
+    """A run, as every process of it sees it."""
+
+    run: str
+    """Name of the run directory; names the run in Redis keys and actors."""
+    directory: Path
+    config: Config
+    queue_url: str
+    queue_password: SecretPlace = SecretPlace()
+    rewards: dict[str, RewardPlace] = Field(default_factory=dict)
+
+    @property
+    def run_directory(self) -> RunDirectory:
+        return RunDirectory(self.directory)
+
+    def open_queue(self) -> GroupQueue:
+        """A queue client of this process.
+
+        Raises:
+            QueueUnreachable: nobody there, or the password is refused.
+        """
+        client = connect(self.queue_url, self.queue_password.read())
+        return GroupQueue(
+            client,
+            self.run,
+            self.config.queue,
+            groups_per_step=self.config.learner.groups_per_step,
+            max_steps=self.config.learner.max_steps,
+        )

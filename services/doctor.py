@@ -1,0 +1,213 @@
+"""`dgpo doctor`: is everything there that a recipe needs, and if not, how to mend it.
+
+Promises
+- Checks without spending: nothing is trained, no model is loaded, no Ray is started.
+- Every finding that is not fine says what to do about it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Callable
+from urllib.parse import urlparse
+
+import httpx
+import psutil
+from pydantic import BaseModel
+from rich.table import Table
+
+from services.config import Config, RewardConfig
+from services.config_file import ConfigError, find
+from services.prompts import prompt_source
+from services.ray_runtime import cpus_needed
+
+REACH_DEADLINE_S = 5.0
+PROCESS_BYTES = 600 * 1024**2
+"""What a process with torch and the libraries around it holds before its model."""
+
+
+class Finding(BaseModel, frozen=True):
+    """One thing that was looked at."""
+
+    what: str
+    ok: bool
+    found: str
+    remedy: str = ""
+
+
+def examine(config: Config) -> list[Finding]:
+    """All findings, in the order in which a run would stumble over them."""
+    checks: list[Callable[[Config], list[Finding]]] = [
+        _directory,
+        _model,
+        _prompts,
+        _queue,
+        _rewards,
+        _memory,
+        _ray,
+    ]
+    return [finding for check in checks for finding in check(config)]
+
+
+def table(findings: list[Finding]) -> Table:
+    """Findings for people."""
+    sheet = Table(title="dgpo doctor", title_justify="left", show_lines=False)
+    sheet.add_column("")
+    sheet.add_column("what")
+    sheet.add_column("found", overflow="fold")
+    sheet.add_column("remedy", overflow="fold")
+    for finding in findings:
+        mark = "[green]ok[/]" if finding.ok else "[red]no[/]"
+        sheet.add_row(mark, finding.what, finding.found, finding.remedy)
+    return sheet
+
+
+def _directory(config: Config) -> list[Finding]:
+    place = config.run.directory.resolve()
+    existing = next(p for p in (place, *place.parents) if p.exists())
+    writable = os.access(existing, os.W_OK)
+    free = psutil.disk_usage(str(existing)).free
+    ok = writable and free > 1024**3
+    return [
+        Finding(
+            what="run directory",
+            ok=ok,
+            found=f"{place}: {'writable' if writable else 'not writable'}, {free / 1024**3:.1f} GiB free",
+            remedy="" if ok else "set run.directory to a writable place with at least 1 GiB free",
+        )
+    ]
+
+
+def _model(config: Config) -> list[Finding]:
+    place = find(config.model.path)
+    if not place.is_dir():
+        hub = config.model.path.count("/") == 1 and not config.model.path.startswith((".", "/"))
+        return [
+            Finding(
+                what="model",
+                ok=hub,
+                found=f"{config.model.path}: no such directory" + (", taken as a hub id" if hub else ""),
+                remedy="" if hub else "set model.path to a directory in diffusers format, or to a hub id",
+            )
+        ]
+    try:
+        index = json.loads((place / "model_index.json").read_text())
+    except (OSError, ValueError) as error:
+        remedy = "model.path must hold a pipeline saved by diffusers (model_index.json and its components)"
+        return [Finding(what="model", ok=False, found=f"{place}: {error}", remedy=remedy)]
+    missing = [
+        name
+        for name, kind in index.items()
+        if isinstance(kind, list) and kind[0] is not None and not (place / name).is_dir()
+    ]
+    found = f"{place}: {index.get('_class_name')}" + (f", without {', '.join(missing)}" if missing else "")
+    remedy = "save the pipeline again with save_pretrained" if missing else ""
+    return [Finding(what="model", ok=not missing, found=found, remedy=remedy)]
+
+
+def _prompts(config: Config) -> list[Finding]:
+    try:
+        first = prompt_source(config).training(config.run.seed, 0).text
+    except ConfigError as error:
+        return [
+            Finding(what="prompts", ok=False, found=str(error), remedy="mend the file or set prompts.path")
+        ]
+    return [Finding(what="prompts", ok=True, found=f"the first one: {first}")]
+
+
+def _queue(config: Config) -> list[Finding]:
+    if config.queue.url is None:
+        return [Finding(what="queue", ok=True, found="an embedded Valkey server on loopback")]
+    from services.group_queue import QueueUnreachable, connect
+
+    variable = config.queue.password_env
+    password = os.environ.get(variable) if variable else None
+    if variable and not password:
+        remedy = f"export {variable}=... before starting"
+        return [Finding(what="queue", ok=False, found=f"{variable} is not set", remedy=remedy)]
+    try:
+        client = connect(config.queue.url, password)
+        policy = client.config_get("maxmemory-policy").get("maxmemory-policy", "unknown")
+    except QueueUnreachable as error:
+        return [Finding(what="queue", ok=False, found=str(error), remedy="start it, or mend queue.url")]
+    except Exception as error:  # CONFIG may be forbidden to this user: that is no fault
+        return [Finding(what="queue", ok=True, found=f"reachable; maxmemory-policy not readable: {error}")]
+    ok = policy == "noeviction"
+    remedy = "" if ok else "set maxmemory-policy noeviction: an evicted group is a lost group"
+    return [Finding(what="queue", ok=ok, found=f"reachable, maxmemory-policy {policy}", remedy=remedy)]
+
+
+def _rewards(config: Config) -> list[Finding]:
+    return [_reward(reward) for reward in config.rewards]
+
+
+def _reward(reward: RewardConfig) -> Finding:
+    what = f"reward {reward.name}"
+    if reward.app is not None:
+        from reward_servers.scorers import scorer_names
+
+        known = scorer_names()
+        ok = reward.app in known
+        remedy = "" if ok else f"set rewards[].app to one of {', '.join(known)}"
+        found = f"served by this run: {reward.app}" if ok else f"no scorer {reward.app!r}"
+        return Finding(what=what, ok=ok, found=found, remedy=remedy)
+    token = os.environ.get(reward.token_env) if reward.token_env else None
+    if reward.token_env and not token:
+        return Finding(
+            what=what,
+            ok=False,
+            found=f"{reward.token_env} is not set",
+            remedy=f"export {reward.token_env}=... before starting",
+        )
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    address = f"{str(reward.url).rstrip('/')}/v1/info"
+    try:
+        answer = httpx.get(address, headers=headers, timeout=REACH_DEADLINE_S)
+        info = answer.json() if answer.status_code == 200 else None
+    except (httpx.HTTPError, ValueError) as error:
+        remedy = "start the reward server, or mend rewards[].url"
+        return Finding(
+            what=what, ok=False, found=f"{address}: {error or type(error).__name__}", remedy=remedy
+        )
+    if info is None:
+        remedy = "set rewards[].token_env" if answer.status_code == 401 else "is this a reward server?"
+        return Finding(what=what, ok=False, found=f"{address}: HTTP {answer.status_code}", remedy=remedy)
+    return Finding(what=what, ok=True, found=f"{address}: {info}")
+
+
+def _memory(config: Config) -> list[Finding]:
+    replicas = sum(reward.replicas for reward in config.rewards if reward.app is not None)
+    processes = config.rollout.workers + config.learner.ranks + 2 + replicas
+    place = find(config.model.path)
+    model = sum(f.stat().st_size for f in place.rglob("*.safetensors")) if place.is_dir() else 0
+    holders = config.rollout.workers + config.learner.ranks + 1
+    needed = processes * PROCESS_BYTES + holders * model * 2 + config.cluster.object_store_mb * 1024**2
+    free = psutil.virtual_memory().available
+    ok = free > needed
+    return [
+        Finding(
+            what="memory",
+            ok=ok,
+            found=f"{free / 1024**3:.1f} GiB free, about {needed / 1024**3:.1f} GiB needed on one machine",
+            remedy="" if ok else "lower rollout.workers, or close other programs",
+        )
+    ]
+
+
+def _ray(config: Config) -> list[Finding]:
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    if not address:
+        found = f"started by the run on loopback, with {cpus_needed(config):.2f} CPUs reserved"
+        return [Finding(what="ray", ok=True, found=found)]
+    if address in ("auto", "local"):
+        return [Finding(what="ray", ok=True, found=f"address {address}")]
+    parsed = urlparse(address if "//" in address else f"//{address}")
+    try:
+        with socket.create_connection((parsed.hostname or "", parsed.port or 6379), REACH_DEADLINE_S):
+            pass
+    except OSError as error:
+        remedy = "start the cluster (ray start --head), or mend cluster.address / RAY_ADDRESS"
+        return [Finding(what="ray", ok=False, found=f"{address}: {error}", remedy=remedy)]
+    return [Finding(what="ray", ok=True, found=f"{address}: reachable")]

@@ -1,0 +1,160 @@
+"""The driver: starts every part of a run in order, watches it to its end, and stops every part in order.
+
+Promises
+- Owns what it starts: rollout workers, evaluator, policy store, reward servers, embedded queue and, on a
+  single machine, Ray itself. When the driver ends, they end.
+- A run ends in exactly one of three ways: done (max_steps reached), interrupted (drained, checkpoint
+  written), or failed by an exception that names the part and its last error.
+- Is the only writer of metrics.jsonl: the other parts send rows through the queue server.
+
+What happens while the run goes on is in services/monitor.py.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import ray
+from reward_servers.launch import start_rewards, stop_rewards
+
+from learner.ray_train import fit
+from rollout_workers.evaluator import Evaluator
+from rollout_workers.worker import RolloutWorker
+from services.config import Config
+from services.context import RewardPlace, RunContext, SecretPlace
+from services.embedded import EmbeddedValkey
+from services.logs import configure_logging
+from services.monitor import LearnerThread, Monitor, Outcome
+from services.policy_store import PolicyStore
+from services.progress import Progress
+from services.ray_runtime import NAMESPACE, ray_cluster
+from services.run_directory import RunDirectory
+from services.stop_signals import StopSignals
+from services.supervisor import Supervisor
+from services.telemetry import Telemetry
+
+logger = logging.getLogger(__name__)
+
+JOIN_DEADLINE_S = 60.0
+
+
+def train(config: Config, run: RunDirectory, view: Progress, *, resume: bool = False) -> Outcome:
+    """Run to `learner.max_steps`, or until asked to stop.
+
+    Args:
+        config: of the run; with `resume`, the one it was started with plus overrides.
+        run: its directory.
+        view: told everything a person wants to see.
+        resume: go on from the newest complete checkpoint.
+
+    Raises:
+        ConfigError, QueueUnreachable, RewardError, PolicyError: something is not as the configuration needs.
+        PartFailed: a part kept failing; its last error is in the text.
+    """
+    configure_logging("driver", run.root, run=run.name, stream_level=None)
+    with ExitStack() as stack:
+        stack.enter_context(run.locked())
+        view.activity("starting Ray")
+        stack.enter_context(ray_cluster(config))
+        # After ray.init, which replaces the handlers that were there before it.
+        signals = stack.enter_context(StopSignals())
+        view.activity("starting the queue")
+        queue_url, queue_password = stack.enter_context(_queue_server(config, run))
+        context = RunContext(
+            run=run.name,
+            directory=run.root,
+            config=config,
+            queue_url=queue_url,
+            queue_password=queue_password,
+        )
+        queue = context.open_queue()
+        queue.set_state("starting")
+        view.activity("starting the reward servers")
+        context = context.model_copy(update={"rewards": stack.enter_context(_reward_servers(config, run))})
+        telemetry = stack.enter_context(
+            Telemetry(
+                run.root, tensorboard=config.telemetry.tensorboard, resumed_step=_resumed_step(run, resume)
+            )
+        )
+        store = _actor(PolicyStore, context, "policy-store", num_cpus=0).remote()
+        text = context.model_dump_json()
+        evaluator = _actor(Evaluator, context, "evaluator", num_cpus=0).remote(text, store)
+        supervisor = Supervisor(
+            spawn=lambda index: _spawn(context, text, index, store),
+            count=config.rollout.workers,
+            max_restarts=config.rollout.max_restarts,
+            on_restart=lambda part, why: view.row(
+                telemetry.event("worker restarted", f"{part}: {why}", level="warning")
+            ),
+        )
+        learner = LearnerThread(lambda: fit(context, store))
+        monitor = Monitor(context, queue, telemetry, view, evaluator, supervisor, learner, signals)
+        view.activity("loading the models")
+        # Stopped in reverse order: the state first, so that workers end by themselves.
+        stack.callback(supervisor.join, JOIN_DEADLINE_S)
+        stack.callback(monitor.close)
+        queue.set_state("running")
+        supervisor.start()
+        learner.start()
+        return monitor.watch()
+
+
+@contextmanager
+def _queue_server(config: Config, run: RunDirectory) -> Iterator[tuple[str, SecretPlace]]:
+    if config.queue.url is not None:
+        yield config.queue.url, SecretPlace(env=config.queue.password_env)
+        return
+    with EmbeddedValkey(run.queue) as server:
+        yield server.url, SecretPlace(file=server.password_file)
+
+
+@contextmanager
+def _reward_servers(config: Config, run: RunDirectory) -> Iterator[dict[str, RewardPlace]]:
+    own = [reward for reward in config.rewards if reward.app is not None]
+    places = {
+        reward.name: RewardPlace(url=reward.url, token=SecretPlace(env=reward.token_env))
+        for reward in config.rewards
+        if reward.url is not None
+    }
+    if not own:
+        yield places
+        return
+    token = run.secret("reward.token")
+    urls = start_rewards(
+        own, token_file=token, port=config.cluster.serve_port, deadline_s=config.cluster.start_deadline_s
+    )
+    try:
+        yield places | {
+            name: RewardPlace(url=url, token=SecretPlace(file=token)) for name, url in urls.items()
+        }
+    finally:
+        stop_rewards()
+
+
+def _actor(kind: type, context: RunContext, part: str, **resources: float) -> Any:
+    return ray.remote(kind).options(name=f"{context.run}/{part}", namespace=NAMESPACE, **resources)
+
+
+def _spawn(context: RunContext, text: str, index: int, store: Any) -> tuple[Any, Any]:
+    settings = context.config.rollout
+    worker = _actor(
+        RolloutWorker,
+        context,
+        f"rollout-{index}",
+        num_cpus=settings.num_cpus,
+        num_gpus=settings.num_gpus,
+        # `run` occupies one thread; a second one answers __ray_terminate__ and profiling.
+        max_concurrency=2,
+    ).remote(text, index, store)
+    return worker, worker.run.remote()
+
+
+def _resumed_step(run: RunDirectory, resume: bool) -> int | None:
+    if not resume:
+        return None
+    from learner.checkpoint import newest_checkpoint_step
+
+    return newest_checkpoint_step(run.root) or 0

@@ -1,0 +1,38 @@
+"""How a command of ours ends: 0 done, 1 failed, 2 wrong usage or configuration, 130 interrupted."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from services.config_file import ConfigError
+
+logger = logging.getLogger(__name__)
+
+FAILED = 1
+WRONG_USAGE = 2
+INTERRUPTED = 130
+
+
+def run(app: typer.Typer) -> None:
+    """Run a typer application; an exception becomes one readable line and the right exit code.
+
+    The traceback goes to the driver's log, where there is one.
+    """
+    screen = Console(stderr=True)
+    try:
+        app()
+    except KeyboardInterrupt:
+        screen.print(Text("interrupted"))
+        sys.exit(INTERRUPTED)
+    except ConfigError as error:
+        screen.print(Text("configuration: ", style="red") + Text(str(error)))
+        sys.exit(WRONG_USAGE)
+    except Exception as error:
+        logger.exception("failed")
+        screen.print(Text("failed: ", style="red") + Text(f"{type(error).__name__}: {error}"))
+        sys.exit(FAILED)

@@ -1,0 +1,140 @@
+"""Which prompt and which seeds an ordinal gets.
+
+Promises
+- Everything here is a pure function of (configuration, run seed, ordinal): no state, no order, no epoch.
+  A worker on any machine, before or after any crash, derives the same group task.
+- Training and held-out prompts of one source never overlap.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+from quickstart.words import heldout_words, prompt_of, train_word
+from services.config import Config
+from services.config_file import ConfigError, find
+from services.messages import GroupTask, PolicyVersion, Prompt
+
+
+class PromptSource(Protocol):
+    """Where prompts come from."""
+
+    def training(self, seed: int, ordinal: int) -> Prompt:
+        """The prompt of an ordinal."""
+        ...
+
+    def heldout(self, seed: int, count: int) -> list[Prompt]:
+        """Up to `count` prompts that `training` never returns; empty if the source has none."""
+        ...
+
+
+class WordPrompts:
+    """The quickstart's text rendering task: an endless supply of words (quickstart/words.py)."""
+
+    def training(self, seed: int, ordinal: int) -> Prompt:
+        return Prompt(text=prompt_of(train_word(_random(seed, "prompt", ordinal))))
+
+    def heldout(self, seed: int, count: int) -> list[Prompt]:
+        return [Prompt(text=prompt_of(word)) for word in heldout_words(count, seed)]
+
+
+class FilePrompts:
+    """Prompts of a file, shuffled anew in each pass; held-out ones from a file of their own."""
+
+    def __init__(self, path: Path, heldout_path: Path | None) -> None:
+        self._prompts = read_prompts(path)
+        self._heldout: list[Prompt] = []
+        if heldout_path is not None:
+            self._heldout = read_prompts(heldout_path)
+            shared = {p.text for p in self._prompts} & {p.text for p in self._heldout}
+            if shared:
+                raise ConfigError(
+                    f"eval.path {heldout_path}: {len(shared)} prompts are also in {path}, "
+                    f"for example {min(shared)!r}; held-out prompts must not be trained on"
+                )
+
+    def training(self, seed: int, ordinal: int) -> Prompt:
+        turn, place = divmod(ordinal, len(self._prompts))
+        return self._prompts[_pass_order(seed, turn, len(self._prompts))[place]]
+
+    def heldout(self, seed: int, count: int) -> list[Prompt]:
+        chosen = _random(seed, "heldout", 0).sample(self._heldout, min(count, len(self._heldout)))
+        return list(chosen)
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Prompts of a .txt (one a line) or .jsonl file ({"prompt": ..., other keys become metadata}).
+
+    Raises:
+        ConfigError: no such file, an empty one, or a line that is not a prompt (with its number).
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"prompts {path}: cannot be read: {error}") from error
+    prompts: list[Prompt] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        if path.suffix != ".jsonl":
+            prompts.append(Prompt(text=line.strip()))
+            continue
+        try:
+            record = json.loads(line)
+            prompts.append(Prompt(text=record.pop("prompt"), metadata=record))
+        except (ValueError, AttributeError, KeyError) as error:
+            raise ConfigError(
+                f"{path}, line {number}: expected a JSON object with a 'prompt' text: {error}"
+            ) from error
+    if not prompts:
+        raise ConfigError(f"prompts {path}: holds no prompt")
+    return prompts
+
+
+def prompt_source(config: Config) -> PromptSource:
+    """The source that a configuration names.
+
+    Raises:
+        ConfigError: a prompt file that is missing, malformed, or overlaps the held-out one.
+    """
+    if config.prompts.source == "words":
+        return WordPrompts()
+    assert config.prompts.path is not None  # PromptsConfig refuses a file source without a path
+    heldout = find(config.eval.path) if config.eval.path is not None else None
+    return FilePrompts(find(config.prompts.path), heldout)
+
+
+def sample_seeds(seed: int, purpose: str, ordinal: int, count: int) -> tuple[int, ...]:
+    """`count` seeds of 63 bits for the initial noise of a group's samples."""
+    source = _random(seed, purpose, ordinal)
+    return tuple(source.getrandbits(63) for _ in range(count))
+
+
+def group_task(
+    config: Config, source: PromptSource, run: str, ordinal: int, attempt: int, version: PolicyVersion
+) -> GroupTask:
+    """The task of an issued ordinal."""
+    return GroupTask(
+        run=run,
+        ordinal=ordinal,
+        attempt=attempt,
+        prompt=source.training(config.run.seed, ordinal),
+        seeds=sample_seeds(config.run.seed, "noise", ordinal, config.rollout.group_size),
+        version=version,
+    )
+
+
+@lru_cache(maxsize=2)
+def _pass_order(seed: int, turn: int, size: int) -> tuple[int, ...]:
+    order = list(range(size))
+    _random(seed, "pass", turn).shuffle(order)
+    return tuple(order)
+
+
+def _random(seed: int, purpose: str, number: int) -> random.Random:
+    # A string seed is hashed with SHA-512, the same on every platform and Python build.
+    return random.Random(f"dgpo/{seed}/{purpose}/{number}")

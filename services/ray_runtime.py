@@ -1,0 +1,60 @@
+"""Joining a Ray cluster, or starting one on loopback for a single machine.
+
+Promises
+- A Ray that this run starts listens on loopback and is shut down with the run.
+- Usage statistics stay off: nothing is sent anywhere.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from services.config import Config
+
+NAMESPACE = "dgpo"
+
+
+def cpus_needed(config: Config) -> float:
+    """Ray CPUs that the parts of a run reserve together; controllers and the evaluator reserve none."""
+    rewards = sum(r.num_cpus * r.replicas for r in config.rewards if r.app is not None)
+    return (
+        config.learner.num_cpus * config.learner.ranks
+        + config.rollout.num_cpus * config.rollout.workers
+        + rewards
+    )
+
+
+@contextmanager
+def ray_cluster(config: Config) -> Iterator[None]:
+    """Ray is initialised inside the block.
+
+    Joins `cluster.address` or RAY_ADDRESS; without either, starts Ray on this machine with as many CPUs as
+    it has, or as the run reserves if that is more (a laptop may be oversubscribed, a cluster may not).
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    if address:
+        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
+    else:
+        ray.init(
+            address="local",
+            namespace=NAMESPACE,
+            num_cpus=max(os.cpu_count() or 1, math.ceil(cpus_needed(config))),
+            include_dashboard=config.cluster.dashboard,
+            dashboard_host="127.0.0.1",
+            _node_ip_address="127.0.0.1",
+            object_store_memory=config.cluster.object_store_mb * 1024**2,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,80 @@
+"""The result of a run in one flat object: what `--json` prints and the closing table shows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from services.config import Config
+from services.metrics import EvalRow
+from services.monitor import Outcome
+from services.telemetry import read_metrics
+
+
+def summary(config: Config, outcome: Outcome) -> dict[str, Any]:
+    """Scores before and after with standard errors, counts and the digest of the final weights.
+
+    `score_*` and `exact_*` are of the first trained reward; `independent_*` of the first held-out one, where
+    there is one. A number that was not measured is null.
+    """
+    metrics = read_metrics(outcome.run.root)
+    trained = config.trained_rewards[0].name
+    heldout = next((reward.name for reward in config.rewards if reward.heldout), None)
+    result: dict[str, Any] = {"run_dir": str(outcome.run.root), "interrupted": outcome.interrupted}
+    for when in ("before", "after"):
+        row = metrics.evaluation(when)
+        result |= _scores(row, trained, when, "")
+        if heldout is not None:
+            result |= _scores(row, heldout, when, "independent_")
+    updates = metrics.updates
+    return result | {
+        "heldout_prompts": getattr(metrics.evaluation("after"), "prompts", None),
+        "seconds": round(outcome.seconds, 1),
+        "steps": outcome.version.step,
+        "epoch": outcome.version.epoch,
+        "groups": updates[-1].groups if updates else 0,
+        "images": updates[-1].images if updates else 0,
+        "max_staleness_seen": max((row.staleness_max for row in updates), default=0),
+        "weights_digest": outcome.weights_digest,
+        "diversity_before": getattr(metrics.evaluation("before"), "diversity", None),
+        "diversity_after": getattr(metrics.evaluation("after"), "diversity", None),
+        "peak_memory_bytes": metrics.memory.parts if metrics.memory else None,
+    }
+
+
+def _scores(row: EvalRow | None, reward: str, when: str, prefix: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for kind, estimates in (
+        ("score", row.rewards if row else {}),
+        ("exact", row.exact if row else {}),
+    ):
+        estimate = estimates.get(reward)
+        found[f"{prefix}{kind}_{when}"] = estimate.mean if estimate else None
+        found[f"{prefix}{kind}_{when}_se"] = estimate.se if estimate else None
+    return found
+
+
+def closing_table(config: Config, result: dict[str, Any]) -> Table:
+    """Scores before and after for people, each with its standard error."""
+    table = Table(
+        title=f"held-out prompts: {result['heldout_prompts'] or 'none scored'}", title_justify="left"
+    )
+    table.add_column("")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    names = {"": config.trained_rewards[0].name}
+    names |= {"independent_": reward.name for reward in reversed(config.rewards) if reward.heldout}
+    for prefix, name in names.items():
+        for kind in ("score", "exact"):
+            cells = [_cell(result, f"{prefix}{kind}_{when}") for when in ("before", "after")]
+            if any(cells):
+                table.add_row(f"{name} {kind}", *(cell or "-" for cell in cells))
+    return table
+
+
+def _cell(result: dict[str, Any], key: str) -> str:
+    mean, error = result.get(key), result.get(f"{key}_se")
+    if mean is None:
+        return ""
+    return f"{mean:.3f}" + (f" ± {error:.3f}" if error is not None else "")

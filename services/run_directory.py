@@ -1,0 +1,157 @@
+"""The run directory: everything that outlives the processes of a run.
+
+Layout
+    config.yaml        the resolved configuration
+    environment.json   versions, git revision, machine
+    metrics.jsonl      one row an update, an evaluation, an event
+    tensorboard/       the same as event files
+    samples/           images of some groups, and of the evaluations before and after
+    checkpoints/       step-N/, manifest written last
+    queue/             the embedded Valkey's append-only file
+    secrets/           tokens, readable by the owner alone; never copied into a report
+    logs/              one file a part
+    report.html
+
+Promises
+- One driver at a time: a second one on the same directory is refused (an flock that dies with its holder).
+- `create` never reuses a directory; `open` refuses one that is not a run.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import secrets
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+from services.config import Config
+from services.config_file import PROJECT_ROOT, ConfigError, dump_config, load_config
+
+_PACKAGES = ("torch", "diffusers", "transformers", "peft", "ray", "redis", "rapidocr", "onnxruntime")
+
+
+class RunDirectory:
+    """Paths of one run."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.resolve()
+
+    @classmethod
+    def create(cls, config: Config) -> RunDirectory:
+        """Make `<run.directory>/<run.name>-<UTC time>` and record the configuration in it."""
+        stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+        root = config.run.directory / f"{config.run.name}-{stamp}-{secrets.token_hex(2)}"
+        try:
+            root.mkdir(parents=True)
+        except OSError as error:
+            raise ConfigError(f"run.directory {config.run.directory}: cannot make {root}: {error}") from error
+        run = cls(root)
+        for folder in (run.samples, run.checkpoints, run.logs, run.queue):
+            folder.mkdir()
+        run.secrets.mkdir(mode=0o700)
+        run.config_file.write_text(dump_config(config))
+        (run.root / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+        return run
+
+    @classmethod
+    def open(cls, root: Path) -> RunDirectory:
+        """An existing run.
+
+        Raises:
+            ConfigError: the directory is missing, or holds no config.yaml.
+        """
+        run = cls(root)
+        if not run.config_file.is_file():
+            raise ConfigError(f"{root}: not a run directory (no config.yaml in it)")
+        return run
+
+    @property
+    def name(self) -> str:
+        """Names the run in Redis keys and Ray actors; unique to the directory."""
+        return self.root.name
+
+    @property
+    def config_file(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def samples(self) -> Path:
+        return self.root / "samples"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def queue(self) -> Path:
+        return self.root / "queue"
+
+    @property
+    def secrets(self) -> Path:
+        return self.root / "secrets"
+
+    def config(self, overrides: tuple[str, ...] = ()) -> Config:
+        """The configuration the run was started with."""
+        return load_config(self.config_file, overrides)
+
+    def secret(self, name: str) -> Path:
+        """A file with a random token, made at the first call, readable by the owner alone."""
+        path = self.secrets / name
+        self.secrets.mkdir(mode=0o700, exist_ok=True)
+        if not path.exists():
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "w") as file:
+                file.write(secrets.token_urlsafe(32))
+        return path
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for one driver.
+
+        Raises:
+            ConfigError: another driver holds it; its pid is named.
+        """
+        path = self.root / "driver.lock"
+        with path.open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+                raise ConfigError(f"{self.root}: another driver (pid {holder}) is running this run") from None
+            file.seek(0)
+            file.truncate()
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
+
+
+def environment() -> dict[str, object]:
+    """Versions, git revision and machine, for whoever wants to reproduce the run."""
+    versions = {name: metadata.version(name) for name in _PACKAGES}
+    git = subprocess.run(
+        ["git", "-C", str(PROJECT_ROOT), "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=10,
+    )
+    return {
+        "dgpo-cluster": metadata.version("dgpo-cluster"),
+        "git": git.stdout.strip() or None,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "packages": versions,
+    }

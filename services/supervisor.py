@@ -1,0 +1,118 @@
+"""Keeps the rollout workers of a run alive, within a budget.
+
+Promises
+- A worker that dies is made anew after a pause that doubles each time; its lease expires or is re-issued by
+  the queue, so nothing it held is lost.
+- A worker that dies more often than its budget ends the run with its last error.
+- A worker that returns has seen the end of the run: it is not made anew.
+
+Knows Ray only through `ray.wait` and `ray.get`; how a worker is made is handed in.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+logger = logging.getLogger(__name__)
+
+FIRST_PAUSE_S = 1.0
+LONGEST_PAUSE_S = 30.0
+
+
+class PartFailed(RuntimeError):
+    """A part of the run kept failing; the text has its name, its last error and where its log is."""
+
+
+@dataclass
+class _Worker:
+    index: int
+    actor: Any
+    done: Any
+    restarts: int = 0
+    restart_at: float | None = None
+    last_error: str = ""
+
+
+@dataclass
+class Supervisor:
+    """Supervises `count` workers.
+
+    Args:
+        spawn: index -> (actor handle, reference to its endless `run` call).
+        count: workers to keep.
+        max_restarts: of one worker.
+        on_restart: told (part name, its error) at each death.
+    """
+
+    spawn: Callable[[int], tuple[Any, Any]]
+    count: int
+    max_restarts: int
+    on_restart: Callable[[str, str], None]
+    _workers: list[_Worker] = field(default_factory=list)
+
+    def start(self) -> None:
+        self._workers = [_Worker(index, *self.spawn(index)) for index in range(self.count)]
+
+    def poll(self, timeout_s: float) -> None:
+        """See to dead workers; waits up to `timeout_s` for one to end.
+
+        Raises:
+            PartFailed: a worker's budget is spent.
+        """
+        alive = {worker.done: worker for worker in self._workers if worker.done is not None}
+        if alive:
+            ended, _ = ray.wait(list(alive), num_returns=1, timeout=timeout_s)
+            for reference in ended:
+                self._ended(alive[reference])
+        else:
+            time.sleep(timeout_s)
+        for worker in self._workers:
+            if worker.restart_at is not None and time.monotonic() >= worker.restart_at:
+                worker.actor, worker.done = self.spawn(worker.index)
+                worker.restart_at = None
+
+    def join(self, deadline_s: float) -> None:
+        """Wait for all workers to see the end of the run; those that do not are killed."""
+        deadline = time.monotonic() + deadline_s
+        references = [worker.done for worker in self._workers if worker.done is not None]
+        if references:
+            ray.wait(references, num_returns=len(references), timeout=max(0.0, deadline - time.monotonic()))
+        for worker in self._workers:
+            if worker.actor is not None:
+                ray.kill(worker.actor)
+
+    def _ended(self, worker: _Worker) -> None:
+        name = f"rollout-{worker.index}"
+        reference, worker.done = worker.done, None
+        try:
+            ray.get(reference)
+        except ray.exceptions.RayError as error:
+            worker.last_error = _last_line(error)
+        else:
+            logger.info("%s has ended with the run", name)
+            return
+        self.on_restart(name, worker.last_error)
+        ray.kill(worker.actor)
+        if worker.restarts >= self.max_restarts:
+            raise PartFailed(
+                f"{name} died {worker.restarts + 1} times (rollout.max_restarts {self.max_restarts}); "
+                f"last error: {worker.last_error}; its log: logs/{name}.log in the run directory"
+            )
+        pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**worker.restarts)
+        worker.restarts += 1
+        worker.restart_at = time.monotonic() + pause
+        logger.warning("%s died (%s); made anew in %.0f s", name, worker.last_error, pause)
+
+
+def _last_line(error: Exception) -> str:
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, Exception):
+        return f"{type(cause).__name__}: {cause}"
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1].strip() if lines else 'no message'}"

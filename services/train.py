@@ -1,0 +1,99 @@
+"""A whole training with its results: what `dgpo train` runs, and `python -m services.train` in a Ray job.
+
+Promises
+- Writes metrics, samples, checkpoints, the exported model and report.html into the run directory, and returns
+  the result as one flat object.
+- An interrupted run gets its report too, and says how to go on.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from services.config import Config
+from services.config_file import load_config
+from services.exit_codes import INTERRUPTED, run
+from services.run_directory import RunDirectory
+
+
+def run_training(config: Config, directory: RunDirectory, *, resume: bool, screen: Console) -> dict[str, Any]:
+    """Train, export, report.
+
+    Args:
+        config: of the run.
+        directory: of the run, made before.
+        resume: go on from its newest checkpoint.
+        screen: where people look.
+
+    Returns:
+        services/results.py `summary`.
+    """
+    from services.driver import train
+    from services.exporting import export_run
+    from services.progress import Progress
+    from services.report import build_report
+    from services.results import closing_table, summary
+
+    heldout = [reward.name for reward in config.rewards if reward.heldout]
+    progress = Progress(
+        directory.name,
+        config.learner.max_steps,
+        heldout=heldout,
+        max_staleness=config.queue.max_staleness,
+        console=screen,
+    )
+    with progress:
+        outcome = train(config, directory, progress, resume=resume)
+        if not outcome.interrupted:
+            progress.activity("exporting the model")
+            export_run(directory.root, directory.root / "export", "ema")
+        progress.activity("writing the report")
+        page = build_report(directory.root)
+    result = summary(config, outcome)
+    screen.print(closing_table(config, result))
+    screen.print(f"report: {page}", highlight=False, soft_wrap=True)
+    if outcome.interrupted:
+        screen.print(
+            f"stopped after step {outcome.version.step} with a checkpoint; go on with\n"
+            f"  dgpo train --resume {directory.root}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    return result
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def job(
+    config: Annotated[str | None, typer.Option(help="A YAML file, or the name of a shipped recipe.")] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="RUN_DIR", help="Go on with a run.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="May be repeated.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+) -> None:
+    """Train a recipe (--config), or go on with a run (--resume)."""
+    if (config is None) == (resume is None):
+        raise typer.BadParameter("give either a configuration or --resume RUN_DIR")
+    if resume is not None:
+        directory = RunDirectory.open(resume)
+        settings = directory.config(tuple(overrides or ()))
+    else:
+        settings = load_config(str(config), overrides or ())
+        directory = RunDirectory.create(settings)
+    result = run_training(settings, directory, resume=resume is not None, screen=Console(stderr=True))
+    if as_json:
+        typer.echo(json.dumps(result))
+    if result["interrupted"]:
+        raise typer.Exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    run(app)
