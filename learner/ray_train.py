@@ -42,7 +42,10 @@ class PolicyTrainer:
         self._store = store
         config = context.config
         torch.set_num_threads(config.learner.threads)
-        self.policy = load_policy(config.model, text_encoders=False, vae=False, seed=config.run.seed)
+        # Conditions travel with the groups; only a guided reference needs the empty prompt's as well.
+        self.policy = load_policy(
+            config.model, text_encoders=config.objective.kl_cfg > 1, vae=False, seed=config.run.seed
+        )
         self.updater = Updater(self.policy, config)
 
     def restore(self) -> Start:
@@ -59,7 +62,23 @@ class PolicyTrainer:
         )
 
     def update(self, groups: Sequence[Group], step: int) -> dict[str, Any]:
-        return self.updater.step([_training_group(group) for group in groups], step).row()
+        done = self.updater.step([_training_group(group) for group in groups], step)
+        trained = [reward.name for reward in self._context.config.trained_rewards]
+        return {
+            "reward_mean": done.reward,
+            "reward_std": sum(done.reward_std[name] for name in trained) / len(trained),
+            "rewards": {
+                name: {"mean": mean, "std": done.reward_std[name]} for name, mean in done.reward_mean.items()
+            },
+            "zero_variance_groups": done.zero_variance_groups,
+            "loss": done.loss,
+            "dsm": done.dsm,
+            "grad_norm": done.grad_norm,
+            "group_weight": done.weight,
+            "clip_fraction": done.clip_fraction,
+            "kl": done.kl,
+            "learning_rate": done.learning_rate,
+        }
 
     def publish(self, version: PolicyVersion, *, kind: str) -> WeightsAnnouncement:
         tensors = self.updater.ema_tensors() if kind == "ema" else self.updater.rollout_tensors(version.step)
@@ -142,7 +161,6 @@ def _training_group(group: Group) -> TrainingGroup:
         latents=group.tensors["latents"],
         rewards=header.rewards,
         condition=_prefixed(group.tensors, "condition."),
-        negative=_prefixed(group.tensors, "negative.") or None,
     )
 
 

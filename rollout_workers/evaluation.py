@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from policy import Policy
+from policy import Condition, Policy
 from quickstart.diversity import diversity
 from rollout_workers.sampling import sample
 from rollout_workers.scoring import GroupScores, Scorer
@@ -97,8 +97,7 @@ def evaluate(
 def _images(policy: Policy, config: Config, prompts: Sequence[Prompt], first: int) -> NDArray[np.uint8]:
     conditions = [policy.encode(prompt.text) for prompt in prompts]
     seeds = [sample_seeds(config.eval.seed, "eval", first + place, 1)[0] for place in range(len(prompts))]
-    latents = sample(policy, conditions, seeds, config.rollout)
-    return policy.decode(latents, batch=config.rollout.decode_batch)
+    return _decoded(policy, config, conditions, seeds)
 
 
 def _diversity(policy: Policy, config: Config, prompts: Sequence[Prompt]) -> dict[str, float]:
@@ -106,9 +105,17 @@ def _diversity(policy: Policy, config: Config, prompts: Sequence[Prompt]) -> dic
     groups = []
     for place, prompt in enumerate(prompts):
         seeds = sample_seeds(config.eval.seed, "diversity", place, size)
-        latents = sample(policy, policy.encode(prompt.text), seeds, config.rollout)
-        groups.append(policy.decode(latents, batch=config.rollout.decode_batch))
+        groups.append(_decoded(policy, config, policy.encode(prompt.text), seeds))
     return diversity(np.concatenate(groups), size)
+
+
+def _decoded(
+    policy: Policy, config: Config, condition: Condition | Sequence[Condition], seeds: Sequence[int]
+) -> NDArray[np.uint8]:
+    negative = policy.negative() if config.rollout.guidance > 1 else None
+    latents = sample(policy, condition, negative, seeds, config.rollout)
+    images: NDArray[np.uint8] = policy.decode(latents, batch=config.rollout.decode_batch).numpy()
+    return images
 
 
 def _estimate(values: Sequence[float]) -> Estimate:

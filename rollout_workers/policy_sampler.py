@@ -32,7 +32,7 @@ class PolicySampler:
         self._config = config
         self._run_directory = run_directory
         self._store = store
-        self.policy: Policy = load_policy(config.model, text_encoders=True, vae=True, seed=config.run.seed)
+        self.policy: Policy = load_policy(config.model, text_encoders=True, vae=True, base=False, seed=config.run.seed)
 
     def install(self, announcement: WeightsAnnouncement) -> None:
         """Fetch, verify and bind.
@@ -49,12 +49,11 @@ class PolicySampler:
 
     def sample(self, task: GroupTask) -> SampledGroup:
         """The group of a task: latents (G, C, h, w), condition of one sample, images (G, H, W, 3)."""
+        rollout = self._config.rollout
         condition = self.policy.encode(task.prompt.text)
-        latents = sample(self.policy, condition, task.seeds, self._config.rollout)
-        images = self.policy.decode(latents, batch=self._config.rollout.decode_batch)
+        negative = self.policy.negative() if rollout.guidance > 1 else None
+        latents = sample(self.policy, condition, negative, task.seeds, rollout)
+        images = self.policy.decode(latents, batch=rollout.decode_batch).numpy()
         tensors = {"latents": latents.contiguous()}
         tensors |= {f"condition.{name}": tensor.contiguous() for name, tensor in condition.items()}
-        if self._config.rollout.guidance > 1 or self._config.objective.kl_cfg > 1:
-            negative = self.policy.negative()
-            tensors |= {f"negative.{name}": tensor.contiguous() for name, tensor in negative.items()}
         return SampledGroup(tensors=tensors, images=images)

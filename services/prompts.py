@@ -86,7 +86,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         try:
             record = json.loads(line)
             prompts.append(Prompt(text=record.pop("prompt"), metadata=record))
-        except (ValueError, AttributeError, KeyError) as error:
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise ConfigError(
                 f"{path}, line {number}: expected a JSON object with a 'prompt' text: {error}"
             ) from error

@@ -1,0 +1,52 @@
+"""Sample one whole group: G seeds, one condition, one batch.
+
+Promises
+- The result follows from (weights, condition, seeds, rollout section) alone, on one machine type and thread
+  count.
+- Equals the latents of the stock pipeline with the same scheduler and one generator a seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from policy.base import Condition, Policy
+from rollout_workers.solvers import Solver, make_solver
+from services.config import RolloutConfig
+
+
+def sample(
+    policy: Policy,
+    condition: Condition | Sequence[Condition],
+    negative: Condition | None,
+    seeds: Sequence[int],
+    rollout: RolloutConfig,
+) -> Tensor:
+    """The final latents of a group.
+
+    Args:
+        condition: of the group's prompt; or one a sample, for evaluations of many prompts.
+        negative: of the empty prompt; needed when `rollout.guidance` is above 1.
+        seeds: G of them, each determines the initial noise of its sample.
+
+    Returns:
+        (G, C, h, w) float32 latents x0, free of autograd.
+    """
+    negative = policy.negative() if rollout.guidance > 1 else None
+
+    def velocity(x: Tensor, timestep: Tensor) -> Tensor:
+        return policy.velocity(x, timestep, condition, guidance=rollout.guidance, negative=negative)
+
+    with torch.inference_mode():
+        latents = _solver(rollout).solve(velocity, policy.initial_latents(seeds))
+    # An inference tensor could not take part in training; a copy made out here can.
+    return latents.clone()
+
+
+@lru_cache(maxsize=8)
+def _solver(rollout: RolloutConfig) -> Solver:
+    return make_solver(rollout)

@@ -1,0 +1,52 @@
+"""ODE solvers from noise to final latents: Euler and DPM-Solver++ 2M, diffusers' own.
+
+Promises
+- Deterministic: the final latents follow from the initial ones, the weights and the condition.
+- The stock pipeline with the same scheduler takes exactly the same steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from policy.schedule import Schedule, make_schedule, make_scheduler
+from services.config import RolloutConfig
+
+VelocityFunction = Callable[[Tensor, Tensor], Tensor]
+"""(x, timestep) -> velocity, shapes (N, C, h, w), () and (N, C, h, w)."""
+
+
+class Solver:
+    """The solver of a `rollout` section.
+
+    Attributes:
+        schedule: the timesteps and sigmas it visits.
+    """
+
+    def __init__(self, rollout: RolloutConfig) -> None:
+        self._rollout = rollout
+        self.schedule: Schedule = make_schedule(rollout)
+
+    def solve(self, velocity: VelocityFunction, x: Tensor) -> Tensor:
+        """Integrate from noise to sigma 0.
+
+        Args:
+            velocity: evaluated `rollout.steps` times.
+            x: (N, C, h, w) initial latents.
+
+        Returns:
+            (N, C, h, w) final latents x0.
+        """
+        scheduler = make_scheduler(self._rollout)
+        scheduler.set_timesteps(self._rollout.steps, device=x.device)
+        for timestep in scheduler.timesteps:
+            x = scheduler.step(velocity(x, timestep), timestep, x, return_dict=False)[0]
+        return x.to(torch.float32)
+
+
+def make_solver(rollout: RolloutConfig) -> Solver:
+    """The solver of a `rollout` section."""
+    return Solver(rollout)

@@ -1,0 +1,94 @@
+"""A configuration is refused with the place, what was found and what would be valid; or it is used whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.config_file import PROJECT_ROOT, ConfigError, dump_config, load_config, parse_config
+
+RECIPES = sorted((PROJECT_ROOT / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_shipped_recipe_is_valid_and_round_trips(recipe: Path) -> None:
+    config = load_config(recipe)
+    assert parse_config(yaml.safe_load(dump_config(config)), source="dump") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("learner.max_step=3", ["learner.max_step", "unknown key", "did you mean 'max_steps'"]),
+        ("rewards.0.wieght=1", ["rewards.0.wieght", "'weight'"]),
+        ("queue.max_staleness=-1", ["queue.max_staleness", "greater than or equal to 0", "-1"]),
+        ("rollout.group_size=many", ["rollout.group_size", "valid integer", "'many'"]),
+        ("learner.micro_batch=24", ["micro_batch 24", "group_size 16"]),
+        ("objective.timesteps.per_update=9", ["per_update 9 exceeds first 8"]),
+        ("learner.optimizer_steps=3", ["optimizer_steps 3 must divide", "per_update 4"]),
+        ("learner.ranks=2", ["learner.ranks", "less than or equal to 1"]),
+        ("objective.switch_step=5", ["objective"]),
+        ("rewards.0.heldout=true", ["every reward is held out"]),
+        ("rewards.1.name=ocr", ["names must differ"]),
+        ("rewards.0.url=http://localhost:1", ["either app or url"]),
+        ("prompts.source=file", ["needs a path"]),
+        ("queue.max_groups=4", ["cannot hold"]),
+        ("run.name=../evil", ["run.name"]),
+        ("model=null", ["model"]),
+    ],
+)
+def test_an_unusable_value_is_named(override: str, named: list[str]) -> None:
+    if override == "objective.switch_step=5":
+        overrides = [override, "objective.reference=frozen"]
+        named = ["switch_step needs reference 'ema'"]
+    else:
+        overrides = [override]
+    with pytest.raises(ConfigError) as refused:
+        load_config("quickstart", overrides)
+    for text in named:
+        assert text in str(refused.value)
+
+
+@pytest.mark.parametrize("override", ["learner", "=1", "a..b=1", "rewards.7.weight=1", "run.name.deep=1"])
+def test_a_malformed_override_is_named(override: str) -> None:
+    with pytest.raises(ConfigError, match="--set"):
+        load_config("quickstart", [override])
+
+
+def test_an_unknown_recipe_lists_the_shipped_ones() -> None:
+    with pytest.raises(ConfigError, match="quickstart"):
+        load_config("quickstrat")
+
+
+def test_yaml_that_is_none_is_refused(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("run: [")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(broken)
+    broken.write_text("- a list")
+    with pytest.raises(ConfigError, match="mapping of sections"):
+        load_config(broken)
+
+
+def test_python_objects_in_yaml_are_not_made(tmp_path: Path) -> None:
+    evil = tmp_path / "evil.yaml"
+    evil.write_text("run: !!python/object/apply:os.system ['true']")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(evil)
+
+
+def test_mode_2a_is_cfg_free() -> None:
+    with pytest.raises(ConfigError, match="CFG-free"):
+        load_config(
+            "quickstart", ["objective.reference=frozen", "objective.kl_cfg=4.5", "rollout.guidance=4.5"]
+        )
+
+
+@given(step=st.integers(1, 10**6), rate=st.floats(1e-8, 1.0))
+def test_overrides_arrive_as_they_are(step: int, rate: float) -> None:
+    config = load_config("quickstart", [f"learner.max_steps={step}", f"learner.learning_rate={rate!r}"])
+    assert (config.learner.max_steps, config.learner.learning_rate) == (step, rate)

@@ -1,0 +1,91 @@
+"""Prompt and seeds are a pure function of (run seed, ordinal); held-out prompts are never trained on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from services.config_file import ConfigError, load_config
+from services.messages import PolicyVersion
+from services.prompts import group_task, prompt_source, read_prompts, sample_seeds
+
+
+def test_a_task_follows_from_seed_and_ordinal_alone() -> None:
+    config = load_config("quickstart")
+
+    def task(ordinal: int, epoch: int) -> object:
+        source = prompt_source(config)
+        made = group_task(config, source, "r", ordinal, 1, PolicyVersion(epoch=epoch, step=0))
+        return made.prompt, made.seeds
+
+    assert task(7, epoch=0) == task(7, epoch=3)
+    assert task(7, epoch=0) != task(8, epoch=0)
+
+
+def test_a_task_is_the_same_in_every_release() -> None:
+    # Resuming a run under a newer release must not change what its ordinals mean.
+    assert sample_seeds(0, "noise", 0, 2) == (5795898393558054558, 3766909712085036286)
+
+
+def test_seeds_differ_between_purposes_and_runs() -> None:
+    seeds = {sample_seeds(seed, purpose, 0, 1) for seed in (0, 1) for purpose in ("noise", "eval")}
+    assert len(seeds) == 4
+
+
+def test_held_out_words_are_never_trained() -> None:
+    source = prompt_source(load_config("quickstart"))
+    heldout = {prompt.text for prompt in source.heldout(99, 400)}
+    trained = {source.training(0, ordinal).text for ordinal in range(2000)}
+    assert len(heldout) == 400
+    assert not heldout & trained
+    assert source.heldout(99, 64) == source.heldout(99, 400)[:64]
+
+
+def test_a_file_is_passed_through_whole_before_it_repeats(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("one\ntwo\n\nthree\n")
+    config = load_config("quickstart", ["prompts.source=file", f"prompts.path={file}"])
+    source = prompt_source(config)
+    for turn in range(3):
+        seen = {source.training(0, ordinal).text for ordinal in range(3 * turn, 3 * turn + 3)}
+        assert seen == {"one", "two", "three"}
+    assert source.heldout(0, 5) == []
+
+
+def test_jsonl_metadata_travels_with_the_prompt(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(
+        json.dumps({"prompt": "a red cube", "tag": "colors", "include": [{"class": "cube"}]}) + "\n"
+    )
+    (prompt,) = read_prompts(file)
+    assert prompt.text == "a red cube"
+    assert prompt.metadata == {"tag": "colors", "include": [{"class": "cube"}]}
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("", "holds no prompt"),
+        ("{", "line 1"),
+        ('{"prompt": "a"}\n{"text": "b"}', "line 2"),
+        ("[1]", "line 1"),
+    ],
+)
+def test_a_bad_file_is_named_with_its_line(tmp_path: Path, content: str, named: str) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=named):
+        read_prompts(file)
+
+
+def test_held_out_prompts_that_are_trained_are_refused(tmp_path: Path) -> None:
+    train, heldout = tmp_path / "train.txt", tmp_path / "heldout.txt"
+    train.write_text("one\ntwo\n")
+    heldout.write_text("two\nthree\n")
+    config = load_config(
+        "quickstart", ["prompts.source=file", f"prompts.path={train}", f"eval.path={heldout}"]
+    )
+    with pytest.raises(ConfigError, match="'two'"):
+        prompt_source(config)
