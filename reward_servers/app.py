@@ -1,0 +1,224 @@
+"""The HTTP application of one reward: FastAPI, without Ray.
+
+Promises
+- Every path but /healthz asks for the bearer token, before it reads a body.
+- A body over the limit is refused from its Content-Length, or as soon as it has grown too long.
+- Every answer that is not 2xx is an ErrorBody; 429 and 503 say when to come back.
+- /healthz is 503 until the scorer is warm, and when it hangs.
+
+Served by Ray Serve (deployment.py) and by plain uvicorn (local.py) alike.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import math
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+
+from reward_servers.engine import ScoringEngine
+from reward_servers.protocol import (
+    HEALTH_PATH,
+    INFO_PATH,
+    JSON_TYPE,
+    SCORE_PATH,
+    STATUS_NAMES,
+    TENSOR_TYPE,
+    ErrorBody,
+    ItemError,
+    Limits,
+    ProtocolError,
+    ScoreRequest,
+    ScoreResponse,
+    ServerInfo,
+)
+from reward_servers.scorer import ItemScore, Scorer
+from reward_servers.scorers import load_scorer
+from reward_servers.server_config import ServerConfig
+from reward_servers.wire import ScoreCall, decode_json, decode_tensors
+
+log = logging.getLogger(__name__)
+
+_REQUEST_BODY: dict[str, Any] = {
+    "required": True,
+    "content": {
+        JSON_TYPE: {"schema": ScoreRequest.model_json_schema()},
+        TENSOR_TYPE: {
+            "schema": {
+                "type": "string",
+                "format": "binary",
+                "description": "safetensors: tensor `images` U8 [N, H, W, 3] RGB; __metadata__: "
+                "`prompts` and `metadata` as JSON texts",
+            }
+        },
+    },
+}
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": name} for status, name in STATUS_NAMES.items()
+}
+
+
+def create_app(config: ServerConfig, *, scorer: Scorer | None = None) -> FastAPI:
+    """The application of one reward. The scorer is loaded here and warmed up when the server starts.
+
+    Args:
+        scorer: scores in place of `config.app`, for tests and for scorers of other packages.
+    """
+    token = config.token().encode("ascii")
+    engine = ScoringEngine(
+        scorer or load_scorer(config.app, config.args, config.threads),
+        merge=config.batching == "dynamic",
+        deadline_s=config.deadline_s,
+        max_pending=config.max_pending,
+    )
+    info = _info(config, engine.scorer)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await engine.start()
+        yield
+        await engine.stop()
+
+    app = FastAPI(
+        title="Reward protocol",
+        version="1",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+    )
+    app.state.engine = engine
+
+    @app.get(HEALTH_PATH, responses={503: _ERRORS[503]})
+    async def healthz() -> dict[str, str]:
+        if stalled := engine.stalled:
+            raise ProtocolError(503, stalled, retry_after_s=5)
+        return {"status": "ok"}
+
+    @app.get(INFO_PATH, responses={401: _ERRORS[401]})
+    async def server_info(request: Request) -> ServerInfo:
+        _check_token(request, token)
+        return info
+
+    @app.post(
+        SCORE_PATH,
+        response_model=ScoreResponse,
+        responses=_ERRORS,
+        openapi_extra={"requestBody": _REQUEST_BODY},
+    )
+    async def score(request: Request) -> Response:
+        _check_token(request, token)
+        call = await _read(request, config.limits)
+        refused = _refused(engine.scorer, call)
+        if refused is not None:
+            raise ProtocolError(422, refused)
+        answer = _answer(info, await engine.score(call))
+        # Serialised here and once: FastAPI would validate it and build it anew.
+        return Response(answer.model_dump_json(), media_type=JSON_TYPE)
+
+    _add_error_bodies(app)
+    return app
+
+
+def _info(config: ServerConfig, scorer: Scorer) -> ServerInfo:
+    return ServerInfo(
+        reward=scorer.name,
+        model=scorer.model,
+        version=scorer.version,
+        batch_invariant=scorer.batch_invariant,
+        batching=config.batching,
+        max_batch=scorer.max_batch,
+        limits=config.limits,
+    )
+
+
+def _check_token(request: Request, token: bytes) -> None:
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    # Latin-1 takes any header; compare_digest then takes the same time wherever they differ.
+    same = hmac.compare_digest(given.strip().encode("latin-1", "replace"), token)
+    if scheme.lower() != "bearer" or not same:
+        raise ProtocolError(401, "send the header 'Authorization: Bearer TOKEN' with this server's token")
+
+
+async def _read(request: Request, limits: Limits) -> ScoreCall:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind not in (JSON_TYPE, TENSOR_TYPE):
+        raise ProtocolError(415, f"content type {kind!r}; send {JSON_TYPE} or {TENSOR_TYPE}")
+    body = await _body(request, limits.max_body_bytes)
+    if kind == TENSOR_TYPE:
+        return decode_tensors(body, limits)
+    # PNG decoding takes long enough to keep other requests from being accepted.
+    return await asyncio.to_thread(decode_json, body, limits)
+
+
+async def _body(request: Request, limit: int) -> bytes:
+    too_large = ProtocolError(413, f"the body has more than {limit} bytes, which is the limit")
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > limit:
+        raise too_large
+    chunks, size = [], 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > limit:
+            raise too_large
+        chunks.append(chunk)
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+def _refused(scorer: Scorer, call: ScoreCall) -> str | None:
+    """Why the request can never be scored, if it cannot."""
+    previous: Any = None
+    for index, pair in enumerate(zip(call.prompts, call.metadata, strict=True)):
+        if pair == previous:
+            continue
+        if reason := scorer.check(*pair):
+            return f"item {index}: {reason}"
+        previous = pair
+    return None
+
+
+def _answer(info: ServerInfo, items: Sequence[ItemScore]) -> ScoreResponse:
+    return ScoreResponse(
+        scores=tuple(item.score for item in items),
+        details=tuple(item.details for item in items),
+        errors=tuple(
+            ItemError(index=index, error=item.error)
+            for index, item in enumerate(items)
+            if item.error is not None
+        ),
+        reward=info.reward,
+        model=info.model,
+        version=info.version,
+    )
+
+
+def _add_error_bodies(app: FastAPI) -> None:
+    @app.exception_handler(ProtocolError)
+    async def on_protocol_error(request: Request, error: ProtocolError) -> Response:
+        headers = {}
+        if error.retry_after_s is not None:
+            headers["Retry-After"] = str(math.ceil(error.retry_after_s))
+        if error.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        if error.status in (401, 413, 415):
+            # The rest of the body has not been read, so the connection cannot carry another request.
+            headers["Connection"] = "close"
+        return Response(error.body.model_dump_json(), error.status, headers, JSON_TYPE)
+
+    @app.exception_handler(HTTPException)
+    async def on_http_exception(request: Request, error: HTTPException) -> Response:
+        detail = f"{request.method} {request.url.path}: {error.detail}; this server has {HEALTH_PATH}, "
+        refused = ProtocolError(error.status_code, detail + f"{INFO_PATH} and {SCORE_PATH}")
+        return Response(refused.body.model_dump_json(), error.status_code, error.headers, JSON_TYPE)
+
+    @app.exception_handler(Exception)
+    async def on_error(request: Request, error: Exception) -> Response:
+        log.exception("request failed", exc_info=error)
+        body = ErrorBody(error="internal", detail=f"{type(error).__name__} in the reward server; see its log")
+        return Response(body.model_dump_json(), 500, media_type=JSON_TYPE)

@@ -1,0 +1,61 @@
+"""One reward as a Ray Serve application. For a Serve config file: `reward_servers.deployment:build`.
+
+Promises
+- A replica is ready once its scorer is warm; one whose scorer hangs fails its health check and is replaced.
+- Overload is refused with 429 and Retry-After: by the replica with a JSON body, and by Serve beyond that.
+- Arguments hold no secret (server_config.py): Serve shows them on its dashboard.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.deployment import Application, Deployment
+
+from reward_servers.app import create_app
+from reward_servers.server_config import ServerConfig
+
+QUIET = {"log_level": "WARNING", "enable_access_log": False}
+"""Serve's logging: a line a request costs more than the HTTP around it."""
+
+
+@serve.ingress()
+class Reward:
+    """A replica: the reward's application around one scorer."""
+
+    def __init__(self, args: dict[str, Any]) -> None:
+        self._app = create_app(ServerConfig.model_validate(args))
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return self._app
+
+    def check_health(self) -> None:
+        """Called by Serve; raising makes it replace this replica."""
+        if stalled := self._app.state.engine.stalled:
+            raise RuntimeError(stalled)
+
+
+def deployment_of(config: ServerConfig) -> Deployment:
+    """The deployment of a reward with limits that follow from its configuration; not yet bound."""
+    configured = serve.deployment(
+        name="reward",
+        # The replica's own bound is met first, so that the refusal has a body that says why.
+        max_ongoing_requests=config.max_pending + 8,
+        max_queued_requests=config.max_pending,
+        backpressure_config={"status_code": 429, "retry_after_s": 1},
+        health_check_period_s=10,
+        health_check_timeout_s=30,
+        graceful_shutdown_timeout_s=10,
+        logging_config=QUIET,
+    )
+    deployment: Deployment = configured(Reward)
+    return deployment
+
+
+def build(args: dict[str, Any]) -> Application:
+    """A Serve application from the `args` of a Serve config file: the fields of ServerConfig."""
+    config = ServerConfig.model_validate(args)
+    application: Application = deployment_of(config).bind(config.model_dump(mode="json"))
+    return application

