@@ -1,0 +1,149 @@
+"""What an objective is: it adds the gradient of its loss, for some groups and timesteps, to the parameters.
+
+Promises
+- An objective sees whole groups, and says nothing of how they came here.
+- Adding one is adding one file to this folder that declares `OBJECTIVES`: name -> class.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import time
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from policy.base import Condition, Policy
+from policy.schedule import Schedule
+from services.config import Config
+
+
+@dataclass(frozen=True)
+class TrainingGroup:
+    """One whole group, as it came from a rollout worker."""
+
+    ordinal: int
+    latents: Tensor
+    """(G, C, h, w) final latents x0."""
+    rewards: Mapping[str, Sequence[float]]
+    """Name -> G scores, in the order of the latents; held-out rewards too."""
+    condition: Condition
+    """Of the group's prompt."""
+    negative: Condition | None = None
+    """Of the empty prompt; needed where the base model is compared with under guidance."""
+
+
+@dataclass(frozen=True)
+class LiveGroup:
+    """A group that has a preference, on the policy's device."""
+
+    ordinal: int
+    latents: Tensor
+    """(G, C, h, w) float32."""
+    advantages: Tensor
+    """(G,) float32."""
+    condition: Condition
+    negative: Condition | None
+
+
+class Phases:
+    """Seconds by phase. On a GPU it is the time to launch the work, except where a phase waits for it."""
+
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
+
+
+@dataclass
+class Measurements:
+    """Sums over (group, timestep) pairs; means are taken when an update is reported."""
+
+    pairs: int = 0
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, pairs: int, **sums: Tensor) -> None:
+        self.pairs += pairs
+        for name, value in sums.items():
+            value = value.detach().to(torch.float64)
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def mean(self, name: str) -> float | None:
+        return float(self.sums[name]) / self.pairs if name in self.sums and self.pairs else None
+
+
+class Objective(ABC):
+    """A training objective.
+
+    Args:
+        policy: whose trained parameters get gradients.
+        config: of the run.
+        schedule: the solver's timesteps and sigmas, to which timestep indices refer.
+    """
+
+    def __init__(self, policy: Policy, config: Config, schedule: Schedule) -> None:
+        self.policy = policy
+        self.config = config
+        self.schedule = schedule
+        self.phases = Phases()
+
+    @property
+    @abstractmethod
+    def uses_reference(self) -> bool:
+        """Whether the learner must keep the EMA reference for this objective."""
+
+    @abstractmethod
+    def accumulate(
+        self,
+        groups: Sequence[LiveGroup],
+        timesteps: Sequence[int],
+        *,
+        step: int,
+        scale: float,
+        reference: Mapping[str, Tensor] | None,
+    ) -> Measurements:
+        """Add the gradient of scale * sum over groups and timesteps of the loss to `.grad`.
+
+        Args:
+            groups: with a preference each, in ordinal order.
+            timesteps: indices into the schedule.
+            step: the update; noise follows from it.
+            scale: one over the number of pairs in the whole optimizer step, counting groups without a
+                preference too.
+            reference: tensors of the EMA reference; None: it equals the policy as it is now.
+        """
+
+
+def make_objective(policy: Policy, config: Config, schedule: Schedule) -> Objective:
+    """The objective named in the configuration.
+
+    Raises:
+        ValueError: unknown name; the text lists the known ones.
+    """
+    known = objectives()
+    if config.objective.name not in known:
+        raise ValueError(f"objective.name {config.objective.name!r}: known are {', '.join(sorted(known))}")
+    return known[config.objective.name](policy, config, schedule)
+
+
+def objectives() -> dict[str, type[Objective]]:
+    """Every objective in this folder, by name."""
+    from learner import objectives as folder
+
+    found: dict[str, type[Objective]] = {}
+    for module in pkgutil.iter_modules(folder.__path__):
+        loaded = importlib.import_module(f"{folder.__name__}.{module.name}")
+        found.update(getattr(loaded, "OBJECTIVES", {}))
+    return found

@@ -1,0 +1,354 @@
+"""Direct Group Preference Optimization (arXiv 2510.08425): the formulas, and their gradient.
+
+Promises
+- The functions are the formulas of DESIGN section 5, term by term, and pure.
+- `Dgpo.accumulate` adds the exact gradient of the loss for any micro-batch: a multiple of the group size
+  (several groups in one forward) or a divisor of it (deferred group weight).
+- A velocity that is known to equal another is not computed twice, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from learner.objectives.base import LiveGroup, Measurements, Objective
+from learner.seeds import derive_seed
+from policy.base import Condition, Policy
+from policy.schedule import Schedule
+from services.config import Config
+
+
+def dsm_error(velocity: Tensor, target: Tensor) -> Tensor:
+    """(N,) mean over latent elements of (target - velocity)^2; both (N, C, h, w)."""
+    return (target - velocity).square().flatten(1).mean(dim=1)
+
+
+def clipped(dsm: Tensor, old_dsm: Tensor, advantages: Tensor, clip_range: float | None) -> Tensor:
+    """(N,) bool: the sample has moved far enough in its preferred direction and gives no gradient.
+
+    rho = exp(old_dsm - dsm); true where A > 0 and rho > 1 + c, or A < 0 and rho < 1 - c.
+    """
+    if clip_range is None:
+        return torch.zeros_like(dsm, dtype=torch.bool)
+    ratio = torch.exp(old_dsm - dsm)
+    better = (advantages > 0) & (ratio > 1 + clip_range)
+    worse = (advantages < 0) & (ratio < 1 - clip_range)
+    return better | worse
+
+
+def group_scores(dsm: Tensor, reference_dsm: Tensor, advantages: Tensor) -> Tensor:
+    """S_g, how much worse the policy fits the preferred part of each group than the reference does.
+
+    Args:
+        dsm: (groups, G) DSM error of the policy.
+        reference_dsm: the same under the reference.
+        advantages: (groups, G), zero mean in each row.
+
+    Returns:
+        (groups,) (1/G) sum_i A_i (d_i - d_i').
+    """
+    return (advantages * (dsm - reference_dsm)).mean(dim=1)
+
+
+def group_weights(scores: Tensor, beta: float) -> Tensor:
+    """(groups,) sigmoid(beta * S_g): the derivative of the loss with respect to S_g."""
+    return torch.sigmoid(beta * scores)
+
+
+def group_losses(scores: Tensor, beta: float) -> Tensor:
+    """(groups,) softplus(beta * S_g) / beta = -log sigmoid(-beta * S_g) / beta."""
+    return F.softplus(beta * scores) / beta
+
+
+def kl_penalty(velocity: Tensor, base_velocity: Tensor) -> Tensor:
+    """(N,) mean over latent elements of (v - v_base)^2: the KL of two Gaussians up to a factor."""
+    return (velocity - base_velocity).square().flatten(1).mean(dim=1)
+
+
+@dataclass(frozen=True)
+class NoisedBatch:
+    """Some samples at one timestep, as the model sees them."""
+
+    x: Tensor
+    """(N, C, h, w) x_t = (1 - sigma) x0 + sigma noise."""
+    target: Tensor
+    """(N, C, h, w) noise - x0."""
+    timestep: Tensor
+    """()."""
+    conditions: Sequence[Condition]
+    """Each shared by equally many consecutive samples."""
+    negative: Condition | None
+
+    def part(self, samples: slice) -> NoisedBatch:
+        """Some of the samples of a batch that has one condition."""
+        return NoisedBatch(
+            self.x[samples], self.target[samples], self.timestep, self.conditions, self.negative
+        )
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What the models DGPO compares with say of a batch, no gradient; None: the policy's own value."""
+
+    old_dsm: Tensor | None
+    """(N,) DSM error under the EMA reference, which the clip is relative to."""
+    reference_dsm: Tensor | None
+    """(N,) DSM error under the reference."""
+    base_velocity: Tensor | None
+    """(N, C, h, w) of the frozen base, when the KL needs it."""
+
+
+class Dgpo(Objective):
+    """The objective; see DESIGN section 5."""
+
+    def __init__(self, policy: Policy, config: Config, schedule: Schedule) -> None:
+        super().__init__(policy, config, schedule)
+        self._objective = config.objective
+        self._parameters = list(policy.trainable().values())
+        self._needs_base = config.objective.reference == "frozen" or config.objective.kl > 0
+
+    @property
+    def uses_reference(self) -> bool:
+        return self._objective.reference == "ema" or self._objective.clip_range is not None
+
+    def accumulate(
+        self,
+        groups: Sequence[LiveGroup],
+        timesteps: Sequence[int],
+        *,
+        step: int,
+        scale: float,
+        reference: Mapping[str, Tensor] | None,
+    ) -> Measurements:
+        measured = Measurements()
+        micro_batch, group_size = self.config.learner.micro_batch, self.config.rollout.group_size
+        at_once = max(1, micro_batch // group_size)
+        for index in timesteps:
+            for start in range(0, len(groups), at_once):
+                some = groups[start : start + at_once]
+                batch = self._noised(some, index, step)
+                advantages = torch.stack([group.advantages for group in some])
+                if micro_batch >= group_size:
+                    self._whole(batch, advantages, scale, reference, measured)
+                elif self._objective.kl == 0:
+                    self._deferred(batch, advantages, scale, reference, measured)
+                else:
+                    self._scored_first(batch, advantages, scale, reference, measured)
+        return measured
+
+    def _whole(
+        self,
+        batch: NoisedBatch,
+        advantages: Tensor,
+        scale: float,
+        reference: Mapping[str, Tensor] | None,
+        measured: Measurements,
+    ) -> None:
+        """Whole groups in one forward: the weight is known before the backward."""
+        groups, group_size = advantages.shape
+        flat = advantages.flatten()
+        compared = self._compare(batch, reference)
+        velocity, dsm = self._forward(batch)
+        now = dsm.detach()
+        cut = self._clipped(now, compared, flat)
+        scores = self._scores(now, compared, advantages)
+        weights = group_weights(scores, self._objective.beta)
+        slope = weights.repeat_interleave(group_size) * flat * ~cut * (scale / group_size)
+        loss = (slope * dsm).sum()
+        kl = self._kl(velocity, compared)
+        if kl is not None:
+            loss = loss + (self._objective.kl * scale / group_size) * kl.sum()
+        self._backward(loss)
+        self._measure(measured, now, scores, cut, None if kl is None else kl.detach(), groups)
+
+    def _deferred(
+        self,
+        batch: NoisedBatch,
+        advantages: Tensor,
+        scale: float,
+        reference: Mapping[str, Tensor] | None,
+        measured: Measurements,
+    ) -> None:
+        """One group in pieces: its gradient without the weight first, in a buffer of its own."""
+        group_size = advantages.shape[1]
+        held = self._take_gradients()
+        errors, cuts, references = [], [], []
+        for samples in self._pieces(group_size):
+            piece, part = batch.part(samples), advantages[0, samples]
+            compared = self._compare(piece, reference)
+            _, dsm = self._forward(piece)
+            now = dsm.detach()
+            cut = self._clipped(now, compared, part)
+            self._backward((part * ~cut * (scale / group_size) * dsm).sum())
+            errors.append(now)
+            cuts.append(cut)
+            references.append(now if compared.reference_dsm is None else compared.reference_dsm)
+        now = torch.cat(errors)
+        scores = group_scores(now[None], torch.cat(references)[None], advantages)
+        self._add_gradients(held, group_weights(scores, self._objective.beta)[0])
+        self._measure(measured, now, scores, torch.cat(cuts), None, 1)
+
+    def _scored_first(
+        self,
+        batch: NoisedBatch,
+        advantages: Tensor,
+        scale: float,
+        reference: Mapping[str, Tensor] | None,
+        measured: Measurements,
+    ) -> None:
+        """One group in pieces, with a KL term, whose gradient the group weight must not scale.
+
+        Two buffers would take two backward passes (5 forwards' worth in all); a forward pass for the scores
+        alone makes it 4.
+        """
+        group_size = advantages.shape[1]
+        pieces = self._pieces(group_size)
+        compared = [self._compare(batch.part(samples), reference) for samples in pieces]
+        if compared[0].reference_dsm is None:
+            scores = advantages.new_zeros(1)
+        else:
+            with torch.inference_mode(), self.phases("score"):
+                dsm = torch.cat([self._errors(batch.part(samples)) for samples in pieces])
+                known = torch.cat([one.reference_dsm for one in compared if one.reference_dsm is not None])
+                scores = group_scores(dsm[None], known[None], advantages)
+            scores = scores.clone()
+        weight = group_weights(scores, self._objective.beta)[0]
+        errors, cuts, kls = [], [], []
+        for samples, one in zip(pieces, compared, strict=True):
+            part = advantages[0, samples]
+            velocity, dsm_part = self._forward(batch.part(samples))
+            now = dsm_part.detach()
+            cut = self._clipped(now, one, part)
+            kl = self._kl(velocity, one)
+            assert kl is not None
+            slope = weight * part * ~cut
+            self._backward((scale / group_size) * ((slope * dsm_part).sum() + self._objective.kl * kl.sum()))
+            errors.append(now)
+            cuts.append(cut)
+            kls.append(kl.detach())
+        self._measure(measured, torch.cat(errors), scores, torch.cat(cuts), torch.cat(kls), 1)
+
+    def _noised(self, groups: Sequence[LiveGroup], index: int, step: int) -> NoisedBatch:
+        sigma = self.schedule.sigmas[index].to(self.policy.device)
+        noises = [self._noise(group, index, step) for group in groups]
+        x0 = torch.cat([group.latents for group in groups])
+        noise = torch.cat(noises)
+        return NoisedBatch(
+            x=(1 - sigma) * x0 + sigma * noise,
+            target=noise - x0,
+            timestep=self.schedule.timesteps[index],
+            conditions=[group.condition for group in groups],
+            negative=groups[0].negative,
+        )
+
+    def _noise(self, group: LiveGroup, index: int, step: int) -> Tensor:
+        """(G, C, h, w); drawn on the CPU from (run seed, step, ordinal, timestep) alone."""
+        seed = derive_seed("noise", self.config.run.seed, step, group.ordinal, index)
+        shape = group.latents.shape
+        drawn = (1 if self._objective.shared_noise else shape[0], *shape[1:])
+        noise = torch.randn(drawn, generator=torch.Generator().manual_seed(seed))
+        return noise.to(device=group.latents.device, dtype=group.latents.dtype).expand(shape)
+
+    def _compare(self, batch: NoisedBatch, reference: Mapping[str, Tensor] | None) -> Compared:
+        old = None
+        base_dsm = None
+        base_velocity = None
+        with torch.inference_mode(), self.phases("reference"):
+            if self.uses_reference and reference is not None:
+                with self.policy.swapped(reference):
+                    old = self._errors(batch)
+            if self._needs_base:
+                with self.policy.base():
+                    base_velocity = self.policy.velocity(
+                        batch.x,
+                        batch.timestep,
+                        batch.conditions,
+                        guidance=self._objective.kl_cfg,
+                        negative=self._negative(batch),
+                    )
+                base_dsm = dsm_error(base_velocity, batch.target)
+        # Inference tensors may not be saved for a backward; copies made out here may.
+        return Compared(
+            old_dsm=None if old is None else old.clone(),
+            reference_dsm=_clone(base_dsm if self._objective.reference == "frozen" else old),
+            base_velocity=_clone(base_velocity) if self._objective.kl > 0 else None,
+        )
+
+    def _negative(self, batch: NoisedBatch) -> Condition | None:
+        if self._objective.kl_cfg == 1 or batch.negative is not None:
+            return batch.negative
+        return self.policy.negative()
+
+    def _errors(self, batch: NoisedBatch) -> Tensor:
+        return dsm_error(self.policy.velocity(batch.x, batch.timestep, batch.conditions), batch.target)
+
+    def _forward(self, batch: NoisedBatch) -> tuple[Tensor, Tensor]:
+        with self.phases("forward"):
+            velocity = self.policy.velocity(batch.x, batch.timestep, batch.conditions)
+            return velocity, dsm_error(velocity, batch.target)
+
+    def _backward(self, loss: Tensor) -> None:
+        with self.phases("backward"):
+            loss.backward()  # type: ignore[no-untyped-call]
+
+    def _clipped(self, dsm: Tensor, compared: Compared, advantages: Tensor) -> Tensor:
+        old = dsm if compared.old_dsm is None else compared.old_dsm
+        return clipped(dsm, old, advantages, self._objective.clip_range)
+
+    def _scores(self, dsm: Tensor, compared: Compared, advantages: Tensor) -> Tensor:
+        known = dsm if compared.reference_dsm is None else compared.reference_dsm
+        return group_scores(dsm.view_as(advantages), known.view_as(advantages), advantages)
+
+    def _kl(self, velocity: Tensor, compared: Compared) -> Tensor | None:
+        return None if compared.base_velocity is None else kl_penalty(velocity, compared.base_velocity)
+
+    def _pieces(self, group_size: int) -> list[slice]:
+        size = self.config.learner.micro_batch
+        return [slice(start, start + size) for start in range(0, group_size, size)]
+
+    def _take_gradients(self) -> list[Tensor | None]:
+        held = [parameter.grad for parameter in self._parameters]
+        for parameter in self._parameters:
+            parameter.grad = None
+        return held
+
+    def _add_gradients(self, held: list[Tensor | None], weight: Tensor) -> None:
+        """`.grad` becomes held + weight * `.grad`."""
+        fresh = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        torch._foreach_mul_(fresh, weight)
+        pairs = [(p, h) for p, h in zip(self._parameters, held, strict=True) if h is not None]
+        both = [(p, p.grad, h) for p, h in pairs if p.grad is not None]
+        if both:
+            torch._foreach_add_([h for _, _, h in both], [g for _, g, _ in both])
+        for parameter, gradient in pairs:
+            parameter.grad = gradient
+
+    def _measure(
+        self,
+        measured: Measurements,
+        dsm: Tensor,
+        scores: Tensor,
+        cut: Tensor,
+        kl: Tensor | None,
+        groups: int,
+    ) -> None:
+        group_size = len(dsm) // groups
+        loss = group_losses(scores, self._objective.beta).sum()
+        sums = {"dsm": dsm.sum() / group_size, "clip_fraction": cut.sum() / group_size}
+        if kl is not None:
+            sums["kl"] = kl.sum() / group_size
+            loss = loss + self._objective.kl * sums["kl"]
+        weights = group_weights(scores, self._objective.beta).sum()
+        measured.add(groups, loss=loss, weight=weights, score=scores.sum(), **sums)
+
+
+def _clone(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.clone()
+
+
+OBJECTIVES = {"dgpo": Dgpo}

@@ -1,0 +1,285 @@
+"""One update: from whole groups to a new policy version.
+
+Promises
+- A pure function of (weights, optimizer, EMAs, groups, step): noise and timesteps follow from the run seed,
+  the step and the ordinals, never from the order of the groups, the process or the epoch. On one machine
+  type and thread count the result is bit-identical.
+- A group without a preference (all total rewards equal) adds no gradient, not even of the KL, and does not
+  change the scale of the others.
+- `state` holds everything that a continuation needs: after `load_state` the next update is bit-identical.
+
+Imports neither Ray nor Redis: the training loop calls it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from learner.advantages import Advantages, group_advantages, total_rewards
+from learner.ema import Ema, evaluation_decay, reference_decay
+from learner.objectives.base import LiveGroup, Measurements, Phases, TrainingGroup, make_objective
+from learner.timesteps import training_timesteps
+from learner.update_metrics import UpdateMetrics, reward_spreads, spread
+from policy.base import Policy
+from policy.schedule import make_schedule
+from services.config import Config, LearnerConfig
+
+__all__ = ["State", "TrainingGroup", "UpdateError", "UpdateMetrics", "Updater", "learning_rate"]
+
+State = dict[str, dict[str, Tensor]]
+"""File name -> tensors: policy, ema, reference (when the objective needs one), optimizer."""
+
+
+class UpdateError(RuntimeError):
+    """The update cannot be made; nothing was changed by the optimizer step that failed."""
+
+
+class Updater:
+    """Makes updates of one policy.
+
+    Args:
+        policy: with its trained parameters; from here on only this object writes to them.
+        config: of the run.
+    """
+
+    def __init__(self, policy: Policy, config: Config) -> None:
+        self.policy = policy
+        self.config = config
+        self._parameters = policy.trainable()
+        self._objective = make_objective(policy, config, make_schedule(config.rollout))
+        self._optimizer = torch.optim.AdamW(
+            list(self._parameters.values()),
+            lr=config.learner.learning_rate,
+            betas=config.learner.betas,
+            weight_decay=config.learner.weight_decay,
+            fused=True,
+        )
+        # Made now and not at the first step, so that a state is complete at any time.
+        for parameter in self._parameters.values():
+            self._optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+        self._ema = Ema(self._parameters)
+        wanted = self._objective.uses_reference or config.objective.switch_step is not None
+        self._reference = Ema(self._parameters) if wanted else None
+        self._reference_is_policy = True
+
+    def step(self, groups: Sequence[TrainingGroup], step: int) -> UpdateMetrics:
+        """Train on whole groups.
+
+        Args:
+            groups: those of this update, in any order.
+            step: the update, from 0: updates made before it.
+
+        Raises:
+            ValueError: the groups are not what the configuration promises.
+            UpdateError: the gradient is not finite.
+        """
+        learner, phases = self.config.learner, Phases()
+        self._objective.phases = phases
+        ordered = self._checked(groups)
+        advantages = self._advantages(ordered)
+        live = self._live(ordered, advantages)
+        rate = learning_rate(learner, step)
+        measured, norms = Measurements(), []
+        parts = training_timesteps(
+            self.config.objective.timesteps,
+            seed=self.config.run.seed,
+            step=step,
+            optimizer_steps=learner.optimizer_steps,
+        )
+        # Without any preference there is nothing to learn: momentum and weight decay must not act alone.
+        for part in parts if live else ():
+            reference = (
+                None if self._reference_is_policy or self._reference is None else self._reference.tensors
+            )
+            self._optimizer.zero_grad(set_to_none=True)
+            gained = self._objective.accumulate(
+                live, part, step=step, scale=1 / (len(ordered) * len(part)), reference=reference
+            )
+            measured.add(gained.pairs, **gained.sums)
+            with phases("optimizer"):
+                norms.append(self._optimize(rate, step))
+            self._reference_is_policy = False
+        self._optimizer.zero_grad(set_to_none=True)
+        with phases("ema"):
+            self._fold(step)
+        return self._report(ordered, advantages, measured, norms, rate, phases)
+
+    def ema_tensors(self) -> dict[str, Tensor]:
+        """The EMA that is evaluated and exported. Live tensors: read them before the next update."""
+        return dict(self._ema.tensors)
+
+    def rollout_tensors(self, step: int) -> dict[str, Tensor]:
+        """What rollout workers sample with after `step` updates: the policy, or the EMA reference.
+
+        Live tensors: read them before the next update.
+        """
+        switch = self.config.objective.switch_step
+        if switch is not None and step >= switch and self._reference is not None:
+            return dict(self._reference.tensors)
+        return {name: parameter.detach() for name, parameter in self._parameters.items()}
+
+    def state(self) -> State:
+        """Everything a continuation needs. Live tensors: write them before the next update."""
+        moments = [self._optimizer.state[parameter] for parameter in self._parameters.values()]
+        optimizer = {"step": torch.stack([moment["step"] for moment in moments])}
+        for name, moment in zip(self._parameters, moments, strict=True):
+            optimizer[f"exp_avg.{name}"] = moment["exp_avg"]
+            optimizer[f"exp_avg_sq.{name}"] = moment["exp_avg_sq"]
+        state = {
+            "policy": {name: parameter.detach() for name, parameter in self._parameters.items()},
+            "ema": dict(self._ema.tensors),
+            "optimizer": optimizer,
+        }
+        if self._reference is not None:
+            state["reference"] = dict(self._reference.tensors)
+        return state
+
+    def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Continue from what `state` returned, in this or another process.
+
+        Raises:
+            ValueError: a part or a tensor is missing, unknown or of another shape; nothing was changed.
+        """
+        own = self.state()
+        _check_same(own, state)
+        with torch.no_grad():
+            for part in own.keys() - {"optimizer"}:
+                torch._foreach_copy_(list(own[part].values()), [state[part][name] for name in own[part]])
+            counts = state["optimizer"]["step"].tolist()
+            for (name, parameter), count in zip(self._parameters.items(), counts, strict=True):
+                moment = self._optimizer.state[parameter]
+                moment["step"].fill_(count)
+                moment["exp_avg"].copy_(state["optimizer"][f"exp_avg.{name}"])
+                moment["exp_avg_sq"].copy_(state["optimizer"][f"exp_avg_sq.{name}"])
+        if self._reference is not None:
+            self._reference_is_policy = all(
+                torch.equal(self._reference.tensors[name], parameter)
+                for name, parameter in self._parameters.items()
+            )
+
+    def _checked(self, groups: Sequence[TrainingGroup]) -> list[TrainingGroup]:
+        expected = (self.config.rollout.group_size, *self.policy.latent_shape())
+        for group in groups:
+            if tuple(group.latents.shape) != expected:
+                raise ValueError(
+                    f"group {group.ordinal}: latents are {tuple(group.latents.shape)}, expected {expected}"
+                )
+        ordinals = sorted(group.ordinal for group in groups)
+        if not groups or len(set(ordinals)) != len(ordinals):
+            raise ValueError(f"an update needs groups with ordinals that differ, got {ordinals}")
+        return sorted(groups, key=lambda group: group.ordinal)
+
+    def _advantages(self, groups: Sequence[TrainingGroup]) -> Advantages:
+        totals = []
+        for group in groups:
+            try:
+                totals.append(total_rewards(group.rewards, self.config.trained_rewards))
+            except ValueError as error:
+                raise ValueError(f"group {group.ordinal}: {error}") from error
+            if len(totals[-1]) != self.config.rollout.group_size:
+                raise ValueError(
+                    f"group {group.ordinal}: {len(totals[-1])} scores for "
+                    f"{self.config.rollout.group_size} samples"
+                )
+        return group_advantages(torch.stack(totals), self.config.advantage)
+
+    def _live(self, groups: Sequence[TrainingGroup], advantages: Advantages) -> list[LiveGroup]:
+        device = self.policy.device
+        return [
+            LiveGroup(
+                ordinal=group.ordinal,
+                latents=group.latents.to(device=device, dtype=torch.float32),
+                advantages=values.to(device),
+                condition={name: tensor.to(device) for name, tensor in group.condition.items()},
+                negative=group.negative,
+            )
+            for group, values, live in zip(groups, advantages.values, advantages.live.tolist(), strict=True)
+            if live
+        ]
+
+    def _optimize(self, rate: float, step: int) -> Tensor:
+        norm = torch.nn.utils.clip_grad_norm_(
+            self._parameters.values(), self.config.learner.max_grad_norm, foreach=True
+        )
+        if not bool(torch.isfinite(norm)):
+            raise UpdateError(
+                f"update {step}: the gradient is not finite (norm {float(norm)}); "
+                "lower learner.learning_rate or objective.beta, or resume from the last checkpoint"
+            )
+        for options in self._optimizer.param_groups:
+            options["lr"] = rate
+        self._optimizer.step()
+        return norm
+
+    def _fold(self, step: int) -> None:
+        decay = evaluation_decay(self.config.learner, step)
+        if decay is not None:
+            self._ema.fold(self._parameters, decay)
+        if self._reference is not None:
+            decay = reference_decay(self.config.objective, step + 1)
+            self._reference.fold(self._parameters, decay)
+            self._reference_is_policy = decay == 0.0
+
+    def _report(
+        self,
+        groups: Sequence[TrainingGroup],
+        advantages: Advantages,
+        measured: Measurements,
+        norms: Sequence[Tensor],
+        rate: float,
+        phases: Phases,
+    ) -> UpdateMetrics:
+        return UpdateMetrics(
+            loss=measured.mean("loss"),
+            dsm=measured.mean("dsm"),
+            group_weight=measured.mean("weight"),
+            group_score=measured.mean("score"),
+            clip_fraction=measured.mean("clip_fraction"),
+            kl=measured.mean("kl") if self.config.objective.kl > 0 else None,
+            grad_norm=float(torch.stack(list(norms)).mean()) if norms else None,
+            learning_rate=rate,
+            zero_variance_groups=int((~advantages.live).sum()),
+            reward=spread(list(advantages.totals)),
+            rewards=reward_spreads([group.rewards for group in groups]),
+            seconds=dict(phases.seconds),
+        )
+
+
+def learning_rate(config: LearnerConfig, step: int) -> float:
+    """Of update `step`: linear warm-up, then constant or a cosine to `final_learning_rate` at `max_steps`."""
+    peak = config.learning_rate
+    if step < config.warmup_steps:
+        return peak * (step + 1) / config.warmup_steps
+    if config.final_learning_rate is None:
+        return peak
+    span = max(1, config.max_steps - config.warmup_steps)
+    progress = min(1.0, (step - config.warmup_steps) / span)
+    return config.final_learning_rate + (peak - config.final_learning_rate) * 0.5 * (
+        1 + math.cos(math.pi * progress)
+    )
+
+
+def _check_same(own: State, given: Mapping[str, Mapping[str, Tensor]]) -> None:
+    if own.keys() != given.keys():
+        raise ValueError(f"state has parts {sorted(given)}, expected {sorted(own)}")
+    for part, tensors in own.items():
+        differ = [
+            name
+            for name in sorted(tensors.keys() | given[part].keys())
+            if name not in tensors
+            or name not in given[part]
+            or tensors[name].shape != given[part][name].shape
+        ]
+        if differ:
+            raise ValueError(
+                f"state of {part}: {len(differ)} tensors are missing, unknown or of another shape, "
+                f"first {differ[0]!r}; was it written with another model or model.train?"
+            )

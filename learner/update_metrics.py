@@ -1,0 +1,68 @@
+"""What an update reports; names are those of the rows in metrics.jsonl (services/metrics.py `UpdateRow`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Spread = dict[str, float]
+"""`mean` over samples, and `std`: the mean over groups of the standard deviation within a group."""
+
+
+@dataclass(frozen=True)
+class UpdateMetrics:
+    """Means are over the (group, timestep) pairs that gave a gradient; None where nothing was measured."""
+
+    loss: float | None
+    dsm: float | None
+    """DSM error of the policy."""
+    group_weight: float | None
+    """sigmoid(beta * S_g)."""
+    group_score: float | None
+    """S_g."""
+    clip_fraction: float | None
+    """Share of samples whose gradient was cut."""
+    kl: float | None
+    grad_norm: float | None
+    """Before clipping, mean over the optimizer steps."""
+    learning_rate: float
+    zero_variance_groups: int
+    """Groups whose samples all had the same total reward."""
+    reward: Spread
+    """Of the total reward."""
+    rewards: dict[str, Spread]
+    """By reward name, held-out ones too."""
+    seconds: dict[str, float]
+    """By phase: reference, forward, backward, optimizer, ema."""
+
+    def row(self) -> dict[str, Any]:
+        """The fields of an update's row that the learner's arithmetic knows."""
+        same = ("loss", "dsm", "group_weight", "clip_fraction", "kl", "grad_norm", "learning_rate")
+        return {name: getattr(self, name) for name in same} | {
+            "reward_mean": self.reward["mean"],
+            "reward_std": self.reward["std"],
+            "rewards": self.rewards,
+            "zero_variance_groups": self.zero_variance_groups,
+        }
+
+
+def spread(groups: Sequence[Tensor]) -> Spread:
+    """Of one reward: (G,) scores a group."""
+    scores = [scores.to(torch.float64) for scores in groups]
+    within = torch.stack([one.std(correction=0) for one in scores])
+    return {"mean": float(torch.cat(scores).mean()), "std": float(within.mean())}
+
+
+def reward_spreads(groups: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, Spread]:
+    """By reward name, over the groups that have it."""
+    names = sorted({name for rewards in groups for name in rewards})
+    return {
+        name: spread(
+            [torch.as_tensor(rewards[name], dtype=torch.float64) for rewards in groups if name in rewards]
+        )
+        for name in names
+    }

@@ -1,0 +1,201 @@
+"""What every model family offers: encode, initial latents, velocity, decode, and trainable tensors.
+
+Promises
+- Everything equals what the stock diffusers pipeline of the same directory computes (bit for bit in float32).
+- Trained parameters are float32, whatever the dtype of the frozen weights.
+- `install` binds every tensor or none; `swapped` and `base` restore exactly what was there, also when the
+  body raises.
+- Parameters keep their identity for the life of the policy, so an optimizer may hold them.
+
+A family (policy/families/) implements the abstract methods and nothing else.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from policy.adapters import adapters_disabled
+from policy.errors import InstallError
+from services.config import ModelConfig
+
+Condition = dict[str, Tensor]
+"""The encoded prompt of one sample, no batch dimension; for SD3 `prompt_embeds` (L, D) and `pooled` (P,)."""
+
+CONDITION_CACHE_BYTES = 128 * 1024**2
+
+
+class Policy(ABC):
+    """A diffusion transformer to sample from and to train, with the frozen parts around it.
+
+    Args:
+        config: the `model` section.
+        pipeline: the stock diffusers pipeline, frozen, on the device.
+        transformer: its denoiser, with adapters already in it when LoRA is trained.
+        base: keep a frozen copy for `base()` when every weight is trained.
+    """
+
+    def __init__(self, config: ModelConfig, pipeline: Any, transformer: nn.Module, *, base: bool) -> None:
+        self.config = config
+        self.pipeline = pipeline
+        self.transformer = transformer
+        self.device = next(transformer.parameters()).device
+        self._trainable = {
+            name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad
+        }
+        self._base: dict[str, Tensor] | None = None
+        if config.train == "full" and base:
+            self._base = self.tensors()
+        self._conditions: OrderedDict[str, Condition] = OrderedDict()
+        self._condition_bytes = 0
+
+    @abstractmethod
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of one sample's latents."""
+
+    @abstractmethod
+    def velocity(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        condition: Condition | Sequence[Condition],
+        *,
+        guidance: float = 1.0,
+        negative: Condition | None = None,
+    ) -> Tensor:
+        """The model output v = noise - x0.
+
+        Args:
+            x: (N, C, h, w) noisy latents, float32.
+            timestep: () or (N,), in the unit of the solver's timesteps (sigma * 1000).
+            condition: one, shared by all N samples; or B of them, each shared by N / B consecutive samples.
+            guidance: classifier-free guidance scale; above 1 it needs `negative` and costs two forwards.
+            negative: the condition guided away from, see `negative()`.
+
+        Returns:
+            (N, C, h, w) velocities, float32.
+        """
+
+    @abstractmethod
+    def _encode(self, prompt: str) -> Condition:
+        """The condition of one prompt, computed alone so that it does not depend on a batch."""
+
+    @abstractmethod
+    def initial_latents(self, seeds: Sequence[int]) -> Tensor:
+        """(G, C, h, w) noise, as the stock pipeline draws it from one CPU generator a sample."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor, batch: int) -> NDArray[np.uint8]:
+        """(N, H, W, 3) uint8 images of (N, C, h, w) latents, `batch` decoded at once."""
+
+    def encode(self, prompt: str) -> Condition:
+        """The condition of a prompt; the last ones are kept, up to 128 MiB."""
+        if prompt in self._conditions:
+            self._conditions.move_to_end(prompt)
+            return dict(self._conditions[prompt])
+        condition = self._encode(prompt)
+        self._conditions[prompt] = condition
+        self._condition_bytes += _bytes(condition)
+        while self._condition_bytes > CONDITION_CACHE_BYTES and len(self._conditions) > 1:
+            _, dropped = self._conditions.popitem(last=False)
+            self._condition_bytes -= _bytes(dropped)
+        return dict(condition)
+
+    def negative(self) -> Condition:
+        """The condition of the empty prompt, from which guidance leads away."""
+        return self.encode("")
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The trained parameters by name, float32; the same objects at every call."""
+        return dict(self._trainable)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """A detached copy of the trained parameters, on their device."""
+        return {name: parameter.detach().clone() for name, parameter in self._trainable.items()}
+
+    def install(self, tensors: Mapping[str, Tensor]) -> int:
+        """Copy tensors into the trained parameters, in place.
+
+        Returns:
+            How many were bound: all of them.
+
+        Raises:
+            InstallError: a name or a shape differs; nothing was changed.
+        """
+        self._check(tensors)
+        with torch.no_grad():
+            torch._foreach_copy_(list(self._trainable.values()), [tensors[name] for name in self._trainable])
+        return len(self._trainable)
+
+    @contextmanager
+    def swapped(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """Run with other trained tensors: parameters point at them for the length of the block.
+
+        No element is copied when the tensors are float32 on the policy's device. Writing to parameters
+        inside the block writes to `tensors`.
+        """
+        self._check(tensors)
+        own = {name: parameter.data for name, parameter in self._trainable.items()}
+        try:
+            for name, parameter in self._trainable.items():
+                parameter.data = tensors[name].to(device=self.device, dtype=parameter.dtype)
+            yield
+        finally:
+            for name, parameter in self._trainable.items():
+                parameter.data = own[name]
+
+    @contextmanager
+    def base(self) -> Iterator[None]:
+        """Run as the frozen base model: adapters off, or the weights that were loaded."""
+        if self.config.train == "lora":
+            with adapters_disabled(self.transformer):
+                yield
+            return
+        if self._base is None:
+            raise InstallError(
+                "the frozen base is not kept: load the policy with base=True (model.train is 'full')"
+            )
+        with self.swapped(self._base):
+            yield
+
+    def _check(self, tensors: Mapping[str, Tensor]) -> None:
+        missing = sorted(self._trainable.keys() - tensors.keys())
+        unknown = sorted(tensors.keys() - self._trainable.keys())
+        shapes = [
+            f"{name} is {tuple(tensors[name].shape)}, expected {tuple(parameter.shape)}"
+            for name, parameter in self._trainable.items()
+            if name in tensors and tensors[name].shape != parameter.shape
+        ]
+        kinds = [
+            f"{name} is {tensor.dtype}, expected a floating point dtype"
+            for name, tensor in tensors.items()
+            if not tensor.is_floating_point()
+        ]
+        problems = [
+            *([f"missing {_some(missing)}"] if missing else []),
+            *([f"unknown {_some(unknown)}"] if unknown else []),
+            *([f"wrong shape: {_some(shapes)}"] if shapes else []),
+            *([f"wrong dtype: {_some(kinds)}"] if kinds else []),
+        ]
+        if problems:
+            raise InstallError(
+                f"tensors do not fit the {len(self._trainable)} trained parameters of "
+                f"{self.config.path} (train: {self.config.train}): {'; '.join(problems)}"
+            )
+
+
+def _bytes(condition: Condition) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in condition.values())
+
+
+def _some(items: Sequence[str], limit: int = 4) -> str:
+    rest = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + rest

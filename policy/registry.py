@@ -1,0 +1,120 @@
+"""From a model directory to a policy: the family is chosen by `_class_name` in model_index.json.
+
+Promises
+- A missing directory, a missing component, a wrong class or an unknown pipeline is a PolicyError that says
+  what was found and what would be valid; nothing is loaded halfway.
+- Adding a family is adding one file to policy/families/.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from policy import families
+from policy.base import Policy
+from policy.errors import PolicyError
+from services.config import ModelConfig
+from services.config_file import find
+
+
+class Loader(Protocol):
+    """Builds the policy of one pipeline class."""
+
+    def __call__(
+        self,
+        config: ModelConfig,
+        location: str,
+        index: Mapping[str, Any],
+        *,
+        text_encoders: bool,
+        vae: bool,
+        base: bool,
+        seed: int,
+    ) -> Policy: ...
+
+
+def load_policy(
+    config: ModelConfig, *, text_encoders: bool, vae: bool, base: bool = True, seed: int = 0
+) -> Policy:
+    """Load the model of the `model` section.
+
+    Args:
+        config: the section; a relative path is sought in the working directory and beside the packages.
+        text_encoders: load what `encode` needs.
+        vae: load what `decode` needs.
+        base: with `train: full`, keep a frozen copy of the weights for `Policy.base()`.
+        seed: of the adapters' start; every process of a run uses the same.
+
+    Raises:
+        PolicyError: it cannot be loaded; the text says why and what would be valid.
+    """
+    location, index = _locate(config)
+    known = _loaders()
+    name = str(index.get("_class_name"))
+    if name not in known:
+        raise PolicyError(
+            f"model.path {location}: pipeline class {name!r} is not supported; "
+            f"supported: {', '.join(sorted(known))}"
+        )
+    return known[name](config, location, index, text_encoders=text_encoders, vae=vae, base=base, seed=seed)
+
+
+def _loaders() -> dict[str, Loader]:
+    found: dict[str, Loader] = {}
+    for module in pkgutil.iter_modules(families.__path__):
+        found.update(importlib.import_module(f"{families.__name__}.{module.name}").FAMILIES)
+    return found
+
+
+def _locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
+    directory = find(config.path)
+    if directory.is_dir():
+        return str(directory), _read_index(directory)
+    if not _may_be_hub_id(config.path):
+        raise PolicyError(
+            f"model.path {config.path!r}: no such directory; give a directory in diffusers format "
+            "(with a model_index.json), or a hub id such as stabilityai/stable-diffusion-3.5-medium"
+        )
+    from diffusers import DiffusionPipeline
+
+    try:
+        index = DiffusionPipeline.load_config(config.path, revision=config.revision)
+    except Exception as error:
+        raise PolicyError(
+            f"model.path {config.path!r} (revision {config.revision}): no such directory here, and the model "
+            f"hub has no usable pipeline of that name: {error}"
+        ) from error
+    return config.path, dict(index)
+
+
+def _read_index(directory: Path) -> dict[str, Any]:
+    file = directory / "model_index.json"
+    if not file.is_file():
+        raise PolicyError(
+            f"model.path {directory}: no model_index.json; give a pipeline saved by diffusers "
+            "(`pipeline.save_pretrained(directory)`), not a single component"
+        )
+    try:
+        index = json.loads(file.read_text())
+    except ValueError as error:
+        raise PolicyError(f"{file}: not valid JSON: {error}") from error
+    if not isinstance(index, dict):
+        raise PolicyError(f"{file}: expected an object, found {type(index).__name__}")
+    for name, value in index.items():
+        named = isinstance(value, list) and len(value) == 2 and value[0] is not None
+        if not name.startswith("_") and named and not (directory / name).is_dir():
+            raise PolicyError(
+                f"model.path {directory}: model_index.json names {name}, but {directory / name} is missing"
+            )
+    return index
+
+
+def _may_be_hub_id(path: str) -> bool:
+    # A folder that exists here makes it a mistyped path: say so at once instead of asking the hub.
+    parts = path.split("/")
+    return len(parts) == 2 and all(parts) and not path.startswith((".", "~")) and not find(parts[0]).exists()
