@@ -1,0 +1,186 @@
+"""Export the trained policy in the formats of diffusers: a pipeline, and a LoRA where one was trained.
+
+Promises
+- `StableDiffusion3Pipeline.from_pretrained(directory)` and `pipeline.load_lora_weights(directory)` of stock
+  diffusers load it, with no argument and no code of ours.
+- The images are those of the trained policy: bit for bit for a LoRA and for full weights in float32, to
+  rounding for a pipeline with its LoRA merged.
+- The exported pipeline carries the solver that it was trained with; a model card says how to call it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from policy.base import Policy
+from policy.errors import PolicyError
+from policy.schedule import make_scheduler
+from services.config import RolloutConfig
+
+CARD = """---
+library_name: diffusers
+tags:
+- text-to-image
+- dgpo
+{base_model}---
+
+# {title}
+
+{what} post-trained with Direct Group Preference Optimization
+([arXiv 2510.08425](https://arxiv.org/abs/2510.08425)) by dgpo-cluster.
+
+{facts}
+## Use
+
+```python
+import torch
+from diffusers import {imports}
+
+{load}
+image = pipeline(
+    'a sign that says "K7QX"',
+    height={height},
+    width={width},
+    num_inference_steps={steps},
+    guidance_scale={guidance},
+    max_sequence_length={length},
+    generator=torch.Generator().manual_seed(0),
+).images[0]
+```
+"""
+
+
+def export_policy(
+    policy: Policy, directory: Path, *, rollout: RolloutConfig, facts: Mapping[str, Any] | None = None
+) -> list[Path]:
+    """Write `pipeline/`, and `lora/` where adapters were trained, into a directory.
+
+    Args:
+        policy: with the weights to export installed, its text encoders and its VAE.
+        rollout: the solver and the guidance that it was trained with.
+        facts: lines of the model card (run, step, scores).
+
+    Returns:
+        The directories written.
+
+    Raises:
+        PolicyError: a component is not loaded.
+    """
+    written = [export_pipeline(policy, directory / "pipeline", rollout=rollout, facts=facts)]
+    if policy.config.train == "lora":
+        written.append(export_lora(policy, directory / "lora", rollout=rollout, facts=facts))
+    return written
+
+
+def export_pipeline(
+    policy: Policy, directory: Path, *, rollout: RolloutConfig, facts: Mapping[str, Any] | None = None
+) -> Path:
+    """Write the whole pipeline, adapters merged; see `export_policy`."""
+    pipeline = policy.pipeline
+    absent = [name for name in ("text_encoder", "vae") if getattr(pipeline, name) is None]
+    if absent:
+        raise PolicyError(
+            f"cannot export a pipeline without {', '.join(absent)}: "
+            "load the policy with text_encoders=True, vae=True"
+        )
+    own_transformer, own_scheduler = pipeline.transformer, pipeline.scheduler
+    try:
+        pipeline.register_modules(transformer=_merged(policy), scheduler=make_scheduler(rollout))
+        pipeline.save_pretrained(directory)
+    finally:
+        pipeline.register_modules(transformer=own_transformer, scheduler=own_scheduler)
+    name = type(pipeline).__name__
+    _write_card(
+        policy,
+        directory,
+        rollout,
+        facts,
+        imports=name,
+        load=f'pipeline = {name}.from_pretrained("{directory.name}")',
+    )
+    return directory
+
+
+def export_lora(
+    policy: Policy, directory: Path, *, rollout: RolloutConfig, facts: Mapping[str, Any] | None = None
+) -> Path:
+    """Write the adapters in the format of peft and diffusers, alpha included; see `export_policy`."""
+    if policy.config.train != "lora":
+        raise PolicyError("there is no LoRA to export: model.train is 'full'; export the pipeline")
+    from peft.utils import get_peft_model_state_dict
+
+    pipeline, lora = policy.pipeline, policy.config.lora
+    layers = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in get_peft_model_state_dict(policy.transformer).items()
+    }
+    type(pipeline).save_lora_weights(
+        directory,
+        transformer_lora_layers=layers,
+        transformer_lora_adapter_metadata={
+            "r": lora.rank,
+            "lora_alpha": lora.alpha,
+            "target_modules": list(lora.targets),
+        },
+    )
+    name, scheduler = type(pipeline).__name__, make_scheduler(rollout)
+    kind = type(scheduler).__name__
+    settings = {key: scheduler.config[key] for key in _scheduler_settings(rollout)}
+    arguments = ", ".join(f"{key}={value!r}" for key, value in settings.items())
+    load = (
+        f'pipeline = {name}.from_pretrained("{policy.config.path}")\n'
+        f"pipeline.scheduler = {kind}({arguments})\n"
+        f'pipeline.load_lora_weights("{directory.name}")'
+    )
+    _write_card(policy, directory, rollout, facts, imports=f"{kind}, {name}", load=load)
+    return directory
+
+
+def _scheduler_settings(rollout: RolloutConfig) -> tuple[str, ...]:
+    if rollout.solver == "euler":
+        return ("shift",)
+    return ("prediction_type", "use_flow_sigmas", "flow_shift")
+
+
+def _merged(policy: Policy) -> Any:
+    transformer: Any = policy.transformer
+    dtype = getattr(torch, policy.config.dtype)
+    if policy.config.train == "full":
+        return transformer if dtype == torch.float32 else copy.deepcopy(transformer).to(dtype)
+    merged = copy.deepcopy(transformer)
+    merged.fuse_lora()
+    merged.unload_lora()
+    return merged.to(dtype)
+
+
+def _write_card(
+    policy: Policy,
+    directory: Path,
+    rollout: RolloutConfig,
+    facts: Mapping[str, Any] | None,
+    *,
+    imports: str,
+    load: str,
+) -> None:
+    config = policy.config
+    local = Path(config.path).exists() or config.path.count("/") != 1
+    what = "LoRA adapters" if directory.name == "lora" else "A text-to-image pipeline"
+    text = CARD.format(
+        base_model="" if local else f"base_model: {config.path}\n",
+        title=directory.name if local else f"{config.path} with DGPO",
+        what=f"{what} (trained: {config.train}, base: {Path(config.path).name})",
+        facts="".join(f"- {name}: {value}\n" for name, value in (facts or {}).items()),
+        imports=imports,
+        load=load,
+        height=config.height,
+        width=config.width,
+        steps=rollout.steps,
+        guidance=rollout.guidance,
+        length=config.max_sequence_length,
+    )
+    (directory / "README.md").write_text(text)
