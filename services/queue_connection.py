@@ -1,0 +1,114 @@
+"""One way to reach the queue server: deadlines on every command, reconnects with backoff, errors with a name.
+
+Promises
+- A wrong address, a refused login or a server that does not answer raises `QueueUnreachable`, which names
+  host, port and what failed, and never the password.
+- `redis://`, `rediss://` (TLS) and `unix://` addresses and ACL users (`redis://worker@host/0`) work alike.
+- A command that meets a lost connection is sent again for about `RECONNECT_S`: the scripts of the queue bear
+  being run twice.
+"""
+
+from __future__ import annotations
+
+import time
+from urllib.parse import urlsplit
+
+import redis
+from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
+from redis.retry import Retry
+
+SOCKET_TIMEOUT_S = 15.0
+"""No command may block longer; blocking reads stay well below it."""
+RECONNECT_S = 20.0
+SCHEMES = ("redis", "rediss", "unix")
+
+
+class QueueUnreachable(ConnectionError):
+    """The queue server cannot be used; says where, what failed and what to check."""
+
+
+def place(url: str) -> str:
+    """host:port of an address, without user and password."""
+    parts = urlsplit(url)
+    try:
+        port = parts.port
+    except ValueError as error:
+        raise QueueUnreachable(f"queue address: the port is not a number from 0 to 65535 ({error})") from None
+    if parts.scheme == "unix":
+        return parts.path
+    return f"{parts.hostname or 'localhost'}:{port or 6379}"
+
+
+def connect(url: str, password: str | None = None, *, deadline_s: float = 5.0) -> redis.Redis:
+    """A client that has logged in and been answered.
+
+    Args:
+        url: `redis[s]://[user@]host[:port][/db]`.
+        password: of that user, or of the server; wins over one in the URL.
+        deadline_s: how long a server that does not answer yet is waited for. A refused login fails at once.
+
+    Raises:
+        QueueUnreachable: there is no usable server at `url`.
+    """
+    scheme = urlsplit(url).scheme
+    if scheme not in SCHEMES:
+        found = f"{scheme}://" if scheme else "none"
+        raise QueueUnreachable(f"queue address must begin with redis:// or rediss://, its scheme is {found}")
+    where = place(url)
+    try:
+        probe = _client(url, password, Retry(NoBackoff(), 0), timeout_s=min(deadline_s, SOCKET_TIMEOUT_S))
+    except (ValueError, redis.RedisError) as error:
+        raise QueueUnreachable(f"queue address for {where}: {error}") from None
+    give_up = time.monotonic() + deadline_s
+    try:
+        _ping(probe, where, give_up)
+    finally:
+        probe.close()
+    # 0.05, 0.1, ... capped at 2 s: the number of retries that together last about RECONNECT_S.
+    retry = Retry(ExponentialWithJitterBackoff(base=0.05, cap=2.0), 16)
+    return _client(url, password, retry, timeout_s=SOCKET_TIMEOUT_S)
+
+
+def _client(url: str, password: str | None, retry: Retry, *, timeout_s: float) -> redis.Redis:
+    options = {"password": password} if password is not None else {}
+    client: redis.Redis = redis.Redis.from_url(
+        url,
+        **options,
+        protocol=2,
+        decode_responses=False,
+        socket_timeout=timeout_s,
+        socket_connect_timeout=timeout_s,
+        socket_keepalive=urlsplit(url).scheme != "unix",
+        health_check_interval=0,
+        retry=retry,
+    )
+    return client
+
+
+def _ping(client: redis.Redis, where: str, give_up: float) -> None:
+    while True:
+        try:
+            client.ping()
+            return
+        except (redis.AuthenticationError, redis.exceptions.NoPermissionError) as error:
+            raise QueueUnreachable(
+                f"queue server at {where} refused the login: {_first_line(error)}; "
+                "check user and password (queue.password_env)"
+            ) from None
+        except redis.BusyLoadingError:
+            failed = "it is still loading its data"
+        except (redis.ConnectionError, redis.TimeoutError) as error:
+            failed = _first_line(error)
+        except redis.ResponseError as error:
+            if "NOAUTH" in str(error) or "WRONGPASS" in str(error):
+                raise QueueUnreachable(f"queue server at {where} refused the login: {error}") from None
+            raise QueueUnreachable(f"no queue server answers at {where}: {_first_line(error)}") from None
+        except redis.RedisError as error:
+            raise QueueUnreachable(f"no queue server answers at {where}: {_first_line(error)}") from None
+        if time.monotonic() >= give_up:
+            raise QueueUnreachable(f"queue server at {where} cannot be reached: {failed}")
+        time.sleep(0.1)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,0 +1,47 @@
+#!lua flags=allow-oom
+-- The next ordinal for a worker. Backpressure lives here, before any work is spent.
+local worker, nonce, lease_ms, max_attempts = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
+
+local state = redis.call('HGET', POLICY, 'state')
+if state == 'draining' or state == 'done' or state == 'failed' then return {'ENDED', state} end
+local epoch, step, window, limit = policy('epoch', 'step', 'window', 'limit')
+if not epoch then return {'WAIT', '0-0', -1} end
+
+-- A client whose connection broke asks again with the same nonce: it gets what it was already given.
+local last_nonce, last_ordinal = string.match(redis.call('HGET', ISSUED, worker) or '', '^(%S+) (%d+)$')
+if last_nonce == nonce and leased_by(last_ordinal) == worker then
+  local attempt, at_epoch, at_step = string.match(redis.call('HGET', LEASE, last_ordinal), '^(%d+) (%d+) (%d+)')
+  return {'LEASE', last_ordinal, attempt, at_epoch, at_step}
+end
+
+local now = now_ms()
+local function give(ordinal)
+  local attempt = redis.call('HINCRBY', ATTEMPTS, ordinal, 1)
+  redis.call('ZADD', LEASES, now + lease_ms, ordinal)
+  redis.call('HSET', LEASE, ordinal, attempt .. ' ' .. epoch .. ' ' .. step .. ' ' .. now .. ' ' .. worker)
+  redis.call('HSET', ISSUED, worker, nonce .. ' ' .. ordinal)
+  return {'LEASE', ordinal, attempt, epoch, step}
+end
+
+while true do
+  local ordinal = redis.call('ZRANGEBYSCORE', LEASES, '-inf', now, 'LIMIT', 0, 1)[1]
+  if not ordinal then break end
+  local attempts = tonumber(redis.call('HGET', ATTEMPTS, ordinal) or 0)
+  if attempts < max_attempts then return give(ordinal) end
+  local holder = leased_by(ordinal) or '?'
+  give_up(ordinal, holder, 'its lease expired ' .. attempts .. ' times, last held by ' .. holder)
+end
+
+local outstanding = redis.call('ZCARD', LEASES) + redis.call('HLEN', QUEUED)
+local trained = policy('trained')
+if outstanding < window and trained + outstanding < limit then
+  local ordinal = redis.call('ZPOPMIN', AGAIN)[1]
+  if not ordinal then
+    ordinal = redis.call('HINCRBY', POLICY, 'next', 1) - 1
+  end
+  return give(ordinal)
+end
+
+local first = redis.call('ZRANGE', LEASES, 0, 0, 'WITHSCORES')
+local expires_in = first[2] and math.max(0, tonumber(first[2]) - now) or -1
+return {'WAIT', redis.call('HGET', POLICY, 'wake') or '0-0', expires_in}

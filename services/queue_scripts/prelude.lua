@@ -1,0 +1,120 @@
+-- Read before each script of the group queue: its keys by name, and the moves that several scripts make.
+-- A lease is "attempt epoch step issued_ms worker"; a queued group is "entry_id epoch step bytes worker".
+-- An ordinal is in exactly one place: leased, queued, again (issuable), resolved, or never issued (>= next).
+local POLICY, GROUPS, QUEUED, LEASES, LEASE, ATTEMPTS, AGAIN, RESOLVED, DEAD, DEAD_ORDINALS, WEIGHTS, LATEST,
+  LINEAGE, WAKE, ISSUED = unpack(KEYS)
+
+local function now_ms()
+  local time = redis.call('TIME')
+  return tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+end
+
+local function policy(...)
+  local values = redis.call('HMGET', POLICY, ...)
+  for i = 1, #values do
+    values[i] = values[i] and tonumber(values[i])
+  end
+  return unpack(values, 1, #values)
+end
+
+-- Waiting workers block on this stream; `issue` tells them the last id it saw, so none misses a wake-up.
+local function wake()
+  local id = redis.call('XADD', WAKE, 'MAXLEN', 1, '*', 'w', 1)
+  redis.call('HSET', POLICY, 'wake', id)
+end
+
+local function is_resolved(ordinal)
+  local below = tonumber(redis.call('HGET', POLICY, 'below') or 0)
+  return tonumber(ordinal) < below or redis.call('ZSCORE', RESOLVED, ordinal) ~= false
+end
+
+local function resolve(ordinal)
+  redis.call('ZADD', RESOLVED, ordinal, ordinal)
+  redis.call('HDEL', ATTEMPTS, ordinal)
+end
+
+-- Keeps what is recorded small: a number, and the few resolved ordinals above it.
+local function advance_frontier()
+  local below = tonumber(redis.call('HGET', POLICY, 'below') or 0)
+  while redis.call('ZREM', RESOLVED, below) == 1 do
+    below = below + 1
+  end
+  redis.call('HSET', POLICY, 'below', below)
+end
+
+local function leased_by(ordinal)
+  local lease = redis.call('HGET', LEASE, ordinal)
+  return lease and string.match(lease, '^%d+ %d+ %d+ %d+ (.*)$')
+end
+
+local function unlease(ordinal)
+  redis.call('ZREM', LEASES, ordinal)
+  redis.call('HDEL', LEASE, ordinal)
+end
+
+-- XACK and XDEL together: XACK alone leaves the entry and its bytes.
+local function unqueue(ordinal)
+  local record = redis.call('HGET', QUEUED, ordinal)
+  if not record then return end
+  local id, bytes = string.match(record, '^(%S+) %d+ %d+ (%d+)')
+  local epoch = redis.call('HGET', POLICY, 'epoch')
+  redis.call('XACK', GROUPS, 'learner:' .. epoch, id)
+  redis.call('XDEL', GROUPS, id)
+  redis.call('HDEL', QUEUED, ordinal)
+  redis.call('HINCRBY', POLICY, 'bytes', -bytes)
+end
+
+local function make_issuable(ordinal, counted)
+  unlease(ordinal)
+  if not counted and tonumber(redis.call('HGET', ATTEMPTS, ordinal) or 0) > 0 then
+    redis.call('HINCRBY', ATTEMPTS, ordinal, -1)
+  end
+  redis.call('ZADD', AGAIN, ordinal, ordinal)
+  wake()
+end
+
+local function give_up(ordinal, worker, reason)
+  local attempts = redis.call('HGET', ATTEMPTS, ordinal) or 0
+  local epoch, step = policy('epoch', 'step')
+  unlease(ordinal)
+  redis.call('ZREM', AGAIN, ordinal)
+  redis.call('XADD', DEAD, '*', 'ordinal', ordinal, 'attempts', attempts, 'worker', worker, 'reason', reason,
+    'epoch', epoch, 'step', step)
+  redis.call('SADD', DEAD_ORDINALS, ordinal)
+  resolve(ordinal)
+  advance_frontier()
+  wake()
+end
+
+local function retry_or_give_up(ordinal, worker, reason, max_attempts)
+  if tonumber(redis.call('HGET', ATTEMPTS, ordinal) or 0) >= tonumber(max_attempts) then
+    give_up(ordinal, worker, reason)
+    return 'DEAD'
+  end
+  make_issuable(ordinal, true)
+  return 'RETRY'
+end
+
+-- Is (epoch, step) a version that the surviving history had? 'FUTURE' if it is yet to come.
+local function place_in_lineage(epoch, step)
+  local now_epoch, now_step = policy('epoch', 'step')
+  if epoch > now_epoch or (epoch == now_epoch and step > now_step) then return 'FUTURE' end
+  if epoch == now_epoch then return 'INSIDE' end
+  local record = redis.call('HGET', LINEAGE, epoch)
+  if record and step <= tonumber(string.match(record, '^%d+ (%d+)$')) then return 'INSIDE' end
+  return 'OUTSIDE_LINEAGE'
+end
+
+-- Learners name the version they are at. Another epoch: a newer learner has begun. Another step: the server
+-- lost writes.
+local function fence(epoch, step)
+  local now_epoch, now_step = policy('epoch', 'step')
+  if now_epoch == tonumber(epoch) and now_step == tonumber(step) then return nil end
+  local kind = now_epoch and now_epoch > tonumber(epoch) and 'FENCED' or 'LOST'
+  return {kind, now_epoch and (now_epoch .. '.' .. now_step) or 'none'}
+end
+
+local function announce(kind, announcement)
+  redis.call('XADD', WEIGHTS, 'MAXLEN', 16, '*', 'announcement', announcement)
+  redis.call('HSET', LATEST, kind, announcement)
+end

@@ -1,0 +1,127 @@
+"""The worker's side of the group queue: ask for an ordinal, keep it, bring the group or say why not.
+
+Promises
+- `issue` hands out work only while there is room for it; None means wait, `RunEnded` means go home.
+- A worker that dies loses its lease, not the ordinal.
+- `admit` has happened wholly or not at all, whatever it answers; sending a group twice is harmless.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import redis
+
+from services.codec import EncodedGroup
+from services.config import QueueConfig
+from services.messages import PolicyVersion
+from services.queue_scripts import Keys, Scripts
+from services.queue_types import Admitted, Failed, Lease, RunEnded
+
+BLOCK_S = 2.0
+"""Longest single blocking read; well below the socket timeout of services/queue_connection.py."""
+
+
+class QueueWorker:
+    """What a rollout worker does with the queue."""
+
+    def __init__(self, client: redis.Redis, run: str, config: QueueConfig) -> None:
+        # redis-py types each answer as a union over protocols and decodings; ours is fixed by `connect`.
+        self._client: Any = client
+        self._run = run
+        self._config = config
+        self._keys = Keys(run)
+        self._scripts = Scripts(client, self._keys)
+        self._wake_after = b"0-0"
+        self._next_expiry_s: float | None = None
+
+    @property
+    def run(self) -> str:
+        return self._run
+
+    def issue(self, worker: str) -> Lease | None:
+        """The next ordinal for `worker`, or None if it has to wait (see `wait_for_work`).
+
+        An expired lease comes first, then the lowest ordinal that is to be issued again, then the next number
+        while the window and the run's limit allow it.
+
+        Raises:
+            RunEnded: the run is draining, done or failed.
+        """
+        lease_ms = int(self._config.lease_s * 1000)
+        answer = self._scripts.run("issue", worker, uuid.uuid4().hex, lease_ms, self._config.max_attempts)
+        if answer[0] == b"ENDED":
+            raise RunEnded(answer[1].decode())
+        if answer[0] == b"WAIT":
+            self._wake_after = answer[1]
+            self._next_expiry_s = int(answer[2]) / 1000 if int(answer[2]) >= 0 else None
+            return None
+        ordinal, attempt, epoch, step = map(int, answer[1:])
+        return Lease(ordinal, attempt, PolicyVersion(epoch=epoch, step=step))
+
+    def wait_for_work(self, timeout_s: float) -> bool:
+        """After `issue` said None: block until asking again may help, at most `timeout_s`.
+
+        Returns at once if something became issuable since that `issue`; False when the time has passed.
+        """
+        if self._next_expiry_s is not None:
+            timeout_s = min(timeout_s, self._next_expiry_s + 0.001)
+        give_up = time.monotonic() + timeout_s
+        while (left := give_up - time.monotonic()) > 0:
+            block_ms = max(1, int(min(left, BLOCK_S) * 1000))
+            if self._client.xread({self._keys.key("wake"): self._wake_after}, count=1, block=block_ms):
+                return True
+        return False
+
+    def renew(self, worker: str, ordinal: int) -> bool:
+        """Hold an ordinal for another `lease_s`; False if it is no longer this worker's."""
+        return bool(self._scripts.run("renew", worker, ordinal, int(self._config.lease_s * 1000)))
+
+    def release(self, worker: str, ordinal: int) -> bool:
+        """Give an ordinal back unworked; no attempt is counted. False if it was not this worker's."""
+        return bool(self._scripts.run("release", worker, 0, self._config.max_attempts, "", ordinal))
+
+    def release_worker(self, worker: str, reason: str) -> list[int]:
+        """All that a dead worker held is issued again at once; its attempts count. By whoever saw it die."""
+        answer = self._scripts.run("release", worker, 1, self._config.max_attempts, reason)
+        return sorted(map(int, answer))
+
+    def fail(self, worker: str, ordinal: int, reason: str) -> Failed:
+        """The group could not be made: the ordinal is issued again, or dead after `max_attempts`."""
+        answer = self._scripts.run("fail", worker, ordinal, reason, self._config.max_attempts)
+        return Failed(answer.decode())
+
+    def admit(self, group: EncodedGroup) -> Admitted:
+        """Bring one whole group."""
+        return self.admit_many([group])[0]
+
+    def admit_many(self, groups: Sequence[EncodedGroup]) -> list[Admitted]:
+        """Bring several groups in one round trip; each has its own verdict, none depends on another's."""
+        calls = [
+            (
+                group.ordinal,
+                group.version.epoch,
+                group.version.step,
+                group.worker,
+                self._config.max_attempts,
+                self._config.max_groups,
+                self._config.max_bytes,
+                group.header,
+                group.payload,
+                group.sha256,
+            )
+            for group in groups
+        ]
+        return [_verdict(answer) for answer in self._scripts.run_many("admit", calls)] if calls else []
+
+
+def _verdict(answer: object) -> Admitted:
+    if isinstance(answer, redis.exceptions.OutOfMemoryError):
+        return Admitted.FULL
+    if isinstance(answer, Exception):
+        raise answer
+    assert isinstance(answer, bytes)
+    return Admitted(answer.decode())

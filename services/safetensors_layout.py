@@ -1,0 +1,171 @@
+"""The safetensors layout on memory we already have: one copy to write, none to read.
+
+Promises
+- What `pack` and `pack_into` write, `safetensors.torch.load` reads, and the other way round.
+- `views` copies nothing: its tensors share the buffer's memory and must not be written to.
+- A header that lies (offsets outside the buffer, holes, overlaps, a wrong size, an unknown dtype, a name
+  given twice) raises `BadLayout` before any tensor exists.
+
+The safetensors package copies each tensor two to three times; at 75 MB of weights for eight workers these
+copies, and the page faults of fresh memory, were most of the time of a publish.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Bytes = npt.NDArray[np.uint8]
+MAX_HEADER_BYTES = 100_000_000
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+# Buffers that arrive from the network or the object store are read-only; `views` says that nobody writes.
+warnings.filterwarnings("ignore", message=r"The given (buffer|NumPy array) is not writ", category=UserWarning)
+
+
+class BadLayout(ValueError):
+    """The bytes are not a safetensors file; the text says where they stop being one."""
+
+
+def tensor_bytes(tensor: torch.Tensor) -> Bytes:
+    """The bytes of a tensor, row-major, without a copy where it is contiguous and on the CPU."""
+    flat: Bytes = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return flat
+
+
+def _plan(tensors: Mapping[str, torch.Tensor]) -> tuple[bytes, list[str]]:
+    # Widest dtype first keeps every tensor aligned to its element, as the package itself orders them.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    entries: dict[str, Any] = {}
+    begin = 0
+    for name in order:
+        tensor = tensors[name]
+        if tensor.dtype not in CODES:
+            raise BadLayout(
+                f"tensor {name!r} has dtype {tensor.dtype}; safetensors holds {', '.join(DTYPES)}"
+            )
+        end = begin + tensor.numel() * tensor.element_size()
+        entries[name] = {
+            "dtype": CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+        begin = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, order
+
+
+def pack(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """Tensors as the bytes of a safetensors file."""
+    head, order = _plan(tensors)
+    return b"".join([head, *(tensor_bytes(tensors[name]).data for name in order)])
+
+
+def pack_into(tensors: Mapping[str, torch.Tensor], buffer: Bytes | None = None) -> Bytes:
+    """Tensors as a uint8 array, written into `buffer` if it has the very size, else into a new one.
+
+    Memory that was touched before takes a copy several times as fast as fresh pages do.
+    """
+    head, order = _plan(tensors)
+    total = len(head) + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if buffer is None or buffer.size != total or not buffer.flags.writeable:
+        buffer = np.empty(total, dtype=np.uint8)
+    buffer[: len(head)] = np.frombuffer(head, dtype=np.uint8)
+    begin = len(head)
+    for name in order:
+        data = tensor_bytes(tensors[name])
+        buffer[begin : begin + data.size] = data
+        begin += data.size
+    return buffer
+
+
+def views(buffer: bytes | bytearray | memoryview | Bytes) -> dict[str, torch.Tensor]:
+    """The tensors in a safetensors file, sharing its memory: read, do not write.
+
+    Raises:
+        BadLayout: the buffer is not a whole, well-formed file.
+    """
+    raw = buffer.data if isinstance(buffer, np.ndarray) else memoryview(buffer).cast("B")
+    entries, start = _header(raw)
+    data_size = len(raw) - start
+    spans = sorted(_span(name, entry, data_size) for name, entry in entries.items())
+    end = 0
+    for begin, finish, name in spans:
+        if begin != end:
+            raise BadLayout(f"tensor {name!r} begins at byte {begin} of the data, expected {end}")
+        end = finish
+    if end != data_size:
+        raise BadLayout(f"tensors cover {end} of {data_size} data bytes")
+    tensors = {}
+    for begin, finish, name in spans:
+        entry = entries[name]
+        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+        if begin == finish:
+            tensors[name] = torch.empty(shape, dtype=dtype)
+            continue
+        count = (finish - begin) // dtype.itemsize
+        tensors[name] = torch.frombuffer(raw, dtype=dtype, count=count, offset=start + begin).view(shape)
+    return tensors
+
+
+def _header(raw: memoryview) -> tuple[dict[str, Any], int]:
+    if len(raw) < 8:
+        raise BadLayout(f"truncated: {len(raw)} bytes, a header needs at least 8")
+    size = int.from_bytes(raw[:8], "little")
+    if size > min(MAX_HEADER_BYTES, len(raw) - 8):
+        raise BadLayout(f"truncated: the header claims {size} bytes, {len(raw) - 8} are there")
+    try:
+        entries = json.loads(bytes(raw[8 : 8 + size]), object_pairs_hook=_unique)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise BadLayout(f"the header is not JSON: {error}") from error
+    if not isinstance(entries, dict):
+        raise BadLayout(f"the header is a {type(entries).__name__}, expected an object")
+    entries.pop("__metadata__", None)
+    return entries, 8 + size
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise BadLayout("the header names something twice")
+    return result
+
+
+def _span(name: str, entry: Any, data_size: int) -> tuple[int, int, str]:
+    try:
+        dtype = DTYPES[entry["dtype"]]
+        shape = entry["shape"]
+        begin, finish = entry["data_offsets"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadLayout(f"tensor {name!r} has a broken entry: {error!r}") from error
+    numbers = [begin, finish, *shape] if isinstance(shape, list) else [None]
+    if not all(type(number) is int and 0 <= number < 2**48 for number in numbers):
+        raise BadLayout(f"tensor {name!r} has a shape or offsets that are not small non-negative integers")
+    if not begin <= finish <= data_size:
+        raise BadLayout(f"truncated: tensor {name!r} is bytes {begin} to {finish} of {data_size}")
+    if math.prod(shape) * dtype.itemsize != finish - begin:
+        raise BadLayout(f"tensor {name!r}: {finish - begin} bytes do not hold {shape} of {entry['dtype']}")
+    return begin, finish, name
