@@ -18,7 +18,8 @@ frontier of resolved ordinals: the same dedupe, in bounded space.
     renew ... admit -> Admitted     take -> groups, commit -> next PolicyVersion
     fail, release                   frontier -> into the checkpoint
 
-The sides live in queue_worker, queue_learner (which reads through queue_intake) and queue_board; connect with queue_connection.connect.
+The sides live in queue_worker, queue_learner (which reads through queue_intake) and queue_board; the way to
+a server in queue_connection.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """How the learner reads the stream of groups: each entry verified, refused ones sent back, none twice.
 
 Promises
-- What is kept in `_taken` was admitted, is whole, proven and not stale; the rest is refused with a reason, its
-  ordinal issued again, its entry removed.
+- What is kept in `_taken` was admitted, is whole, proven and not stale; the rest is refused with a reason,
+  its ordinal issued again, its entry removed.
 - Entries that were delivered into a broken connection are read again.
 - A fenced learner and a server that lost writes are noticed at the next read.
 """

@@ -15,6 +15,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
+
 from services.codec import Group
 from services.messages import PolicyVersion, WeightsAnnouncement
 from services.queue_intake import QueueIntake
