@@ -1,0 +1,170 @@
+"""The images of the report: before and after at the same seeds, and groups with rewards and advantages.
+
+Promises
+- Nothing is picked by its score: the first held-out prompts, and kept groups at equal distances.
+- Advantages are computed by the learner's own code where the writer of a group did not know them.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.config import Config
+from services.report.samples import (
+    EvalSample,
+    GroupSample,
+    data_uri,
+    list_groups,
+    load_eval,
+    load_eval_images,
+    load_group,
+)
+
+log = logging.getLogger(__name__)
+
+MAX_PAIRS = 64
+MAX_GROUPS = 8
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One image of a pair, and what the rewards said of it."""
+
+    image: str | None
+    """Data URI."""
+    scores: tuple[tuple[str, float, str], ...]
+    """(reward, score, recognised text or "")."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One held-out prompt at one seed, before and after training."""
+
+    prompt: str
+    before: Shot | None
+    after: Shot | None
+
+
+@dataclass(frozen=True)
+class Member:
+    """One sample of a group."""
+
+    image: str
+    place: int
+    """Its place in the group, from 0."""
+    total: float
+    advantage: float
+    scores: tuple[tuple[str, float], ...]
+    text: str
+    best: bool
+    worst: bool
+
+
+@dataclass(frozen=True)
+class ShownGroup:
+    """A group, its members from best to worst."""
+
+    step: int
+    sample: GroupSample
+    members: tuple[Member, ...]
+    mean: float
+    flat: bool
+    """All total rewards are equal: the group teaches nothing."""
+
+
+def pairs(run_dir: Path, config: Config | None) -> tuple[Pair, ...]:
+    """The first held-out prompts, each before and after; either side may be missing."""
+    if config is None:
+        return ()
+    size = config.model.width, config.model.height
+    told = {when: load_eval(run_dir, when) for when in ("before", "after")}
+    drawn = {when: load_eval_images(run_dir, when, *size) for when in told}
+    longest = told["before"] or told["after"]
+    if told["after"] and [s.prompt for s in told["after"]] != [s.prompt for s in longest]:
+        log.warning("%s: other prompts after training than before: pairs left out", run_dir)
+        return ()
+    count = min(MAX_PAIRS, len(longest), max(len(images) for images in drawn.values()))
+    return tuple(
+        Pair(
+            longest[i].prompt,
+            *(
+                _shot(told[when][i], data_uri(drawn[when][i]) if i < len(drawn[when]) else None)
+                if i < len(told[when])
+                else None
+                for when in ("before", "after")
+            ),
+        )
+        for i in range(count)
+    )
+
+
+def shown_groups(run_dir: Path, config: Config | None) -> tuple[ShownGroup, ...]:
+    """At most MAX_GROUPS kept groups, the first and the last and some between."""
+    found = list_groups(run_dir)
+    if len(found) > MAX_GROUPS:
+        found = [found[round(i * (len(found) - 1) / (MAX_GROUPS - 1))] for i in range(MAX_GROUPS)]
+    groups = []
+    for step, path in found:
+        loaded = load_group(path)
+        scored = _scored(loaded[0], config) if loaded else None
+        if loaded is None or scored is None:
+            continue
+        images = [data_uri(image) for image in loaded[1]]
+        groups.append(_group(step, scored[0], *scored[1:], images, config))
+    return tuple(groups)
+
+
+def _scored(
+    sample: GroupSample, config: Config | None
+) -> tuple[GroupSample, list[float], list[float]] | None:
+    if sample.total is not None and sample.advantages is not None:
+        return sample, sample.total, sample.advantages
+    if config is None:
+        return None
+    from learner.advantages import group_advantages, total_rewards
+
+    try:
+        totals = total_rewards(sample.rewards, config.trained_rewards)
+    except ValueError as error:
+        log.warning("group %d left out: %s", sample.ordinal, error)
+        return None
+    found = group_advantages(totals[None], config.advantage)
+    return sample, found.totals[0].tolist(), found.values[0].tolist()
+
+
+def _group(
+    step: int,
+    sample: GroupSample,
+    totals: list[float],
+    advantages: list[float],
+    images: list[str],
+    config: Config | None,
+) -> ShownGroup:
+    flat = max(totals) == min(totals)
+    trained = [reward.name for reward in config.trained_rewards] if config else list(sample.rewards)
+    speaker = next((name for name in trained if sample.details.get(name)), None)
+    order = sorted(range(len(totals)), key=lambda i: (-totals[i], i))
+    members = tuple(
+        Member(
+            image=images[i],
+            place=i,
+            total=totals[i],
+            advantage=advantages[i],
+            scores=tuple((name, scores[i]) for name, scores in sample.rewards.items()),
+            text=str(sample.details[speaker][i].get("text", "")) if speaker else "",
+            best=not flat and totals[i] == max(totals),
+            worst=not flat and totals[i] == min(totals),
+        )
+        for i in order
+    )
+    return ShownGroup(step, sample, members, sum(totals) / len(totals), flat)
+
+
+def _shot(sample: EvalSample, image: str | None) -> Shot:
+    scores = tuple(
+        (name, score, str(sample.details.get(name, {}).get("text", "")))
+        for name, score in sample.scores.items()
+    )
+    return Shot(image, scores)
