@@ -92,12 +92,12 @@ class TimedTrainer:
 def run_overlap_bench(
     screen: Console | None = None,
     *,
-    sample_s: float = 0.2,
-    reward_s: float = 0.1,
-    learner_s: float = 0.4,
+    sample_s: float = 0.5,
+    reward_s: float = 0.2,
+    learner_s: float = 1.0,
     workers: int = 2,
     groups_per_step: int = 4,
-    steps: int = 12,
+    steps: int = 10,
 ) -> dict[str, Any]:
     """Median step seconds at staleness 0 and 1.
 
@@ -150,14 +150,7 @@ def _steps(
     with tempfile.TemporaryDirectory() as folder, EmbeddedValkey(Path(folder)) as server:
 
         def open_queue() -> GroupQueue:
-            client = connect(server.url, server.password)
-            return GroupQueue(
-                client,
-                "overlap",
-                config.queue,
-                groups_per_step=groups,
-                max_steps=config.learner.max_steps,
-            )
+            return GroupQueue(connect(server.url, server.password), "overlap", config.queue)
 
         queue = open_queue()
         queue.set_state("running")
@@ -174,7 +167,7 @@ def _steps(
         )
         for thread in threads:
             thread.start()
-        loop.run(Start(frontier=Frontier()))
+        loop.run(Start())
         queue.set_state("done")
         for thread in threads:
             thread.join(timeout=30)

@@ -22,7 +22,7 @@ class Advantages:
     """Of the groups of one update."""
 
     values: Tensor
-    """(groups, G) float32, zero mean in each row before the clamp."""
+    """(groups, G) float64, zero mean in each row before the clamp."""
     totals: Tensor
     """(groups, G) float64 total rewards."""
     live: Tensor
@@ -74,4 +74,4 @@ def group_advantages(totals: Tensor, config: AdvantageConfig) -> Advantages:
     values = (centred / (std + config.epsilon)).clamp(-config.clip, config.clip)
     # The mean of equal numbers may be off by a rounding error: zero means zero.
     values = torch.where(live[:, None], values, torch.zeros_like(values))
-    return Advantages(values=values.to(torch.float32), totals=totals, live=live)
+    return Advantages(values=values, totals=totals, live=live)

@@ -34,8 +34,6 @@ from services.messages import PolicyVersion, WeightsAnnouncement
 
 logger = logging.getLogger(__name__)
 
-DRAINING = frozenset({"draining", "failed"})
-
 
 class Trainer(Protocol):
     """The model side of the learner."""
@@ -57,10 +55,13 @@ class Trainer(Protocol):
 class Start:
     """Where a learner starts: from nothing, or from a checkpoint."""
 
-    step: int = 0
-    epoch: int | None = None
-    """Epoch of the checkpoint; None when there is none."""
+    version: PolicyVersion | None = None
+    """Of the checkpoint; None when there is none."""
     frontier: Frontier | None = None
+
+    @property
+    def step(self) -> int:
+        return self.version.step if self.version is not None else 0
 
 
 class LearnerLoop:
@@ -120,21 +121,17 @@ class LearnerLoop:
     def _begin(self, start: Start) -> int:
         settings, queue = self._config.learner, self._config.queue
         self._pulse.enter("publishing the first weights")
-        epoch = self._queue.next_epoch(start.epoch)
-        version = PolicyVersion(epoch=epoch, step=start.step)
-        policy = self._trainer.publish(version, kind="policy")
-        ema = self._trainer.publish(version, kind="ema")
-        self._queue.begin_epoch(
-            version,
-            start.frontier,
-            policy,
+        version = self._queue.begin_epoch(
+            lambda version: self._trainer.publish(version, kind="policy"),
             limit=settings.max_steps * settings.groups_per_step,
             window=(queue.max_staleness + 1) * settings.groups_per_step,
+            checkpoint=start.version,
+            frontier=start.frontier,
         )
-        self._queue.announce(ema)
+        self._queue.announce(self._trainer.publish(version, kind="ema"))
         self._pulse.version = version
-        self._checkpointed = start.step if start.frontier is not None else -1
-        return epoch
+        self._checkpointed = start.step if start.version is not None else -1
+        return version.epoch
 
     def _step(self, epoch: int, step: int) -> dict[str, Any]:
         settings = self._config.learner
@@ -143,7 +140,6 @@ class LearnerLoop:
         groups = self._queue.take(
             settings.groups_per_step,
             deadline_s=self._config.queue.take_deadline_s,
-            stop=lambda: self._queue.state() in DRAINING,
         )
         clock.lap("wait_s")
         self._pulse.enter(f"updating to step {step + 1}")

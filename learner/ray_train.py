@@ -52,33 +52,15 @@ class PolicyTrainer:
         """Load the newest complete checkpoint, if there is one."""
         found = newest_checkpoint(self._context.directory)
         if found is None:
-            return Start(frontier=Frontier(resolved=0, trained=(), dead=()))
+            return Start()
         self.updater.load_state(found.state)
-        manifest = found.manifest
         return Start(
-            step=manifest["step"],
-            epoch=manifest["epoch"],
-            frontier=Frontier.model_validate(manifest["frontier"]),
+            version=PolicyVersion(epoch=found.manifest["epoch"], step=found.step),
+            frontier=Frontier.model_validate(found.manifest["frontier"]),
         )
 
     def update(self, groups: Sequence[Group], step: int) -> dict[str, Any]:
-        done = self.updater.step([_training_group(group) for group in groups], step)
-        trained = [reward.name for reward in self._context.config.trained_rewards]
-        return {
-            "reward_mean": done.reward,
-            "reward_std": sum(done.reward_std[name] for name in trained) / len(trained),
-            "rewards": {
-                name: {"mean": mean, "std": done.reward_std[name]} for name, mean in done.reward_mean.items()
-            },
-            "zero_variance_groups": done.zero_variance_groups,
-            "loss": done.loss,
-            "dsm": done.dsm,
-            "grad_norm": done.grad_norm,
-            "group_weight": done.weight,
-            "clip_fraction": done.clip_fraction,
-            "kl": done.kl,
-            "learning_rate": done.learning_rate,
-        }
+        return self.updater.step([_training_group(group) for group in groups], step).row()
 
     def publish(self, version: PolicyVersion, *, kind: str) -> WeightsAnnouncement:
         tensors = self.updater.ema_tensors() if kind == "ema" else self.updater.rollout_tensors(version.step)
@@ -89,7 +71,7 @@ class PolicyTrainer:
             self._context.directory,
             version.step,
             self.updater.state(),
-            {"step": version.step, "epoch": version.epoch, "frontier": frontier.model_dump(mode="json")},
+            {"epoch": version.epoch, "frontier": frontier.model_dump(mode="json")},
             keep=self._context.config.checkpoint.keep,
         )
 

@@ -192,12 +192,12 @@ class Updater:
         return group_advantages(torch.stack(totals), self.config.advantage)
 
     def _live(self, groups: Sequence[TrainingGroup], advantages: Advantages) -> list[LiveGroup]:
-        device = self.policy.device
+        device, dtype = self.policy.device, next(iter(self._parameters.values())).dtype
         return [
             LiveGroup(
                 ordinal=group.ordinal,
-                latents=group.latents.to(device=device, dtype=torch.float32),
-                advantages=values.to(device),
+                latents=group.latents.to(device=device, dtype=dtype),
+                advantages=values.to(device=device, dtype=dtype),
                 condition={name: tensor.to(device) for name, tensor in group.condition.items()},
                 negative=group.negative,
             )

@@ -114,8 +114,7 @@ def _decoded(
 ) -> NDArray[np.uint8]:
     negative = policy.negative() if config.rollout.guidance > 1 else None
     latents = sample(policy, condition, negative, seeds, config.rollout)
-    images: NDArray[np.uint8] = policy.decode(latents, batch=config.rollout.decode_batch).numpy()
-    return images
+    return policy.decode(latents, batch=config.rollout.decode_batch)
 
 
 def _estimate(values: Sequence[float]) -> Estimate:

@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from reward_servers.client import RewardError
 from services.group_queue import Admitted, GroupQueue, Lease, RunEnded
+from services.queue_types import ENDED
 
 from rollout_workers.scoring import GroupScores, Scorer
 from services.codec import encode_group
@@ -180,12 +181,13 @@ class RolloutLoop:
 
     def _admit(self, header: GroupHeader, tensors: dict[str, torch.Tensor]) -> bool:
         encoded = encode_group(header, tensors)
+        # The window keeps the queue below its bounds; a full one means that it is bounded too tightly or
+        # shared. The lease is renewed meanwhile, so waiting loses nothing.
         while (answer := self._queue.admit(encoded)) is Admitted.FULL:
-            # The window keeps the queue below its bounds; a full one means that it is bounded too tightly
-            # or shared. The lease is renewed meanwhile, so waiting loses nothing.
             self._pulse.enter("waiting for room in the queue", ordinal=header.ordinal)
-            if self._queue.wait_for_work(FULL_RETRY_S) and self._queue.state() in ENDED:
+            if self._queue.state() in ENDED:
                 return False
+            self._queue.wait_for_work(FULL_RETRY_S)
         if answer is Admitted.FUTURE:
             raise RuntimeError(f"group {header.ordinal} was sampled with the unannounced {header.version}")
         if answer is not Admitted.OK:

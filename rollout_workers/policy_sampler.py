@@ -32,7 +32,9 @@ class PolicySampler:
         self._config = config
         self._run_directory = run_directory
         self._store = store
-        self.policy: Policy = load_policy(config.model, text_encoders=True, vae=True, base=False, seed=config.run.seed)
+        self.policy: Policy = load_policy(
+            config.model, text_encoders=True, vae=True, base=False, seed=config.run.seed
+        )
 
     def install(self, announcement: WeightsAnnouncement) -> None:
         """Fetch, verify and bind.
@@ -53,7 +55,7 @@ class PolicySampler:
         condition = self.policy.encode(task.prompt.text)
         negative = self.policy.negative() if rollout.guidance > 1 else None
         latents = sample(self.policy, condition, negative, task.seeds, rollout)
-        images = self.policy.decode(latents, batch=rollout.decode_batch).numpy()
+        images = self.policy.decode(latents, batch=rollout.decode_batch)
         tensors = {"latents": latents.contiguous()}
         tensors |= {f"condition.{name}": tensor.contiguous() for name, tensor in condition.items()}
         return SampledGroup(tensors=tensors, images=images)

@@ -80,10 +80,4 @@ class RunContext(Message):
             QueueUnreachable: nobody there, or the password is refused.
         """
         client = connect(self.queue_url, self.queue_password.read())
-        return GroupQueue(
-            client,
-            self.run,
-            self.config.queue,
-            groups_per_step=self.config.learner.groups_per_step,
-            max_steps=self.config.learner.max_steps,
-        )
+        return GroupQueue(client, self.run, self.config.queue)

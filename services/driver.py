@@ -20,6 +20,7 @@ from typing import Any
 import ray
 from reward_servers.launch import start_rewards, stop_rewards
 
+from learner.checkpoint import newest_checkpoint
 from learner.ray_train import fit
 from rollout_workers.evaluator import Evaluator
 from rollout_workers.worker import RolloutWorker
@@ -73,7 +74,7 @@ def train(config: Config, run: RunDirectory, view: Progress, *, resume: bool = F
         queue = context.open_queue()
         queue.set_state("starting")
         view.activity("starting the reward servers")
-        context = context.model_copy(update={"rewards": stack.enter_context(_reward_servers(config, run))})
+        context = context.model_copy(update={"rewards": stack.enter_context(reward_places(config, run))})
         telemetry = stack.enter_context(
             Telemetry(
                 run.root, tensorboard=config.telemetry.tensorboard, resumed_step=_resumed_step(run, resume)
@@ -108,11 +109,12 @@ def _queue_server(config: Config, run: RunDirectory) -> Iterator[tuple[str, Secr
         yield config.queue.url, SecretPlace(env=config.queue.password_env)
         return
     with EmbeddedValkey(run.queue) as server:
-        yield server.url, SecretPlace(file=server.password_file)
+        yield server.url, SecretPlace(file=run.queue / "password")
 
 
 @contextmanager
-def _reward_servers(config: Config, run: RunDirectory) -> Iterator[dict[str, RewardPlace]]:
+def reward_places(config: Config, run: RunDirectory) -> Iterator[dict[str, RewardPlace]]:
+    """Where the reward servers are; those named by app run inside the block. Ray must be initialised."""
     own = [reward for reward in config.rewards if reward.app is not None]
     places = {
         reward.name: RewardPlace(url=reward.url, token=SecretPlace(env=reward.token_env))
@@ -155,6 +157,5 @@ def _spawn(context: RunContext, text: str, index: int, store: Any) -> tuple[Any,
 def _resumed_step(run: RunDirectory, resume: bool) -> int | None:
     if not resume:
         return None
-    from learner.checkpoint import newest_checkpoint_step
-
-    return newest_checkpoint_step(run.root) or 0
+    found = newest_checkpoint(run.root)
+    return found.step if found is not None else 0

@@ -20,7 +20,7 @@ import ray
 from pydantic import TypeAdapter
 
 from services.context import RunContext
-from services.group_queue import GroupQueue
+from services.group_queue import GroupQueue, RunState
 from services.memory import peak_memory
 from services.messages import Heartbeat, PolicyVersion, WeightsAnnouncement
 from services.metrics import AnyRow, EvalRow, MemoryRow
@@ -96,14 +96,14 @@ class Monitor:
         self._learner = learner
         self._signals = signals
         self._rows: TypeAdapter[AnyRow] = TypeAdapter(AnyRow)
-        self._last_row_id = "0"
+        self._last_row_id = "0-0"
         self._dead_seen = 0
         self._draining = False
         self._evaluating: Any = None
         self._evaluated: set[int] = {row.step for row in read_metrics(context.directory).evals}
         self._beats: dict[str, Heartbeat] = {}
         self._silent: set[str] = set()
-        self._ending = "failed"
+        self._ending: RunState = "failed"
         source, settings = prompt_source(context.config), context.config.eval
         self._evaluates = bool(source.heldout(settings.seed, 1))
 
@@ -160,10 +160,11 @@ class Monitor:
         self._view.row(row)
 
     def _watch_heartbeats(self) -> None:
-        beats = self._queue.heartbeats()
-        self._view.heartbeats(beats)
-        self._beats |= {beat.part: beat for beat in beats}
-        silent = set(self._beats) - {beat.part for beat in beats}
+        parts = self._queue.heartbeats()
+        alive = {part: beat for part, beat in parts.items() if beat is not None}
+        self._view.heartbeats(list(alive.values()))
+        self._beats |= alive
+        silent = set(self._beats) - set(alive)
         for part in silent - self._silent:
             last = self._beats[part]
             detail = f"{part}: last seen {last.state!r} since {time.time() - last.since:.0f} s"

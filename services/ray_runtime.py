@@ -32,13 +32,17 @@ def cpus_needed(config: Config) -> float:
 def ray_cluster(config: Config) -> Iterator[None]:
     """Ray is initialised inside the block.
 
-    Joins `cluster.address` or RAY_ADDRESS; without either, starts Ray on this machine with as many CPUs as
-    it has, or as the run reserves if that is more (a laptop may be oversubscribed, a cluster may not).
+    Uses the Ray that this process has already initialised, and leaves it; else joins `cluster.address` or
+    RAY_ADDRESS; without either, starts Ray on this machine with as many CPUs as it has, or as the run
+    reserves if that is more (a laptop may be oversubscribed, a cluster may not).
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
+    if ray.is_initialized():
+        yield
+        return
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     if address:
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)

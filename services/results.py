@@ -64,7 +64,9 @@ def closing_table(config: Config, result: dict[str, Any]) -> Table:
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
     names = {"": config.trained_rewards[0].name}
-    names |= {"independent_": reward.name for reward in reversed(config.rewards) if reward.heldout}
+    heldout = [reward.name for reward in config.rewards if reward.heldout]
+    if heldout:
+        names["independent_"] = heldout[0]
     for prefix, name in names.items():
         for kind in ("score", "exact"):
             cells = [_cell(result, f"{prefix}{kind}_{when}") for when in ("before", "after")]

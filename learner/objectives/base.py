@@ -45,9 +45,9 @@ class LiveGroup:
 
     ordinal: int
     latents: Tensor
-    """(G, C, h, w) float32."""
+    """(G, C, h, w), in the dtype of the trained parameters (float32)."""
     advantages: Tensor
-    """(G,) float32."""
+    """(G,), the same dtype."""
     condition: Condition
     negative: Condition | None
 

@@ -234,10 +234,9 @@ class Dgpo(Objective):
         self._measure(measured, torch.cat(errors), scores, torch.cat(cuts), torch.cat(kls), 1)
 
     def _noised(self, groups: Sequence[LiveGroup], index: int, step: int) -> NoisedBatch:
-        sigma = self.schedule.sigmas[index].to(self.policy.device)
-        noises = [self._noise(group, index, step) for group in groups]
         x0 = torch.cat([group.latents for group in groups])
-        noise = torch.cat(noises)
+        noise = torch.cat([self._noise(group, index, step) for group in groups])
+        sigma = self.schedule.sigmas[index].to(x0)
         return NoisedBatch(
             x=(1 - sigma) * x0 + sigma * noise,
             target=noise - x0,

@@ -1,0 +1,218 @@
+"""`dgpo`, as a user runs it: a process of its own with its own Ray, Serve and Valkey."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(420)]
+
+SMALL = [
+    "rollout.group_size=4",
+    "rollout.steps=4",
+    "objective.timesteps.first=4",
+    "learner.groups_per_step=2",
+    "learner.micro_batch=4",
+    "eval.every_steps=0",
+    "eval.final_prompts=8",
+]
+DGPO = [sys.executable, "-m", "services.cli"]
+
+
+def dgpo(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    return subprocess.run(
+        [*DGPO, *arguments], capture_output=True, text=True, timeout=timeout, env=environment, check=False
+    )
+
+
+def settings(folder: Path, *more: str) -> list[str]:
+    pairs = [*SMALL, f"run.directory={folder}", *more]
+    return [word for pair in pairs for word in ("--set", pair)]
+
+
+def result_of(text: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(text.strip().splitlines()[-1])
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A small whole quickstart."""
+    folder = tmp_path_factory.mktemp("runs")
+    done = dgpo("quickstart", "--json", *settings(folder, "learner.max_steps=3"))
+    assert done.returncode == 0, done.stderr
+    return result_of(done.stdout)
+
+
+def test_quickstart_prints_its_result(finished: dict[str, Any]) -> None:
+    assert finished["steps"] == 3
+    assert finished["groups"] == 6
+    assert finished["images"] == 24
+    assert finished["heldout_prompts"] == 8
+    assert finished["max_staleness_seen"] <= 1
+    for prefix in ("", "independent_"):
+        for kind in ("score", "exact"):
+            for when in ("before", "after"):
+                assert 0 <= finished[f"{prefix}{kind}_{when}"] <= 1
+                assert finished[f"{prefix}{kind}_{when}_se"] >= 0
+    for part in ("driver", "learner-0", "rollout-0", "rollout-1", "evaluator", "queue server"):
+        assert finished["peak_memory_bytes"][part] > 1024**2
+
+
+def test_the_run_directory_is_complete(finished: dict[str, Any]) -> None:
+    run = Path(finished["run_dir"])
+    page = (run / "report.html").read_text()
+    assert "<html" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    for place in ("config.yaml", "environment.json", "metrics.jsonl", "checkpoints/step-3/manifest.json"):
+        assert (run / place).is_file()
+    assert list((run / "tensorboard").iterdir())
+
+
+def test_no_secret_is_in_what_a_run_leaves_to_read(finished: dict[str, Any]) -> None:
+    run = Path(finished["run_dir"])
+    secrets = [
+        (run / "secrets" / "reward.token").read_text(),
+        (run / "queue" / "password").read_text().strip(),
+    ]
+    assert all(len(secret) >= 16 for secret in secrets)
+    readable = [
+        file
+        for file in run.rglob("*")
+        if file.is_file() and file.parent.name not in ("secrets", "queue") and file.stat().st_size < 10**7
+    ]
+    assert len(readable) > 5
+    for file in readable:
+        content = file.read_bytes()
+        assert not any(secret.encode() in content for secret in secrets), file
+
+
+def test_stock_diffusers_loads_the_export(finished: dict[str, Any]) -> None:
+    from diffusers import StableDiffusion3Pipeline
+
+    pipeline = StableDiffusion3Pipeline.from_pretrained(Path(finished["run_dir"]) / "export" / "pipeline")
+    picture = pipeline(
+        'a sign that says "K7QX"',
+        height=32,
+        width=64,
+        num_inference_steps=4,
+        guidance_scale=1.0,
+        max_sequence_length=1,
+        generator=torch.Generator().manual_seed(0),
+    ).images[0]
+    assert picture.size == (64, 32)
+    assert np.asarray(picture).std() > 1
+
+
+def test_eval_and_report_and_export_work_on_a_run(finished: dict[str, Any], tmp_path: Path) -> None:
+    run = finished["run_dir"]
+    scored = dgpo("eval", run, "--json")
+    assert scored.returncode == 0, scored.stderr
+    again = result_of(scored.stdout)
+    assert again["rewards"]["ocr"]["mean"] == pytest.approx(finished["score_after"], abs=1e-6)
+    assert dgpo("report", run).returncode == 0
+    made = dgpo("export", run, "--out", str(tmp_path / "out"), "--weights", "policy")
+    assert made.returncode == 0, made.stderr
+    assert (tmp_path / "out" / "pipeline" / "model_index.json").is_file()
+
+
+def test_ctrl_c_ends_cleanly_and_resume_goes_on(tmp_path: Path) -> None:
+    command = [*DGPO, "train", "quickstart", "--json", *settings(tmp_path, "learner.max_steps=400")]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stderr is not None
+    assert process.stdout is not None
+    lines: list[str] = []
+    trained = threading.Event()
+
+    def read() -> None:
+        assert process.stderr is not None
+        for line in process.stderr:
+            lines.append(line)
+            if "step 2/" in line or "step 3/" in line:
+                trained.set()
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        assert trained.wait(timeout=240), "".join(lines)
+        # As a terminal does it: to every process of the foreground group.
+        os.killpg(process.pid, signal.SIGINT)
+        output = process.stdout.read()
+        assert process.wait(timeout=120) == 130, "".join(lines)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    stopped = result_of(output)
+    assert stopped["interrupted"]
+    step = stopped["steps"]
+    assert (Path(stopped["run_dir"]) / "checkpoints" / f"step-{step}" / "manifest.json").is_file()
+
+    resumed = dgpo(
+        "train", "--resume", stopped["run_dir"], "--json", "--set", f"learner.max_steps={step + 2}"
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    final = result_of(resumed.stdout)
+    assert (final["steps"], final["epoch"]) == (step + 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "named"),
+    [
+        (["train", "quickstart", "--set", "learner.max_step=3"], 2, "did you mean 'max_steps'"),
+        (["train"], 2, "--resume RUN_DIR"),
+        (["train", "--resume", "/nonexistent"], 2, "not a run directory"),
+        (["train", "nothing"], 2, "quickstart"),
+        (["report", "/nonexistent"], 2, "not a run directory"),
+        (["config", "quickstart", "--set", "rollout.steps=x"], 2, "rollout.steps"),
+        (["quickstarts"], 2, "No such command"),
+    ],
+)
+def test_wrong_usage_is_named(arguments: list[str], code: int, named: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*DGPO, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=tmp_path,
+        env=os.environ | {"COLUMNS": "200"},
+    )
+    assert (done.returncode, named in done.stderr) == (code, True), done.stderr
+
+
+def test_config_prints_what_a_run_would_use() -> None:
+    done = dgpo("config", "quickstart", "--set", "learner.max_steps=7", "--json")
+    assert done.returncode == 0
+    assert result_of(done.stdout)["learner"]["max_steps"] == 7
+
+
+def test_doctor_names_what_is_missing_and_the_remedy() -> None:
+    fine = dgpo("doctor", "quickstart", "--json")
+    assert fine.returncode == 0, fine.stderr
+    assert result_of(fine.stdout)["ok"]
+    bad = dgpo(
+        "doctor",
+        "quickstart",
+        "--json",
+        "--set",
+        "model.path=no/such/model/here",
+        "--set",
+        "queue.url=redis://127.0.0.1:9",
+    )
+    assert bad.returncode == 1
+    wrong = {finding["what"]: finding for finding in result_of(bad.stdout)["findings"] if not finding["ok"]}
+    assert set(wrong) == {"model", "queue"}
+    assert all(finding["remedy"] for finding in wrong.values())

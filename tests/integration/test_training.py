@@ -1,0 +1,201 @@
+"""Whole runs on real Ray, Valkey, Ray Train and reward servers: what must hold whatever happens in between.
+
+At `max_staleness: 0` the weights are a pure function of configuration and seed, so the digest of an
+undisturbed run is what every disturbed one is held against.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from reward_servers.app import create_app
+from reward_servers.local import LocalServer
+from reward_servers.server_config import ServerConfig
+from services.config import Config
+from services.config_file import ConfigError, load_config
+from services.driver import train
+from services.messages import Heartbeat
+from services.metrics import UpdateRow
+from services.monitor import Outcome
+from services.progress import Progress
+from services.run_directory import RunDirectory
+from services.supervisor import PartFailed
+from services.telemetry import read_metrics
+
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_local"), pytest.mark.timeout(240)]
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def ocr_url() -> Iterator[str]:
+    with LocalServer(create_app(ServerConfig(scorer="ocr"))) as server:
+        yield server.url
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, ocr_url: str) -> Callable[..., Config]:
+    def make(*overrides: str) -> Config:
+        return load_config(
+            "quickstart",
+            [
+                f"run.directory={tmp_path}",
+                "rollout.group_size=4",
+                "rollout.steps=4",
+                "objective.timesteps.first=4",
+                "learner.groups_per_step=2",
+                f"learner.max_steps={STEPS}",
+                "learner.micro_batch=4",
+                "learner.num_cpus=0.1",
+                "rollout.num_cpus=0.1",
+                "queue.max_staleness=0",
+                "checkpoint.every_steps=2",
+                "eval.every_steps=0",
+                "eval.final_prompts=4",
+                "telemetry.tensorboard=false",
+                "telemetry.heartbeat_s=0.5",
+                f"rewards=[{{name: ocr, url: '{ocr_url}'}}]",
+                *overrides,
+            ],
+        )
+
+    return make
+
+
+class Watching(Progress):
+    """A silent view that calls back, to do something to a run at a known moment."""
+
+    def __init__(
+        self,
+        *,
+        at_row: Callable[[UpdateRow], None] = lambda row: None,
+        at_beats: Callable[[list[Heartbeat]], None] = lambda beats: None,
+    ) -> None:
+        super().__init__("test", STEPS, console=Console(stderr=True), quiet=True)
+        self._at_row, self._at_beats = at_row, at_beats
+
+    def update_row(self, row: UpdateRow) -> None:
+        super().update_row(row)
+        self._at_row(row)
+
+    def heartbeats(self, beats: list[Heartbeat]) -> None:  # type: ignore[override]
+        super().heartbeats(beats)
+        self._at_beats(beats)
+
+
+def run(config: Config, view: Progress | None = None) -> Outcome:
+    return train(config, RunDirectory.create(config), view or Watching())
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> dict[str, str]:
+    """The digest of a run that nobody disturbed, once it is known."""
+    return {}
+
+
+@pytest.fixture
+def digest(recipe: Callable[..., Config], undisturbed: dict[str, str]) -> str:
+    if not undisturbed:
+        undisturbed["digest"] = run(recipe("rollout.workers=1")).weights_digest
+    return undisturbed["digest"]
+
+
+def test_the_weights_do_not_depend_on_the_number_of_workers(
+    recipe: Callable[..., Config], digest: str
+) -> None:
+    outcome = run(recipe("rollout.workers=3"))
+    assert outcome.weights_digest == digest
+    metrics = read_metrics(outcome.run.root)
+    assert [row.step for row in metrics.updates] == list(range(1, STEPS + 1))
+    assert {row.staleness_max for row in metrics.updates} == {0}
+    assert {row.when for row in metrics.evals} == {"before", "after"}
+
+
+def test_an_interrupted_run_goes_on_to_the_same_weights(recipe: Callable[..., Config], digest: str) -> None:
+    config = recipe("rollout.workers=2")
+    directory = RunDirectory.create(config)
+
+    def interrupt(row: UpdateRow) -> None:
+        if row.step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    first = train(config, directory, Watching(at_row=interrupt))
+    assert first.interrupted
+    assert 1 <= first.version.step < STEPS
+    second = train(directory.config(), directory, Watching(), resume=True)
+    assert not second.interrupted
+    assert (second.version.epoch, second.version.step) == (1, STEPS)
+    assert second.weights_digest == digest
+    assert [row.step for row in read_metrics(directory.root).updates] == list(range(1, STEPS + 1))
+
+
+def test_a_killed_worker_is_replaced_and_nothing_is_lost(recipe: Callable[..., Config], digest: str) -> None:
+    killed: list[int] = []
+
+    def kill(beats: list[Heartbeat]) -> None:
+        for beat in beats:
+            if beat.part == "rollout-0" and beat.state == "sampling" and not killed:
+                killed.append(beat.pid)
+                os.kill(beat.pid, signal.SIGKILL)
+
+    outcome = run(recipe("rollout.workers=1", "queue.lease_s=2"), Watching(at_beats=kill))
+    assert killed
+    assert outcome.weights_digest == digest
+    assert [e.what for e in read_metrics(outcome.run.root).events if e.what == "worker restarted"]
+
+
+def test_a_killed_learner_goes_back_to_its_checkpoint(recipe: Callable[..., Config], digest: str) -> None:
+    pids: list[int] = []
+
+    def remember(beats: list[Heartbeat]) -> None:
+        pids[:] = [beat.pid for beat in beats if beat.part == "learner-0"]
+
+    killed: list[int] = []
+
+    def kill(row: UpdateRow) -> None:
+        if row.step == 3 and not killed and pids:
+            killed.append(pids[0])
+            os.kill(pids[0], signal.SIGKILL)
+
+    outcome = run(recipe("learner.max_restarts=2"), Watching(at_row=kill, at_beats=remember))
+    assert killed
+    assert outcome.version.epoch >= 1
+    assert outcome.weights_digest == digest
+
+
+def test_a_reward_that_is_down_fails_the_run_with_its_name(recipe: Callable[..., Config]) -> None:
+    config = recipe(
+        "rewards=[{name: ocr, url: 'http://127.0.0.1:9', deadline_s: 1}]",
+        "queue.max_dead=0",
+        "queue.max_attempts=1",
+        "prompts.source=file",
+        f"prompts.path={_prompts(recipe().run.directory)}",
+    )
+    with pytest.raises(PartFailed, match=r"ocr.*127\.0\.0\.1:9"):
+        run(config)
+
+
+def test_staleness_is_bounded_and_used(recipe: Callable[..., Config]) -> None:
+    outcome = run(recipe("queue.max_staleness=1", "rollout.workers=2", "learner.max_steps=6"))
+    seen = [row.staleness_max for row in read_metrics(outcome.run.root).updates]
+    assert max(seen) == 1
+
+
+def _prompts(folder: Path) -> Path:
+    file = folder / "prompts.txt"
+    file.write_text('a sign that says "ABCD"\n')
+    return file
+
+
+def test_two_drivers_on_one_directory_are_refused(recipe: Callable[..., Config]) -> None:
+    config = recipe()
+    directory = RunDirectory.create(config)
+    holder = RunDirectory(directory.root)
+    with holder.locked(), pytest.raises(ConfigError, match="another driver"):
+        train(config, directory, Watching())
