@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+import uuid
 from collections.abc import Callable, Sequence
 
 from services.codec import Group
@@ -76,6 +77,7 @@ class QueueLearner(QueueIntake):
             if announcement.version != version:
                 raise ValueError(f"announce was asked for {version} and announced {announcement.version}")
             state = {
+                "nonce": uuid.uuid4().hex,
                 "proposed": epoch,
                 "epoch": known,
                 "newest_epoch": newest_epoch,

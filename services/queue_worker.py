@@ -72,7 +72,10 @@ class QueueWorker:
         give_up = time.monotonic() + timeout_s
         while (left := give_up - time.monotonic()) > 0:
             block_ms = max(1, int(min(left, BLOCK_S) * 1000))
-            if self._client.xread({self._keys.key("wake"): self._wake_after}, count=1, block=block_ms):
+            answer = self._client.xread({self._keys.key("wake"): self._wake_after}, count=1, block=block_ms)
+            if answer:
+                # Woken once by each change, whether or not `issue` is called in between.
+                self._wake_after = answer[0][1][-1][0]
                 return True
         return False
 

@@ -3,6 +3,8 @@
 -- this epoch never had is dropped, everything else stays.
 local checkpoint, announcement = cjson.decode(ARGV[1]), ARGV[2]
 local known, step = checkpoint.epoch, checkpoint.step
+-- Sent twice over a connection that broke.
+if redis.call('HGET', POLICY, 'begun') == checkpoint.nonce then return {'OK', policy('epoch')} end
 local epoch = math.max(policy('epoch') or -1, known, checkpoint.newest_epoch) + 1
 if checkpoint.proposed ~= epoch then return {'EPOCH', epoch} end
 
@@ -42,6 +44,7 @@ local below = policy('below')
 local trained = below + redis.call('ZCARD', RESOLVED) - redis.call('SCARD', DEAD_ORDINALS)
 redis.call('HSET', POLICY, 'epoch', epoch, 'step', step, 'next', next, 'trained', trained,
   'window', checkpoint.window, 'limit', checkpoint.limit, 'max_staleness', checkpoint.max_staleness)
+redis.call('HSET', POLICY, 'begun', checkpoint.nonce)
 redis.call('HDEL', POLICY, 'committed')
 
 local function keeps(ordinal, at_epoch, at_step)
