@@ -55,7 +55,7 @@ def train_transformer(pipeline: StableDiffusion3Pipeline, steps: int, seed: int)
             torch.where(dropped[:, None], empty_pooled, pooled[chosen]),
         )
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         decay = min(EMA_DECAY, (1 + step) / (10 + step))

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import trange
 
@@ -64,7 +65,7 @@ def train_vae(steps: int, seed: int) -> AutoencoderKL:
         error = F.mse_loss(decoded, pixels) + 0.2 * F.l1_loss(decoded, pixels)
         loss = error + 1e-4 * mean.square().mean()
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -90,16 +91,18 @@ def to_pixels(images: Tensor) -> Tensor:
 @torch.inference_mode()
 def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
     """Latents (N, 4, H/4, W/4) of uint8 `images` (N, 3, H, W), normalised by the factors of the config."""
-    means = [vae.encode(to_pixels(part)).latent_dist.mean for part in images.split(100)]
-    return (torch.cat(means) - vae.config.shift_factor) * vae.config.scaling_factor
+    means = [vae.encode(to_pixels(part)).latent_dist.mean for part in torch.split(images, 100)]
+    latents: Tensor = (torch.cat(means) - vae.config.shift_factor) * vae.config.scaling_factor
+    return latents
 
 
 @torch.inference_mode()
-def decode(vae: AutoencoderKL, latents: Tensor) -> np.ndarray:
+def decode(vae: AutoencoderKL, latents: Tensor) -> NDArray[np.uint8]:
     """uint8 images (N, H, W, 3) of normalised `latents`, rounded as diffusers' image processor does."""
     parts = [
         vae.decode(part / vae.config.scaling_factor + vae.config.shift_factor).sample
-        for part in latents.split(16)
+        for part in torch.split(latents, 16)
     ]
     pixels = (torch.cat(parts) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
-    return (pixels * 255).round().to(torch.uint8).contiguous().numpy()
+    images: NDArray[np.uint8] = (pixels * 255).round().to(torch.uint8).contiguous().numpy()
+    return images

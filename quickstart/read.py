@@ -77,4 +77,5 @@ def reward_of(text: str, word: str) -> float:
 
 def _prepare(image: NDArray[np.uint8]) -> NDArray[np.float32]:
     bgr = cv2.resize(np.ascontiguousarray(image[..., ::-1]), INPUT_SIZE)
-    return ((bgr.astype(np.float32) / 255.0 - 0.5) / 0.5).transpose(2, 0, 1)
+    scaled: NDArray[np.float32] = (np.asarray(bgr, dtype=np.float32) / 255.0 - 0.5) / 0.5
+    return scaled.transpose(2, 0, 1)
