@@ -141,7 +141,7 @@ class RewardClient:
             "trust_env": not _is_loopback(parsed.host),
             "follow_redirects": False,
         }
-        self._sync: httpx.Client | None = None
+        self._sync = httpx.Client(**self._options)
         self._async: httpx.AsyncClient | None = None
 
     def score(
@@ -157,8 +157,6 @@ class RewardClient:
         """
         body = encode_tensors(images, prompts, metadata)
         started = time.monotonic()
-        if self._sync is None:
-            self._sync = httpx.Client(**self._options)
         try:
             for attempt in Retrying(**self._policy()):
                 with attempt:
@@ -189,10 +187,8 @@ class RewardClient:
         raise AssertionError("unreachable: retrying ends with a return or an error")
 
     def close(self) -> None:
-        """Close the connections of `score`."""
-        if self._sync is not None:
-            self._sync.close()
-            self._sync = None
+        """Close the connections of `score`, which cannot be called again."""
+        self._sync.close()
 
     async def aclose(self) -> None:
         """Close the connections of `score_async`."""

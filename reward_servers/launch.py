@@ -69,12 +69,20 @@ def start_rewards(
         return addresses
     until = time.monotonic() + deadline_s
     token = read_token(token_file)
-    base = _start_serve(served, host, port)
     targets = [_target(reward, token_file) for reward in served]
-    _started.extend(target.name for target in targets)
-    serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
-    addresses |= {reward.name: f"{base}/{reward.name}" for reward in served}
-    _wait_ready(served, addresses, token, until, deadline_s)
+    # Serve tells of every step that it takes; whoever waits here shows progress of their own.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    try:
+        base = _start_serve(served, host, port)
+        _started.extend(target.name for target in targets)
+        serve.run_many(
+            targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False
+        )
+        addresses |= {reward.name: f"{base}/{reward.name}" for reward in served}
+        _wait_ready(served, addresses, token, until, deadline_s)
+    except BaseException:
+        stop_rewards()
+        raise
     return {reward.name: addresses[reward.name] for reward in rewards}
 
 

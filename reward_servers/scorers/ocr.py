@@ -92,19 +92,21 @@ class OcrScorer(Scorer):
         for width, indices in by_width.items():
             for start in range(0, len(indices), BATCH):
                 chosen = indices[start : start + BATCH]
-                for index, text in zip(chosen, self._run([images[i] for i in chosen], width), strict=True):
-                    texts[index] = text
+                scores = self.run_network([images[index] for index in chosen], width)
+                for index, best in zip(chosen, scores.argmax(axis=2), strict=True):
+                    texts[index] = self._decode(best)
         return texts
 
-    def _run(self, images: Images, width: int) -> list[str]:
+    def run_network(self, images: Images, width: int) -> NDArray[np.float32]:
+        """(len(images), steps, characters) probabilities of at most BATCH images."""
         batch = np.zeros((BATCH, 3, HEIGHT, width), np.float32)
         for row, image in zip(batch, images, strict=False):
             row[:] = cv2.resize(image, (width, HEIGHT))[..., ::-1].transpose(2, 0, 1)
         batch /= np.float32(255)
         batch -= np.float32(0.5)
         batch /= np.float32(0.5)
-        scores = self._session.run(None, {self._input: batch})[0]
-        return [self._decode(best) for best in scores[: len(images)].argmax(axis=2)]
+        scores: NDArray[np.float32] = self._session.run(None, {self._input: batch})[0]
+        return scores[: len(images)]
 
     def _decode(self, best: NDArray[np.int64]) -> str:
         """CTC: repeated indices are one character, blanks are none."""
