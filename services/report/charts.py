@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 
 from markupsafe import Markup
 
+from services.formatting import number
+
 MAX_POINTS = 400
-WIDTH, HEIGHT = 380.0, 190.0
-LEFT, RIGHT, TOP, BOTTOM = 36.0, 8.0, 8.0, 20.0
-_PLOT_WIDTH, _PLOT_HEIGHT = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+LEFT, RIGHT, TOP, BOTTOM = 34.0, 8.0, 10.0, 20.0
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,13 @@ class Chart:
     series: tuple[Series, ...]
     svg: Markup
     note: str = ""
-    digits: int = 3
+    digits: int | None = 3
+
+    def legend(self, value: float | None) -> str:
+        """A last value; three significant digits where `digits` is None."""
+        return (
+            f"{value:.3g}" if self.digits is None and value is not None else number(value, self.digits or 0)
+        )
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,25 @@ class Share:
     seconds: float
     share: float
     tone: int
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """The drawing area; text is 10 units high, so a frame is as wide as it is shown, or text shrinks."""
+
+    width: float
+    height: float
+
+    @property
+    def right(self) -> float:
+        return self.width - RIGHT
+
+    @property
+    def bottom(self) -> float:
+        return self.height - BOTTOM
+
+
+_WIDE, _SMALL = _Frame(380, 190), _Frame(280, 170)
 
 
 @dataclass(frozen=True)
@@ -93,7 +119,8 @@ def line_chart(
     ceiling: float | None = None,
     marks: Sequence[float] = (),
     note: str = "",
-    digits: int = 3,
+    digits: int | None = 3,
+    small: bool = False,
 ) -> Chart:
     """Draw series over steps.
 
@@ -101,10 +128,21 @@ def line_chart(
         floor: lowest value that the axis must show (0 for counts).
         ceiling: highest value that the axis must show.
         marks: steps at which the run was resumed, as thin vertical lines.
-        digits: decimals in the legend.
+        digits: decimals in the legend; 0 for counts, whose axis has whole numbers; None: as needed.
+        small: for three in a row instead of two.
     """
     shown = tuple(one for one in series if one.points)
-    return Chart(title, shown, _draw(title, shown, floor, ceiling, marks), note, digits)
+    frame = _SMALL if small else _WIDE
+    if not shown:
+        middle = f'<text class="none" x="{frame.width / 2:.0f}" y="{frame.height / 2:.0f}">'
+        return Chart(
+            title, (), _svg(frame, title, [Markup(middle + "nothing measured yet</text>")]), note, digits
+        )
+    x, y = _scales(frame, shown, floor, ceiling, whole=digits == 0)
+    parts = [_axes(frame, x, y), *(_resume_mark(frame, x, mark) for mark in marks)]
+    parts += [_spread(one, x, y) for one in shown]
+    parts += [_line(one, x, y) for one in shown]
+    return Chart(title, shown, _svg(frame, title, parts), note, digits)
 
 
 def share_bar(label: str, shares: Sequence[Share]) -> Markup:
@@ -147,27 +185,16 @@ def _mean(chunk: Sequence[Point]) -> Point:
     )
 
 
-def _draw(
-    title: str, series: Sequence[Series], floor: float | None, ceiling: float | None, marks: Sequence[float]
-) -> Markup:
-    parts = [
-        Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(
-            int(WIDTH), int(HEIGHT), title
-        )
-    ]
-    if series:
-        x, y = _scales(series, floor, ceiling)
-        parts += [_axes(x, y), *(_resume_mark(x, mark) for mark in marks)]
-        parts += [_spread(one, x, y) for one in series]
-        parts += [_line(one, x, y) for one in series]
-    else:
-        middle = Markup('<text class="none" x="{}" y="{}">nothing measured yet</text>')
-        parts.append(middle.format(int(WIDTH / 2), int(HEIGHT / 2)))
-    parts.append(Markup("</svg>"))
-    return Markup("").join(parts)
+def _svg(frame: _Frame, title: str, parts: Sequence[Markup]) -> Markup:
+    opening = Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(
+        int(frame.width), int(frame.height), title
+    )
+    return Markup("").join([opening, *parts, Markup("</svg>")])
 
 
-def _scales(series: Sequence[Series], floor: float | None, ceiling: float | None) -> tuple[_Scale, _Scale]:
+def _scales(
+    frame: _Frame, series: Sequence[Series], floor: float | None, ceiling: float | None, *, whole: bool
+) -> tuple[_Scale, _Scale]:
     everything = [point for one in series for point in one.points]
     lows = [point.y - (point.error or 0.0) for point in everything]
     highs = [point.y + (point.error or 0.0) for point in everything]
@@ -180,32 +207,36 @@ def _scales(series: Sequence[Series], floor: float | None, ceiling: float | None
     if high - low < 1e-9 * max(1.0, abs(high)):
         pad = abs(high) * 0.1 or 1.0
         low, high = (low if low == floor else low - pad), high + pad
-    y_ticks = nice_ticks(low, high)
+    y_ticks = nice_ticks(low, max(high, low + 4) if whole else high)
     first, last = min(point.x for point in everything), max(point.x for point in everything)
     if last == first:
         first, last = first - 1, last + 1
     x_ticks = tuple(t for t in nice_ticks(first, last, 5) if first <= t <= last and t == int(t))
-    x = _Scale(first, last, LEFT, _PLOT_WIDTH, x_ticks)
-    return x, _Scale(y_ticks[0], y_ticks[-1], TOP + _PLOT_HEIGHT, -_PLOT_HEIGHT, y_ticks)
+    x = _Scale(first, last, LEFT, frame.right - LEFT, x_ticks)
+    return x, _Scale(y_ticks[0], y_ticks[-1], frame.bottom, TOP - frame.bottom, y_ticks)
 
 
-def _axes(x: _Scale, y: _Scale) -> Markup:
+def _axes(frame: _Frame, x: _Scale, y: _Scale) -> Markup:
     parts = []
-    for tick in y.ticks:
+    power, labels = _labels(y.ticks)
+    if power:
+        times = "×10" + str(power).translate(_SUPERSCRIPTS)
+        parts.append(f'<text class="power" x="{frame.right:.0f}" y="{TOP - 3:.0f}">{times}</text>')
+    for tick, label in zip(y.ticks, labels, strict=True):
         at = f"{y(tick):.1f}"
-        parts.append(f'<line class="grid" x1="{LEFT:.0f}" x2="{WIDTH - RIGHT:.0f}" y1="{at}" y2="{at}"/>')
-        parts.append(f'<text class="ytick" x="{LEFT - 6:.0f}" y="{at}">{_tick(tick, y.ticks)}</text>')
+        parts.append(f'<line class="grid" x1="{LEFT:.0f}" x2="{frame.right:.0f}" y1="{at}" y2="{at}"/>')
+        parts.append(f'<text class="ytick" x="{LEFT - 6:.0f}" y="{at}">{label}</text>')
     for tick in x.ticks:
-        parts.append(f'<text class="xtick" x="{x(tick):.1f}" y="{HEIGHT - 5:.0f}">{tick:.0f}</text>')
+        parts.append(f'<text class="xtick" x="{x(tick):.1f}" y="{frame.height - 5:.0f}">{tick:.0f}</text>')
     return Markup("".join(parts))  # numbers only
 
 
-def _resume_mark(x: _Scale, mark: float) -> Markup:
+def _resume_mark(frame: _Frame, x: _Scale, mark: float) -> Markup:
     if not x.low <= mark <= x.high:
         return Markup("")
     at = f"{x(mark):.1f}"
     return Markup(
-        f'<line class="resume" x1="{at}" x2="{at}" y1="{TOP:.0f}" y2="{HEIGHT - BOTTOM:.0f}">'
+        f'<line class="resume" x1="{at}" x2="{at}" y1="{TOP:.0f}" y2="{frame.bottom:.0f}">'
         f"<title>resumed after step {mark:.0f}</title></line>"
     )
 
@@ -241,11 +272,10 @@ def _clamped(y: _Scale, value: float) -> float:
     return y(min(max(value, y.low), y.high))
 
 
-def _tick(value: float, ticks: Sequence[float]) -> str:
-    step = abs(ticks[1] - ticks[0]) if len(ticks) > 1 else abs(value) or 1.0
-    if step >= 1000 or step < 0.001:
-        return f"{value:.3g}" if value else "0"
-    digits = max(0, -math.floor(math.log10(step)))
-    if round(step, digits) != round(step, 12):
-        digits += 1
-    return f"{value:.{digits}f}"
+def _labels(ticks: Sequence[float]) -> tuple[int, list[str]]:
+    """A power of ten to be shown once, and the ticks in units of it, with decimals that tell them apart."""
+    largest, step = max(abs(tick) for tick in ticks), abs(ticks[1] - ticks[0])
+    exponent = math.floor(math.log10(largest) + 1e-9)
+    power = exponent // 3 * 3 if exponent < -2 or exponent > 3 else 0
+    digits = next((d for d in range(6) if math.isclose(round(step / 10**power, d) * 10**power, step)), 6)
+    return power, [f"{tick / 10**power:.{digits}f}" for tick in ticks]

@@ -66,6 +66,7 @@ def reward_charts(metrics: Metrics, heldout: Iterable[str]) -> list[Chart]:
             "Reward of the training groups",
             [total, *named],
             marks=marks,
+            small=True,
             note="band: mean standard deviation within a group" + ("; dashed: held out" if held else ""),
         )
     ]
@@ -82,7 +83,7 @@ def reward_charts(metrics: Metrics, heldout: Iterable[str]) -> list[Chart]:
             for tone, name in enumerate(found)
         ]
         if series or read is fields[0][1]:
-            charts.append(line_chart(title, series, marks=marks, note="bars: one standard error"))
+            charts.append(line_chart(title, series, marks=marks, note="bars: one standard error", small=True))
     return charts
 
 
@@ -138,7 +139,9 @@ def learner_charts(updates: Sequence[UpdateRow]) -> list[Chart]:
     for field, title, floor in _LEARNER:
         series = Series(title, points((row.step, getattr(row, field), None) for row in updates))
         if series.points and (field != "kl" or any(point.y for point in series.points)):
-            charts.append(line_chart(title, [series], floor=floor, marks=resumes(updates), digits=4))
+            charts.append(
+                line_chart(title, [series], floor=floor, marks=resumes(updates), digits=None, small=True)
+            )
     return charts
 
 

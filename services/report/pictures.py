@@ -57,6 +57,7 @@ class Member:
     total: float
     advantage: float
     scores: tuple[tuple[str, float], ...]
+    """(reward, score) of each reward that is not the total itself."""
     text: str
     best: bool
     worst: bool
@@ -152,10 +153,12 @@ def _group(
             place=i,
             total=totals[i],
             advantage=advantages[i],
-            scores=tuple((name, scores[i]) for name, scores in sample.rewards.items()),
+            scores=tuple(
+                (name, scores[i]) for name, scores in sample.rewards.items() if list(scores) != totals
+            ),
             text=str(sample.details[speaker][i].get("text", "")) if speaker else "",
-            best=not flat and totals[i] == max(totals),
-            worst=not flat and totals[i] == min(totals),
+            best=not flat and i == order[0],
+            worst=not flat and i == order[-1],
         )
         for i in order
     )

@@ -15,6 +15,8 @@ from services.config import Config
 from services.metrics import Estimate, EvalRow
 from services.report.samples import EvalSample
 
+_BETWEEN = {"across": "between prompts", "within": "within a group"}
+
 
 @dataclass(frozen=True)
 class Change:
@@ -72,13 +74,31 @@ def engines(
     )
 
 
-def diversity(
-    before: EvalRow | None, after: EvalRow | None
-) -> tuple[tuple[str, float | None, float | None], ...]:
-    """(measure, before, after) of every measure that either evaluation has."""
+@dataclass(frozen=True)
+class Diversity:
+    """How much images differ: rows are what differs, columns are between what."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[tuple[float | None, float | None], ...]], ...]
+    """(name, (before, after) of each column)."""
+
+
+def diversity(before: EvalRow | None, after: EvalRow | None) -> Diversity | None:
+    """Every measure that either evaluation has; a name ends in `_across` prompts or `_within` a group."""
     was = before.diversity if before else {}
     now = after.diversity if after else {}
-    return tuple((name.replace("_", " "), was.get(name), now.get(name)) for name in {**was, **now})
+    found: dict[str, dict[str, tuple[float | None, float | None]]] = {}
+    for name in {**was, **now}:
+        thing, _, kind = name.rpartition("_")
+        label = _BETWEEN.get(kind)
+        thing, label = (thing, label) if label else (name, "all images")
+        found.setdefault(thing.replace("_", " "), {})[label] = (was.get(name), now.get(name))
+    columns = tuple(dict.fromkeys(label for measures in found.values() for label in measures))
+    rows = tuple(
+        (thing, tuple(measures.get(label, (None, None)) for label in columns))
+        for thing, measures in found.items()
+    )
+    return Diversity(columns, rows) if rows else None
 
 
 def _change(

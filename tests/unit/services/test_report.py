@@ -145,7 +145,7 @@ def test_the_report_tells_the_whole_run(run_dir: Path) -> None:
         "dead letter",
         "abc123",
         "beta: 500",
-        "placement across",
+        "placement",
     ):
         assert said in text, said
     assert text.count('class="pair"') == 10
