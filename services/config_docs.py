@@ -34,7 +34,7 @@ _This page is generated from `services/config.py` by `make docs`; change it ther
 """
 
 
-def config_reference() -> str:
+def reference() -> str:
     """The page, Markdown."""
     parts = [_HEAD]
     for path, model, note in _sections(Config, ""):
@@ -133,7 +133,7 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         sys.stderr.write("usage: python -m services.config_docs FILE\n")
         return 2
-    Path(arguments[0]).write_text(config_reference(), encoding="utf-8")
+    Path(arguments[0]).write_text(reference(), encoding="utf-8")
     return 0
 
 

@@ -5,19 +5,17 @@ from __future__ import annotations
 from pydantic import BaseModel
 
 from services.config import Config
-from services.config_docs import config_reference, main
+from services.config_docs import main, reference
 from services.config_file import PROJECT_ROOT
 
 
 def test_the_committed_page_is_up_to_date() -> None:
     committed = (PROJECT_ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    assert committed == config_reference(), (
-        "services/config.py has changed: run `make docs` and commit the page"
-    )
+    assert committed == reference(), "services/config.py has changed: run `make docs` and commit the page"
 
 
 def test_every_section_is_there_and_every_key_says_what_it_means() -> None:
-    page = config_reference()
+    page = reference()
     for name, field in Config.model_fields.items():
         kind = field.annotation
         place = name if isinstance(kind, type) and issubclass(kind, BaseModel) else f"{name}[]"
@@ -28,7 +26,7 @@ def test_every_section_is_there_and_every_key_says_what_it_means() -> None:
 
 
 def test_ranges_choices_and_defaults_are_told() -> None:
-    page = config_reference()
+    page = reference()
     assert "| `beta` | number, > 0 | `100.0` |" in page
     assert "| `solver` | `dpmsolver++` or `euler`" in page
     assert "| `path` | text | **required** |" in page
