@@ -29,14 +29,13 @@ def sample(
     """The final latents of a group.
 
     Args:
-        condition: of the group's prompt; or one a sample, for evaluations of many prompts.
+        condition: of the group's prompt; or several, each for equally many consecutive seeds.
         negative: of the empty prompt; needed when `rollout.guidance` is above 1.
         seeds: G of them, each determines the initial noise of its sample.
 
     Returns:
         (G, C, h, w) float32 latents x0, free of autograd.
     """
-    negative = policy.negative() if rollout.guidance > 1 else None
 
     def velocity(x: Tensor, timestep: Tensor) -> Tensor:
         return policy.velocity(x, timestep, condition, guidance=rollout.guidance, negative=negative)

@@ -173,9 +173,11 @@ def load(
         add_lora(transformer, config.lora, seed=seed)
     else:
         transformer.float().requires_grad_(True)
-    for part in (pipeline.vae, *(getattr(pipeline, name) for name in TEXT_COMPONENTS[:3])):
-        if part is not None:
-            part.requires_grad_(False).eval()
+    # The VAE's flags stay as they are: on CPUs they choose the convolution kernel, even under no_grad, and
+    # with another one the images would differ from the stock pipeline's in the last bit.
+    for name in TEXT_COMPONENTS[:3]:
+        if getattr(pipeline, name) is not None:
+            getattr(pipeline, name).requires_grad_(False)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(_device(config.device))
     transformer.eval()
