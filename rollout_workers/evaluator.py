@@ -18,6 +18,7 @@ from services.images import write_grid
 from services.logs import configure_logging
 from services.messages import WeightsAnnouncement
 from services.metrics import EvalRow
+from services.policy_store import WeightsGone
 from services.prompts import prompt_source
 
 logger = logging.getLogger(__name__)
@@ -53,12 +54,26 @@ class Evaluator:
         self._prompts = prompt_source(self._context.config)
         self._pulse.enter("waiting for weights")
 
-    def evaluate(self, announcement: str, when: When) -> str:
-        """One evaluation of announced weights (WeightsAnnouncement as JSON); returns an EvalRow as JSON."""
+    def evaluate(self, announcement: str, when: When) -> str | None:
+        """One evaluation of announced weights.
+
+        Args:
+            announcement: WeightsAnnouncement as JSON.
+
+        Returns:
+            An EvalRow as JSON; None when nobody has these weights any more, which a learner's crash may bring
+            about during training.
+        """
         config = self._context.config
         told = WeightsAnnouncement.model_validate_json(announcement)
         self._pulse.enter(f"evaluating {told.version}")
-        self._sampler.install(told)
+        try:
+            self._sampler.install(told)
+        except WeightsGone as error:
+            if when != "during":
+                raise
+            logger.warning("evaluation skipped: %s", error)
+            return None
         self._pulse.version = told.version
         final = when != "during"
         count = config.eval.final_prompts if final else config.eval.prompts

@@ -7,8 +7,8 @@ Promises
 - A group whose scores cannot be had is given back with the reason, and nothing of it reaches the learner.
 - A lease is renewed while its group is alive; the loop ends by `RunEnded` only: anything else is a failure.
 
-Knows no Ray and no torch module: sampler, scorer and weights are handed in (rollout_workers/worker.py binds
-them to the real ones, benchmarks/overlap.py to waits of a measured length).
+Sampler and scorer are handed in: rollout_workers/worker.py binds the real ones, benchmarks/overlap.py waits of
+a measured length.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from reward_servers.client import RewardError
 from services.group_queue import Admitted, GroupQueue, Lease, RunEnded
+from services.policy_store import WeightsGone
 from services.queue_types import ENDED
 
 from rollout_workers.scoring import GroupScores, Scorer
@@ -117,7 +118,15 @@ class RolloutLoop:
             self._queue.wait_for_work(self._poll_s)
             return
         self._pulse.hold(lease.ordinal)
-        self._update_weights(lease)
+        try:
+            self._update_weights(lease)
+        except WeightsGone as error:
+            # Their publisher died; a new epoch will announce others.
+            logger.warning("ordinal %d given back: %s", lease.ordinal, error)
+            self._queue.release(self.worker, lease.ordinal)
+            self._pulse.let_go(lease.ordinal)
+            self._queue.wait_for_work(self._poll_s)
+            return
         task = self._task_of(lease)
         version = self._installed
         assert version is not None

@@ -59,7 +59,7 @@ def train(config: Config, run: RunDirectory, view: Progress, *, resume: bool = F
     with ExitStack() as stack:
         stack.enter_context(run.locked())
         view.activity("starting Ray")
-        stack.enter_context(ray_cluster(config))
+        own_ray = stack.enter_context(ray_cluster(config))
         # After ray.init, which replaces the handlers that were there before it.
         signals = stack.enter_context(StopSignals())
         view.activity("starting the queue")
@@ -74,7 +74,7 @@ def train(config: Config, run: RunDirectory, view: Progress, *, resume: bool = F
         queue = context.open_queue()
         queue.set_state("starting")
         view.activity("starting the reward servers")
-        context = context.model_copy(update={"rewards": stack.enter_context(reward_places(config, run))})
+        context = context.model_copy(update={"rewards": stack.enter_context(reward_places(config, run, own_ray))})
         telemetry = stack.enter_context(
             Telemetry(
                 run.root, tensorboard=config.telemetry.tensorboard, resumed_step=_resumed_step(run, resume)
@@ -113,8 +113,15 @@ def _queue_server(config: Config, run: RunDirectory) -> Iterator[tuple[str, Secr
 
 
 @contextmanager
-def reward_places(config: Config, run: RunDirectory) -> Iterator[dict[str, RewardPlace]]:
-    """Where the reward servers are; those named by app run inside the block. Ray must be initialised."""
+def reward_places(
+    config: Config, run: RunDirectory, own_ray: bool
+) -> Iterator[dict[str, RewardPlace]]:
+    """Where the reward servers are; those named by app run inside the block.
+
+    Args:
+        own_ray: Ray ends with this process anyway, and Serve with it: shutting Serve down first only makes it
+            complain.
+    """
     own = [reward for reward in config.rewards if reward.app is not None]
     places = {
         reward.name: RewardPlace(url=reward.url, token=SecretPlace(env=reward.token_env))
@@ -133,7 +140,8 @@ def reward_places(config: Config, run: RunDirectory) -> Iterator[dict[str, Rewar
             name: RewardPlace(url=url, token=SecretPlace(file=token)) for name, url in urls.items()
         }
     finally:
-        stop_rewards()
+        if not own_ray:
+            stop_rewards()
 
 
 def _actor(kind: type, context: RunContext, part: str, **resources: float) -> Any:

@@ -55,7 +55,7 @@ def evaluate_model(
         policy.install(_weights(checkpoint, weights))
     with tempfile.TemporaryDirectory() as folder, screen.status("starting the reward servers") as status:
         private = RunDirectory(Path(folder))
-        with ray_cluster(config), reward_places(config, private) as places:
+        with ray_cluster(config) as own_ray, reward_places(config, private, own_ray) as places:
             scorer = RewardServers(
                 config.rewards,
                 {name: place.url for name, place in places.items()},

@@ -9,6 +9,7 @@ Promises
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -18,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 LOG_FIELDS = ("run", "step", "version", "ordinal", "worker")
+
+CHATTY = ("httpx", "ray.train", "ray.data")
+"""Loggers that write a line a request or a step."""
 
 _log_fields: ContextVar[dict[str, object] | None] = ContextVar("log_fields", default=None)
 
@@ -57,6 +61,11 @@ def configure_logging(
         handler.setFormatter(LineFormatter(fields))
         root.addHandler(handler)
     root.setLevel(min((handler.level for handler in handlers), default=level))
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # Read by transformers when it is imported: missing optional packages are no news to whoever trains.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 @contextmanager

@@ -36,7 +36,7 @@ def peak_memory(beats: Iterable[Heartbeat]) -> dict[str, int]:
 def _name(process: psutil.Process) -> str | None:
     title = " ".join(process.cmdline()) or process.name()
     if title.startswith("ray::"):
-        title = title.removeprefix("ray::").split("(")[0].split(".")[0]
+        title = title.removeprefix("ray::").split("(")[0].split(".")[0].strip()
         return None if title == "IDLE" else f"ray {title}"
     known = {
         "valkey-server": "queue server",

@@ -160,16 +160,19 @@ class Monitor:
         self._view.row(row)
 
     def _watch_heartbeats(self) -> None:
-        parts = self._queue.heartbeats()
-        alive = {part: beat for part, beat in parts.items() if beat is not None}
-        self._view.heartbeats(list(alive.values()))
-        self._beats |= alive
+        alive = self._move_heartbeats()
         silent = set(self._beats) - set(alive)
         for part in silent - self._silent:
             last = self._beats[part]
             detail = f"{part}: last seen {last.state!r} since {time.time() - last.since:.0f} s"
-            self._write(self._telemetry.event("no heartbeat", detail, level="warning"))
+            self._view.row(self._telemetry.event("no heartbeat", detail, level="warning"))
         self._silent = silent
+
+    def _move_heartbeats(self) -> dict[str, Heartbeat]:
+        alive = {part: beat for part, beat in self._queue.heartbeats().items() if beat is not None}
+        self._view.heartbeats(list(alive.values()))
+        self._beats |= alive
+        return alive
 
     def _count_dead_letters(self) -> None:
         letters = self._queue.dead_letters()
@@ -210,9 +213,11 @@ class Monitor:
             return
         self._evaluating = None
         try:
-            self._write(EvalRow.model_validate_json(ray.get(ready[0])))
+            row = ray.get(ready[0])
         except ray.exceptions.RayError as error:
             raise PartFailed(f"the evaluator failed: {_reason(error)}") from error
+        if row is not None:
+            self._write(EvalRow.model_validate_json(row))
 
     def _final_evaluation(self) -> None:
         if not self._evaluates:
@@ -224,7 +229,7 @@ class Monitor:
             if self._evaluating is None:
                 self._evaluate(announced)
             self._collect_evaluation(wait_s=POLL_S)
-            self._watch_heartbeats()
+            self._move_heartbeats()
             if time.monotonic() > deadline:
                 raise PartFailed(f"the evaluator did not end within {EVALUATION_DEADLINE_S:.0f} s")
 

@@ -2,6 +2,7 @@
 
 Promises
 - A Ray that this run starts listens on loopback and is shut down with the run.
+- It asks every client for a token (RAY_AUTH_MODE=token, unless the environment says otherwise).
 - Usage statistics stay off: nothing is sent anywhere.
 """
 
@@ -29,8 +30,8 @@ def cpus_needed(config: Config) -> float:
 
 
 @contextmanager
-def ray_cluster(config: Config) -> Iterator[None]:
-    """Ray is initialised inside the block.
+def ray_cluster(config: Config) -> Iterator[bool]:
+    """Ray is initialised inside the block; yields whether it was started here and ends with the block.
 
     Uses the Ray that this process has already initialised, and leaves it; else joins `cluster.address` or
     RAY_ADDRESS; without either, starts Ray on this machine with as many CPUs as it has, or as the run
@@ -41,12 +42,13 @@ def ray_cluster(config: Config) -> Iterator[None]:
     import ray
 
     if ray.is_initialized():
-        yield
+        yield False
         return
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     if address:
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
     else:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
         ray.init(
             address="local",
             namespace=NAMESPACE,
@@ -59,6 +61,6 @@ def ray_cluster(config: Config) -> Iterator[None]:
             logging_level=logging.WARNING,
         )
     try:
-        yield
+        yield not address
     finally:
         ray.shutdown()
