@@ -17,7 +17,8 @@ from services.config_file import dump_config, load_config
 from services.images import write_grid, write_strip
 from services.metrics import AnyRow, Estimate, EvalRow, MemoryRow, Spread, UpdateRow
 from services.report import build_report
-from services.report.charts import Series, line_chart, nice_ticks, points
+from services.report.axes import nice_ticks
+from services.report.charts import Series, line_chart, points
 from services.report.samples import GroupSample, load_eval_images, load_group
 from services.report.scores import engines
 from services.telemetry import Telemetry
