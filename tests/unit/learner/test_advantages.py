@@ -1,0 +1,78 @@
+"""Advantages: what the mathematics says, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from learner.advantages import group_advantages, total_rewards
+from services.config import AdvantageConfig, RewardConfig
+
+OCR = RewardConfig(name="ocr", app="ocr", weight=2.0)
+TASTE = RewardConfig(name="taste", app="ocr", weight=-0.5, required=False)
+GROUPS = st.lists(
+    st.lists(st.integers(-50, 50), min_size=4, max_size=4).map(lambda row: [r / 10 for r in row]),
+    min_size=1,
+    max_size=5,
+)
+
+
+def test_total_is_the_weighted_sum_of_the_trained_rewards() -> None:
+    rewards = {"ocr": [1.0, 0.0], "taste": [2.0, 4.0], "heldout": [9.0, 9.0]}
+    assert total_rewards(rewards, [OCR, TASTE]).tolist() == [1.0, -2.0]
+
+
+def test_an_optional_reward_drops_its_term_and_a_required_one_is_an_error() -> None:
+    assert total_rewards({"ocr": [1.0, 0.0]}, [OCR, TASTE]).tolist() == [2.0, 0.0]
+    with pytest.raises(ValueError, match="rewards ocr are absent; the group has taste"):
+        total_rewards({"taste": [1.0, 0.0]}, [OCR, TASTE])
+    with pytest.raises(ValueError, match="rewards taste are absent; the group has none"):
+        total_rewards({}, [TASTE])
+
+
+def test_a_score_that_is_no_number_is_an_error() -> None:
+    with pytest.raises(ValueError, match="ocr has a score that is not finite"):
+        total_rewards({"ocr": [1.0, float("inf")]}, [OCR])
+    with pytest.raises(ValueError, match="different lengths"):
+        total_rewards({"ocr": [1.0], "taste": [1.0, 2.0]}, [OCR, TASTE])
+
+
+def test_std_of_the_group_or_of_the_step() -> None:
+    totals = torch.tensor([[0.0, 2.0], [10.0, 14.0]], dtype=torch.float64)
+    group = group_advantages(totals, AdvantageConfig(std="group", epsilon=1e-4)).values
+    expected = torch.tensor([[-1 / 1.0001, 1 / 1.0001], [-2 / 2.0001, 2 / 2.0001]], dtype=torch.float64)
+    torch.testing.assert_close(group, expected)
+    std = float(totals.std(correction=0))
+    step = group_advantages(totals, AdvantageConfig(std="step", epsilon=0.5)).values
+    expected = torch.tensor([[-1.0, 1.0], [-2.0, 2.0]], dtype=torch.float64) / (std + 0.5)
+    torch.testing.assert_close(step, expected)
+
+
+def test_clamp() -> None:
+    totals = torch.tensor([[0.0] * 99 + [1.0]], dtype=torch.float64)
+    values = group_advantages(totals, AdvantageConfig(clip=5.0)).values
+    assert float(values.max()) == 5.0
+
+
+@pytest.mark.parametrize("std", ["group", "step"])
+def test_an_all_equal_group_is_exactly_zero(std: str) -> None:
+    # The mean of these is not exactly 0.1 in floating point.
+    totals = torch.tensor([[0.1] * 7, [0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0]], dtype=torch.float64)
+    found = group_advantages(totals, AdvantageConfig.model_validate({"std": std}))
+    assert found.live.tolist() == [False, True]
+    assert found.values[0].tolist() == [0.0] * 7
+    assert bool((found.values[1] != 0).all())
+
+
+@given(groups=GROUPS, constant=st.integers(-100, 100), order=st.permutations(range(4)))
+def test_constants_and_permutations(groups: list[list[float]], constant: int, order: list[int]) -> None:
+    config = AdvantageConfig(std="group")
+    totals = torch.tensor(groups, dtype=torch.float64)
+    found = group_advantages(totals, config)
+    shifted = group_advantages(totals + constant, config)
+    torch.testing.assert_close(shifted.values, found.values, rtol=1e-6, atol=1e-6)
+    permuted = group_advantages(totals[:, order], config).values
+    torch.testing.assert_close(permuted, found.values[:, order])
+    torch.testing.assert_close(found.values.sum(dim=1), torch.zeros(len(groups), dtype=torch.float64))
