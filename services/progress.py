@@ -59,7 +59,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if not self._quiet and self._console.is_terminal:
-            self._live = Live(get_renderable=self.render, console=self._console, refresh_per_second=4)
+            self._live = Live(get_renderable=self.render, console=self._console, refresh_per_second=2)
             self._live.start()
         return self
 

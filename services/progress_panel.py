@@ -74,7 +74,7 @@ def panel(view: View) -> RenderableType:
         table.add_row(label, value)
     parts: list[RenderableType] = [_head(view), table]
     if view.activity:
-        turning = _SPINNER[int(view.elapsed_s * 4) % len(_SPINNER)]
+        turning = _SPINNER[int(view.elapsed_s * 2) % len(_SPINNER)]
         parts.append(Text(f"{turning} {view.activity}", overflow="ellipsis", no_wrap=True))
     return Group(*parts)
 

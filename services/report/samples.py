@@ -25,8 +25,9 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, model_validator
 log = logging.getLogger(__name__)
 
 MAX_PIXELS = 64_000_000
+EXACT_SIDE = 128
 SHOWN_SIDE = 320
-"""Images are shown at most this large, pixels on the longer side."""
+"""Larger images are shown at most this large, pixels on the longer side."""
 
 
 class Sample(BaseModel):
@@ -126,13 +127,17 @@ def load_group(path: Path) -> tuple[GroupSample, list[Image.Image]] | None:
 
 
 def data_uri(image: Image.Image) -> str:
-    """A PNG that lives inside the page, scaled down to SHOWN_SIDE."""
-    if max(image.size) > SHOWN_SIDE:
-        image = image.copy()
-        image.thumbnail((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.LANCZOS)
+    """An image that lives inside the page: tiny ones exactly (PNG), others small enough to mail (WebP)."""
     out = io.BytesIO()
-    image.save(out, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+    if max(image.size) <= EXACT_SIDE:
+        image.save(out, format="PNG", optimize=True)
+        kind = "png"
+    else:
+        shown = image.copy()
+        shown.thumbnail((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.LANCZOS)
+        shown.save(out, format="WEBP", quality=85)
+        kind = "webp"
+    return f"data:image/{kind};base64," + base64.b64encode(out.getvalue()).decode()
 
 
 def _tiles(path: Path, shape: Any) -> list[Image.Image]:

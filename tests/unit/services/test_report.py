@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import math
 import re
@@ -19,7 +21,7 @@ from services.metrics import AnyRow, Estimate, EvalRow, MemoryRow, Spread, Updat
 from services.report import build_report
 from services.report.axes import nice_ticks
 from services.report.charts import Series, line_chart, points
-from services.report.samples import GroupSample, load_eval_images, load_group
+from services.report.samples import GroupSample, data_uri, load_eval_images, load_group
 from services.report.scores import engines
 from services.telemetry import Telemetry
 
@@ -258,6 +260,18 @@ def test_images_are_cut_where_they_were_joined(tmp_path: Path) -> None:
     write_grid(told, tmp_path / "samples" / "eval-before.png", columns=8)
     cut = load_eval_images(tmp_path, "before", WIDTH, HEIGHT)
     assert all(np.array_equal(np.asarray(cut[i]), told[i]) for i in range(11))
+
+
+def test_tiny_images_are_exact_and_large_ones_small() -> None:
+    tiny = Image.fromarray(images(1)[0])
+    uri = data_uri(tiny)
+    assert uri.startswith("data:image/png;base64,")
+    assert np.array_equal(
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))), images(1)[0]
+    )
+    large = Image.effect_noise((1024, 512), 30).convert("RGB")
+    shown = Image.open(io.BytesIO(base64.b64decode(data_uri(large).partition(",")[2])))
+    assert (shown.format, shown.size) == ("WEBP", (320, 160))
 
 
 def test_a_group_is_whole_or_not_shown() -> None:
