@@ -60,6 +60,8 @@ def _plan(tensors: Mapping[str, torch.Tensor]) -> tuple[bytes, list[str]]:
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     entries: dict[str, Any] = {}
     begin = 0
+    if "__metadata__" in tensors:
+        raise BadLayout("no tensor can be named '__metadata__': the format keeps that name")
     for name in order:
         tensor = tensors[name]
         if tensor.dtype not in CODES:
@@ -164,6 +166,8 @@ def _span(name: str, entry: Any, data_size: int) -> tuple[int, int, str]:
     numbers = [begin, finish, *shape] if isinstance(shape, list) else [None]
     if not all(type(number) is int and 0 <= number < 2**48 for number in numbers):
         raise BadLayout(f"tensor {name!r} has a shape or offsets that are not small non-negative integers")
+    if math.prod(max(size, 1) for size in shape) >= 2**48:
+        raise BadLayout(f"tensor {name!r} has the impossible shape {shape}")
     if not begin <= finish <= data_size:
         raise BadLayout(f"truncated: tensor {name!r} is bytes {begin} to {finish} of {data_size}")
     if math.prod(shape) * dtype.itemsize != finish - begin:

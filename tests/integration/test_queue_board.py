@@ -1,0 +1,91 @@
+"""What observers read: heartbeats that are missed when they stop, announcements, metrics, status."""
+
+from __future__ import annotations
+
+import pytest
+from queue_support import Run, version, weights
+
+from services.embedded import EmbeddedValkey
+from services.messages import Heartbeat
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def run(valkey: EmbeddedValkey, run_name: str) -> Run:
+    return Run(valkey, run_name)
+
+
+def beat(part: str, state: str = "sampling") -> Heartbeat:
+    return Heartbeat(part=part, state=state, since=1.0, version=version(0, 1), pid=7, groups=3)
+
+
+def test_a_part_that_falls_silent_is_missed_until_it_is_forgotten(run: Run) -> None:
+    run.worker.beat(beat("rollout-0"))
+    run.worker.beat(beat("rollout-1"))
+    run.worker.beat(beat("rollout-1", "scoring"))
+    assert run.learner.heartbeats() == {
+        "rollout-0": beat("rollout-0"),
+        "rollout-1": beat("rollout-1", "scoring"),
+    }
+    run.worker._client.delete(run.raw("hb:rollout-0"))
+    assert run.learner.heartbeats()["rollout-0"] is None
+    run.learner.forget_part("rollout-0")
+    assert list(run.learner.heartbeats()) == ["rollout-1"]
+
+
+def test_a_heartbeat_has_a_time_to_live(run: Run) -> None:
+    run.worker.beat(beat("rollout-0"), ttl_s=20.0)
+    assert 0 < run.worker._client.pttl(run.raw("hb:rollout-0")) <= 20_000
+
+
+def test_announcements_are_read_in_order_from_where_one_was(run: Run) -> None:
+    run.begin()
+    run.learner.announce(weights(version(0, 0), "ema"))
+    (first, policy), (second, ema) = run.worker.announcements()
+    assert (policy.kind, ema.kind) == ("policy", "ema")
+    run.fill()
+    run.step()
+    ((_, later),) = run.worker.announcements(second)
+    assert later == weights(version(0, 1))
+    assert len(run.worker.announcements(first)) == 2
+    assert run.worker.latest("ema") == weights(version(0, 0), "ema")
+    assert run.worker.latest("policy") == weights(version(0, 1))
+
+
+def test_announcements_stay_few_and_the_newest_of_each_kind_is_kept(run: Run) -> None:
+    run.begin()
+    for _ in range(20):
+        run.learner.announce(weights(version(0, 0), "ema"))
+    assert len(run.worker.announcements()) == 16
+    assert run.worker.latest("policy") == weights(version(0, 0))
+
+
+def test_metrics_are_read_on_from_an_id(run: Run) -> None:
+    for step in range(3):
+        run.learner.append_metrics({"step": step, "reward_mean": 0.5})
+    rows = run.worker.read_metrics()
+    assert [row["step"] for _, row in rows] == [0, 1, 2]
+    assert [row["step"] for _, row in run.worker.read_metrics(rows[1][0])] == [2]
+    assert run.worker.read_metrics(rows[2][0], block_s=0.01) == []
+
+
+def test_status_shows_who_holds_what(run: Run) -> None:
+    run.begin()
+    run.worker.issue("rollout 1")
+    lease = run.worker.issue("rollout-2")
+    assert lease is not None
+    run.worker.admit(run.group(lease, worker="rollout-2"))
+    run.learner.set_state("degraded", "reward ocr is slow")
+    status = run.learner.status()
+    assert [(held.ordinal, held.worker, held.attempt, held.version) for held in status.leases] == [
+        (0, "rollout 1", 1, version(0, 0))
+    ]
+    assert status.leases[0].age_s >= 0
+    assert 0 < status.leases[0].expires_in_s <= run.config.lease_s
+    assert (status.state, status.reason) == ("degraded", "reward ocr is slow")
+    assert (status.depth, status.queued, status.outstanding, status.next) == (1, (1,), 2, 2)
+    assert (status.window, status.limit, status.version) == (2, 10, version(0, 0))
+    assert status.bytes > 0
+    run.worker.release("rollout 1", 0)
+    assert (run.learner.status().issuable, run.learner.status().issuable_count) == ((0,), 1)
