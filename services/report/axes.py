@@ -82,7 +82,7 @@ def scales(
     high = extent.high if ceiling is None else ceiling
     if high - low < 1e-9 * max(1.0, abs(high)):
         pad = abs(high) * 0.1 or 1.0
-        low, high = (low if low == floor else low - pad), high + pad
+        low, high = (max(0.0, low - pad) if low >= 0 else low - pad), high + pad
     y_ticks = nice_ticks(low, max(high, low + 4) if whole else high)
     first, last = extent.first, extent.last
     if last == first:

@@ -296,6 +296,12 @@ def test_any_series_can_be_drawn(values: list[float]) -> None:
     assert ("nothing measured" in svg) == (not values)
 
 
+def test_a_score_that_stays_at_zero_has_no_axis_below_it() -> None:
+    series = Series("exact", points((float(i), 0.0, 0.0) for i in range(3)))
+    labels = re.findall(r'class="ytick"[^>]*>([^<]+)<', str(line_chart("any", [series]).svg))
+    assert [float(label) for label in labels] == [0.0, 0.25, 0.5, 0.75, 1.0]
+
+
 def test_a_long_run_is_thinned_without_losing_its_mean() -> None:
     found = points((float(i), float(i % 7), None) for i in range(100_000))
     assert len(found) <= 400
