@@ -114,6 +114,7 @@ def create_app(config: ServerConfig, *, scorer: Scorer | None = None) -> FastAPI
     )
     async def score(request: Request) -> Response:
         _check_token(request, token)
+        engine.admit()
         call = await _read(request, config.limits)
         refused = _refused(engine.scorer, call)
         if refused is not None:
@@ -206,8 +207,8 @@ def _add_error_bodies(app: FastAPI) -> None:
             headers["Retry-After"] = str(math.ceil(error.retry_after_s))
         if error.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
-        if error.status in (401, 413, 415):
-            # The rest of the body has not been read, so the connection cannot carry another request.
+        if error.status in (401, 413, 415, 429, 503):
+            # The body may not have been read, and then the connection cannot carry another request.
             headers["Connection"] = "close"
         return Response(error.body.model_dump_json(), error.status, headers, JSON_TYPE)
 

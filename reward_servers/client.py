@@ -140,6 +140,8 @@ class RewardClient:
             # A proxy of the environment cannot reach this machine's loopback.
             "trust_env": not _is_loopback(parsed.host),
             "follow_redirects": False,
+            # Reading the certificates takes longer than many a request, and http has no use for them.
+            "verify": parsed.scheme == "https",
         }
         self._sync = httpx.Client(**self._options)
         self._async: httpx.AsyncClient | None = None
@@ -156,14 +158,14 @@ class RewardClient:
             RewardError: there is no finite score for every image.
         """
         body = encode_tensors(images, prompts, metadata)
-        started = time.monotonic()
+        started, failures = time.monotonic(), list[str]()
         try:
-            for attempt in Retrying(**self._policy()):
+            for attempt in Retrying(**self._policy(failures)):
                 with attempt:
                     answer = self._post(self._sync, body, self._left(started))
                     return self._checked(answer, len(images), attempt.retry_state.attempt_number)
         except RetryError as error:
-            raise self._unavailable(error, started) from error.last_attempt.exception()
+            raise self._unavailable(failures, started) from error.last_attempt.exception()
         raise AssertionError("unreachable: retrying ends with a return or an error")
 
     async def score_async(
@@ -174,16 +176,16 @@ class RewardClient:
     ) -> Scored:
         """`score`, on an event loop."""
         body = encode_tensors(images, prompts, metadata)
-        started = time.monotonic()
+        started, failures = time.monotonic(), list[str]()
         if self._async is None:
             self._async = httpx.AsyncClient(**self._options)
         try:
-            async for attempt in AsyncRetrying(**self._policy()):
+            async for attempt in AsyncRetrying(**self._policy(failures)):
                 with attempt:
                     answer = await self._post_async(self._async, body, self._left(started))
                     return self._checked(answer, len(images), attempt.retry_state.attempt_number)
         except RetryError as error:
-            raise self._unavailable(error, started) from error.last_attempt.exception()
+            raise self._unavailable(failures, started) from error.last_attempt.exception()
         raise AssertionError("unreachable: retrying ends with a return or an error")
 
     def close(self) -> None:
@@ -196,11 +198,16 @@ class RewardClient:
             await self._async.aclose()
             self._async = None
 
-    def _policy(self) -> dict[str, Any]:
+    def _policy(self, failures: list[str]) -> dict[str, Any]:
+        def note(state: RetryCallState) -> None:
+            if state.outcome is not None:
+                failures.append(str(state.outcome.exception()))
+
         return {
             "retry": retry_if_exception_type(_Transient),
             "stop": stop_before_delay(self.deadline_s),
             "wait": _wait,
+            "after": note,
         }
 
     def _left(self, started: float) -> float:
@@ -267,14 +274,14 @@ class RewardClient:
             )
         return Scored(scores, response.details, response.model, response.version, attempts)
 
-    def _unavailable(self, error: RetryError, started: float) -> RewardUnavailable:
-        seconds = time.monotonic() - started
-        last = error.last_attempt
+    def _unavailable(self, failures: Sequence[str], started: float) -> RewardUnavailable:
+        # The last attempt is often cut short by the deadline: what failed before it says more.
+        reasons = list(dict.fromkeys(reversed(failures)))[:3]
         return RewardUnavailable(
             self.name,
             self.url,
-            f"no scores within {self.deadline_s:g} s: gave up after {last.attempt_number} attempts and "
-            f"{seconds:.1f} s; last: {last.exception()}",
+            f"no scores within {self.deadline_s:g} s; gave up after {len(failures)} attempts and "
+            f"{time.monotonic() - started:.1f} s; last: {'; before: '.join(reasons)}",
         )
 
 

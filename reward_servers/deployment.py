@@ -41,13 +41,16 @@ def deployment_of(config: ServerConfig) -> Deployment:
     """The deployment of a reward with limits that follow from its configuration; not yet bound."""
     configured = serve.deployment(
         name="reward",
-        # The replica's own bound is met first, so that the refusal has a body that says why.
-        max_ongoing_requests=config.max_pending + 8,
-        max_queued_requests=config.max_pending,
+        # Wider than the replica's own bound, whose refusal has a body that says why. Serve counts a request
+        # as queued while it looks for a replica, so a narrow bound would refuse requests that have a place.
+        max_ongoing_requests=config.max_pending + 64,
+        max_queued_requests=config.max_pending + 128,
         backpressure_config={"status_code": 429, "retry_after_s": 1},
         health_check_period_s=10,
         health_check_timeout_s=30,
         graceful_shutdown_timeout_s=10,
+        # A scorer that cannot be made will not be made on the 20th try, Serve's default, either.
+        max_constructor_retry_count=2,
         logging_config=QUIET,
     )
     deployment: Deployment = configured(Reward)

@@ -74,14 +74,18 @@ class ScoringEngine:
             return None
         return f"scorer {self.scorer.name!r} has not answered for {time.monotonic() - since:.0f} s"
 
-    async def score(self, call: ScoreCall) -> list[ItemScore]:
-        """Scores of a request, in order."""
+    def admit(self) -> None:
+        """Raise if there is no place for one more request; cheap, to be asked before its body is read."""
         if stalled := self.stalled:
             raise ProtocolError(503, stalled, retry_after_s=5)
         if self._pending >= self._max_pending:
             raise ProtocolError(
                 429, f"{self._pending} requests wait already; at most {self._max_pending}", retry_after_s=1
             )
+
+    async def score(self, call: ScoreCall) -> list[ItemScore]:
+        """Scores of a request, in order."""
+        self.admit()
         job = _Job(call)
         self._pending += 1
         self._waiting.append(job)

@@ -21,11 +21,13 @@ from typing import Any
 import httpx
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.schema import ApplicationStatus
 
 from reward_servers.deployment import QUIET, deployment_of
 from reward_servers.protocol import INFO_PATH, ServerInfo
+from reward_servers.scorers import scorer_names
 from reward_servers.server_config import ServerConfig, read_token
 from services.config import RewardConfig
 
@@ -67,41 +69,48 @@ def start_rewards(
     served = [reward for reward in rewards if reward.app is not None]
     if not served:
         return addresses
+    for reward in served:
+        if reward.app not in scorer_names():
+            raise ValueError(f"reward {reward.name!r}: no scorer {reward.app!r}; valid: {scorer_names()}")
     until = time.monotonic() + deadline_s
     token = read_token(token_file)
     targets = [_target(reward, token_file) for reward in served]
     # Serve tells of every step that it takes; whoever waits here shows progress of their own.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    owned = _owns_serve
+    names = [target.name for target in targets]
     try:
-        base = _start_serve(served, host, port)
-        _started.extend(target.name for target in targets)
+        base = _start_serve(served, host, port, deadline_s)
+        _started.extend(names)
         serve.run_many(
             targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False
         )
         addresses |= {reward.name: f"{base}/{reward.name}" for reward in served}
         _wait_ready(served, addresses, token, until, deadline_s)
     except BaseException:
-        stop_rewards()
+        _stop(names, shutdown=_owns_serve and not owned)
         raise
     return {reward.name: addresses[reward.name] for reward in rewards}
 
 
 def stop_rewards() -> None:
-    """Stop what `start_rewards` started; nothing if it started nothing."""
+    """Stop what this process started by `start_rewards`; nothing if it started nothing."""
+    _stop(list(_started), shutdown=_owns_serve)
+
+
+def _stop(names: Sequence[str], *, shutdown: bool) -> None:
     global _owns_serve
-    if not ray.is_initialized():
-        _started.clear()
-        return
-    if _owns_serve:
-        serve.shutdown()  # type: ignore[no-untyped-call]
-    else:
-        for name in _started:
-            serve.delete(name, _blocking=False)
-    _started.clear()
-    _owns_serve = False
+    if ray.is_initialized():
+        if shutdown:
+            serve.shutdown()  # type: ignore[no-untyped-call]
+        else:
+            for name in names:
+                serve.delete(name, _blocking=False)
+    _started[:] = [name for name in _started if name not in names]
+    _owns_serve = _owns_serve and not shutdown
 
 
-def _start_serve(served: Sequence[RewardConfig], host: str, port: int) -> str:
+def _start_serve(served: Sequence[RewardConfig], host: str, port: int, deadline_s: float) -> str:
     """Start Serve unless it runs. Returns the address of its proxy."""
     global _owns_serve
     running = _running_options()
@@ -111,11 +120,36 @@ def _start_serve(served: Sequence[RewardConfig], host: str, port: int) -> str:
             port=port or _free_port(host),
             request_timeout_s=max(reward.deadline_s for reward in served) + _GRACE_S,
         )
-        serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=running, logging_config=QUIET)
+        # From here on there may be a controller to stop, whether or not the proxy comes up.
         _owns_serve = True
+        try:
+            serve.start(
+                proxy_location=ProxyLocation.HeadOnly,
+                http_options=running,
+                logging_config=QUIET,
+                controller_options=_patient(deadline_s),
+            )
+        except RayError as error:
+            reason = str(error).strip().splitlines()
+            raise RewardsNotReady(
+                f"Ray Serve did not start on {running.host}:{running.port} within {deadline_s:g} s "
+                f"({type(error).__name__}: {reason[-1] if reason else ''}); is the machine overloaded?"
+            ) from error
     elif (running.host, running.port) != (host, port or running.port):
         log.warning("Serve already runs on %s:%s, and keeps that address", running.host, running.port)
     return f"http://{running.host}:{running.port}"
+
+
+def _patient(deadline_s: float) -> dict[str, Any]:
+    """Serve kills a proxy that is not up within 5 s or silent for 10 s: too soon for a machine in full use."""
+    return {
+        "runtime_env": {
+            "env_vars": {
+                "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": str(deadline_s),
+                "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
+            }
+        }
+    }
 
 
 def _running_options() -> HTTPOptions | None:

@@ -1,0 +1,165 @@
+"""Both OCR rewards on a real Ray Serve: scores, token, overload, addresses, failures to start."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+from numpy.typing import NDArray
+from ray import serve
+
+from quickstart.render import render
+from quickstart.words import prompt_of, train_word
+from reward_servers.client import RewardClient, RewardRefused
+from reward_servers.deployment import build
+from reward_servers.launch import RewardsNotReady, start_rewards, stop_rewards
+from reward_servers.protocol import JSON_TYPE, TENSOR_TYPE, ErrorBody
+from reward_servers.wire import encode_tensors
+from services.config import RewardConfig
+
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_local")]
+
+TOKEN = "a-token-for-tests-only"
+REWARDS = (
+    RewardConfig(name="words", app="ocr", num_cpus=0.1),
+    RewardConfig(name="tesseract", app="ocr_tesseract", heldout=True, num_cpus=0.1),
+    RewardConfig(name="elsewhere", url="http://127.0.0.1:9/", num_cpus=0.1),
+)
+DEADLINE_S = 120.0
+
+
+@pytest.fixture(scope="module")
+def token_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("rewards") / "token"
+    file.touch(0o600)
+    file.write_text(TOKEN)
+    return file
+
+
+@pytest.fixture(scope="module")
+def urls(ray_local: None, token_file: Path) -> Iterator[dict[str, str]]:
+    yield start_rewards(REWARDS, token_file=token_file, port=0, deadline_s=DEADLINE_S)
+    stop_rewards()
+    stop_rewards()
+
+
+@pytest.fixture(scope="module")
+def words() -> tuple[list[str], NDArray[np.uint8]]:
+    rng = random.Random(1)
+    chosen = [train_word(rng) for _ in range(8)]
+    return [prompt_of(word) for word in chosen], np.stack([render(word, rng) for word in chosen])
+
+
+def client_of(urls: dict[str, str], name: str, token: str = TOKEN) -> RewardClient:
+    return RewardClient(name, urls[name], token, DEADLINE_S)
+
+
+@pytest.mark.parametrize("name", ["words", "tesseract"])
+def test_reads_words_the_same_alone_and_together(
+    urls: dict[str, str], words: tuple[list[str], NDArray[np.uint8]], name: str
+) -> None:
+    prompts, images = words
+    client = client_of(urls, name)
+    together = client.score(images, prompts)
+    alone = [client.score(images[i : i + 1], prompts[i]) for i in range(3)]
+    client.close()
+    assert np.mean(together.scores) > 0.85
+    assert [each.scores[0] for each in alone] == list(together.scores[:3])
+    assert [each.details[0] for each in alone] == list(together.details[:3])
+    assert set(together.details[0]) == {"text", "exact"}
+
+
+def test_each_reward_is_an_application_of_its_own(urls: dict[str, str]) -> None:
+    assert list(urls) == ["words", "tesseract", "elsewhere"]
+    assert urls["elsewhere"] == "http://127.0.0.1:9"
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    served = {
+        name: httpx.get(urls[name] + "/v1/info", headers=headers, trust_env=False).json()["reward"]
+        for name in ("words", "tesseract")
+    }
+    assert served == {"words": "ocr", "tesseract": "ocr_tesseract"}
+    assert set(serve.status().applications) == {"reward-words", "reward-tesseract"}
+
+
+def test_a_wrong_token_is_refused(urls: dict[str, str], words: tuple[list[str], NDArray[np.uint8]]) -> None:
+    client = client_of(urls, "words", "another-token-altogether")
+    with pytest.raises(RewardRefused, match="401 unauthorized"):
+        client.score(words[1], words[0])
+    client.close()
+    assert httpx.get(urls["words"] + "/healthz", trust_env=False).status_code == 200
+
+
+def test_a_prompt_without_quotes_is_refused(urls: dict[str, str]) -> None:
+    client = client_of(urls, "tesseract")
+    with pytest.raises(RewardRefused, match=r"422 unprocessable: item 0: .*double quotes"):
+        client.score(np.zeros((2, 32, 64, 3), np.uint8), "a cat")
+    client.close()
+
+
+def test_it_listens_on_loopback_only(urls: dict[str, str]) -> None:
+    port = httpx.URL(urls["words"]).port
+    listening = {
+        connection.laddr.ip
+        for connection in psutil.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
+    }
+    assert listening == {"127.0.0.1"}
+
+
+def test_overload_is_shed_and_waited_out(
+    urls: dict[str, str], token_file: Path, words: tuple[list[str], NDArray[np.uint8]]
+) -> None:
+    """One place and eight who want it: some are told to come back, and all are served in the end."""
+    prompts, images = words
+    args = {"app": "ocr", "token_file": str(token_file), "max_pending": 1}
+    serve.run(build(args), name="narrow", route_prefix="/narrow")
+    url = urls["words"].removesuffix("/words") + "/narrow"
+    headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": TENSOR_TYPE}
+    body = encode_tensors(images, prompts)
+
+    def post(_: int) -> httpx.Response:
+        return httpx.post(
+            url + "/v1/score", content=body, headers=headers, timeout=DEADLINE_S, trust_env=False
+        )
+
+    client = RewardClient("narrow", url, TOKEN, DEADLINE_S)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            responses = list(pool.map(post, range(8)))
+            scored = list(pool.map(lambda _: client.score(images, prompts).scores, range(8)))
+    finally:
+        client.close()
+        serve.delete("narrow")
+    shed = [response for response in responses if response.status_code == 429]
+    assert shed and {response.status_code for response in responses} == {200, 429}
+    for response in shed:
+        assert int(response.headers["retry-after"]) >= 1
+        assert response.headers["content-type"] == JSON_TYPE
+        assert ErrorBody.model_validate_json(response.content).error == "overloaded"
+    assert len(set(scored)) == 1
+
+
+def test_a_reward_that_cannot_start_is_named(urls: dict[str, str], token_file: Path) -> None:
+    broken = RewardConfig(name="broken", app="ocr", args={"input_width": 97}, num_cpus=0.1)
+    before = set(serve.status().applications)
+    with pytest.raises(RewardsNotReady, match=r"'broken' \(ocr\) failed to start: .*multiple of 8"):
+        start_rewards([broken], token_file=token_file, port=0, deadline_s=DEADLINE_S)
+    assert before - set(serve.status().applications) == set(), "rewards that ran before run on"
+
+
+def test_what_is_not_ready_in_time_is_named(urls: dict[str, str], token_file: Path) -> None:
+    homeless = RewardConfig(name="homeless", app="ocr", num_cpus=1000)
+    with pytest.raises(RewardsNotReady, match=r"not ready within 3 s: homeless: "):
+        start_rewards([homeless], token_file=token_file, port=0, deadline_s=3)
+
+
+def test_an_unknown_scorer_is_refused_at_once(token_file: Path) -> None:
+    unknown = RewardConfig(name="unknown", app="nope")
+    with pytest.raises(ValueError, match=r"'unknown': no scorer 'nope'; valid: .*ocr"):
+        start_rewards([unknown], token_file=token_file, port=0, deadline_s=1)

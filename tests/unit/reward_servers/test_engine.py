@@ -1,0 +1,151 @@
+"""How requests share one scorer: units or merged, bounded, under a deadline, none failing for another."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+
+from reward_servers.engine import ScoringEngine
+from reward_servers.protocol import ProtocolError
+from reward_servers.wire import ScoreCall
+
+
+def call(*prompts: str) -> ScoreCall:
+    images = [np.full((2, 2, 3), index, np.uint8) for index in range(len(prompts))]
+    return ScoreCall(images, prompts, [{}] * len(prompts))
+
+
+@asynccontextmanager
+async def running(scorer: Any, **settings: Any) -> AsyncIterator[ScoringEngine]:
+    engine = ScoringEngine(scorer, **({"merge": False, "deadline_s": 20.0, "max_pending": 8} | settings))
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        scorer.released.set()
+        await engine.stop()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110 (what it waits for has no event)
+            await asyncio.sleep(0.001)
+
+
+async def waiting_behind_a_hang(engine: ScoringEngine, *calls: ScoreCall) -> list[asyncio.Task[Any]]:
+    """Tasks of `calls`, all queued while the scorer is busy with another."""
+    busy = asyncio.create_task(engine.score(call("hang")))
+    await until(engine.scorer.entered.is_set)  # type: ignore[attr-defined]
+    tasks = [busy]
+    for each in calls:
+        tasks.append(asyncio.create_task(engine.score(each)))
+        await asyncio.sleep(0)
+    return tasks
+
+
+async def test_it_is_warm_when_it_starts(fake: Any) -> None:
+    async with running(fake):
+        assert fake.warm
+
+
+async def test_scores_in_order(fake: Any) -> None:
+    async with running(fake) as engine:
+        items = await engine.score(call(*"abcdef"))
+    assert [item.score for item in items] == [0, 1, 2, 3, 4, 5]
+    assert fake.calls == [list("abcd"), list("ef")], "no more than max_batch at once"
+
+
+async def test_a_request_is_a_unit(fake: Any) -> None:
+    async with running(fake) as engine:
+        tasks = await waiting_behind_a_hang(engine, call("a"), call("b", "c"), call("d"))
+        fake.released.set()
+        await asyncio.gather(*tasks)
+    assert fake.calls == [["hang"], ["a"], ["b", "c"], ["d"]]
+
+
+async def test_dynamic_merges_what_waits_up_to_max_batch_images(fake: Any) -> None:
+    async with running(fake, merge=True) as engine:
+        tasks = await waiting_behind_a_hang(engine, call("a"), call("b", "c"), call("d", "e"), call("f"))
+        fake.released.set()
+        answers = await asyncio.gather(*tasks)
+    assert fake.calls == [["hang"], ["a", "b", "c"], ["d", "e", "f"]]
+    assert [[item.details["prompt"] for item in items] for items in answers] == [
+        ["hang"], ["a"], ["b", "c"], ["d", "e"], ["f"]
+    ]  # fmt: skip
+
+
+async def test_a_request_that_raises_fails_alone(fake: Any) -> None:
+    async with running(fake, merge=True) as engine:
+        tasks = await waiting_behind_a_hang(engine, call("a"), call("raise"), call("b"))
+        fake.released.set()
+        _, first, failed, last = await asyncio.gather(*tasks, return_exceptions=True)
+        assert (await engine.score(call("after")))[0].score == 0
+    assert (first[0].score, last[0].score) == (0, 0)
+    assert isinstance(failed, ProtocolError) and failed.status == 500
+    assert "ArithmeticError: asked to raise" in failed.detail
+
+
+async def test_a_score_that_is_not_finite_is_an_error(fake: Any) -> None:
+    async with running(fake) as engine:
+        good, nan, error = await engine.score(call("a", "nan", "error"))
+    assert (good.score, good.error) == (0, None)
+    assert nan.score is None and "nan" in (nan.error or "")
+    assert (error.score, error.error) == (None, "asked for an error")
+
+
+async def test_too_few_scores_fail_the_request(fake: Any) -> None:
+    async with running(fake) as engine:
+        with pytest.raises(ProtocolError, match="1 scores for 2 images"):
+            await engine.score(call("few", "a"))
+
+
+async def test_more_than_max_pending_are_refused_and_the_others_answered(fake: Any) -> None:
+    async with running(fake, max_pending=2) as engine:
+        tasks = await waiting_behind_a_hang(engine, call("a"))
+        with pytest.raises(ProtocolError) as caught:
+            await engine.score(call("b"))
+        fake.released.set()
+        await asyncio.gather(*tasks)
+        await engine.score(call("c"))
+    assert caught.value.status == 429
+    assert caught.value.retry_after_s is not None
+
+
+async def test_a_hang_meets_the_deadline_and_is_reported(fake: Any) -> None:
+    async with running(fake, deadline_s=0.05) as engine:
+        with pytest.raises(ProtocolError) as caught:
+            await engine.score(call("hang"))
+        await until(lambda: engine.stalled is not None)
+        with pytest.raises(ProtocolError) as refused:
+            await engine.score(call("a"))
+        fake.released.set()
+        await until(lambda: engine.stalled is None)
+        assert (await engine.score(call("b")))[0].score == 0, "it goes on when the scorer does"
+    assert (caught.value.status, refused.value.status) == (504, 503)
+    assert "'fake'" in refused.value.detail
+
+
+async def test_a_request_whose_client_left_is_not_scored(fake: Any) -> None:
+    async with running(fake) as engine:
+        busy, left, last = await waiting_behind_a_hang(engine, call("left"), call("last"))
+        left.cancel()
+        await asyncio.gather(left, return_exceptions=True)
+        fake.released.set()
+        await asyncio.gather(busy, last)
+    assert fake.calls == [["hang"], ["last"]]
+
+
+async def test_stopping_refuses_what_waits(fake: Any) -> None:
+    engine = ScoringEngine(fake, merge=False, deadline_s=20, max_pending=8)
+    await engine.start()
+    tasks = await waiting_behind_a_hang(engine, call("a"))
+    await engine.stop()
+    with pytest.raises(ProtocolError, match="shutting down"):
+        await tasks[1]
+    tasks[0].cancel()
+    fake.released.set()

@@ -1,0 +1,138 @@
+"""The HTTP application over a real socket: token, limits, errors, and life after each of them."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from reward_servers.protocol import JSON_TYPE, TENSOR_TYPE, ErrorBody, ScoreResponse, ServerInfo
+from reward_servers.wire import encode_json, encode_tensors
+
+Serve = Callable[..., str]
+Images = NDArray[np.uint8]
+
+
+def post(url: str, body: bytes, token: str | None, kind: str = TENSOR_TYPE) -> httpx.Response:
+    headers = {"Content-Type": kind} | ({"Authorization": f"Bearer {token}"} if token else {})
+    return httpx.post(f"{url}/v1/score", content=body, headers=headers, trust_env=False, timeout=20)
+
+
+def refused(response: httpx.Response, status: int, says: str) -> None:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == JSON_TYPE
+    assert says in ErrorBody.model_validate_json(response.content).detail
+
+
+def test_both_bodies_get_the_same_scores(serve_fake: Serve, token: str, images: Images) -> None:
+    url = serve_fake()
+    binary = post(url, encode_tensors(images, "p"), token)
+    text = post(url, encode_json(list(images), "p"), token, "application/json; charset=utf-8")
+    answer = ScoreResponse.model_validate_json(binary.content)
+    assert answer.scores == tuple(image.mean() for image in images)
+    assert (answer.reward, answer.version, answer.details[0]) == ("fake", "7", {"prompt": "p"})
+    assert text.json() == binary.json()
+
+
+def test_info_says_what_it_is(serve_fake: Serve, token: str) -> None:
+    url = serve_fake(batching="dynamic", limits={"max_images": 3})
+    response = httpx.get(f"{url}/v1/info", headers={"Authorization": f"Bearer {token}"}, trust_env=False)
+    info = ServerInfo.model_validate_json(response.content)
+    assert (info.reward, info.batching, info.max_batch, info.limits.max_images) == ("fake", "dynamic", 4, 3)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [None, "Bearer wrong-token-wrong-token", "Basic {}", "{}", "Bearer", "Bearer {}x", "Bearer \xff"],
+)
+def test_the_token_is_asked_for(serve_fake: Serve, token: str, header: str | None) -> None:
+    url = serve_fake()
+    headers = {"Content-Type": TENSOR_TYPE}
+    if header is not None:
+        headers["Authorization"] = header.format(token)
+    encoded = {name: value.encode("latin-1") for name, value in headers.items()}
+    for method, path in (("POST", "/v1/score"), ("GET", "/v1/info")):
+        response = httpx.request(method, url + path, headers=encoded, trust_env=False)
+        refused(response, 401, "Authorization: Bearer")
+        assert response.headers["www-authenticate"] == "Bearer"
+        assert token not in response.text
+
+
+def test_health_needs_no_token(serve_fake: Serve) -> None:
+    assert httpx.get(serve_fake() + "/healthz", trust_env=False).json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "status", "says"),
+    [
+        (b"{}", "text/plain", 415, "text/plain"),
+        (b"{}", "", 415, "content type ''"),
+        (b"\x80\x04pickle", "application/octet-stream", 415, "octet-stream"),
+        (b"{", JSON_TYPE, 422, "JSON"),
+        (b"garbage", TENSOR_TYPE, 422, "safetensors"),
+        (bytes(2000), TENSOR_TYPE, 413, "1500 bytes"),
+        (encode_tensors(np.zeros((1, 2, 2, 3), np.uint8), "unscorable"), TENSOR_TYPE, 422, "item 0: cannot"),
+        (encode_tensors(np.zeros((4, 2, 2, 3), np.uint8), "p"), TENSOR_TYPE, 413, "at most 3"),
+        (encode_tensors(np.zeros((1, 2, 2, 3), np.uint8), "raise"), TENSOR_TYPE, 500, "asked to raise"),
+    ],
+)
+def test_bad_requests_leave_it_alive(
+    serve_fake: Serve, token: str, images: Images, body: bytes, kind: str, status: int, says: str
+) -> None:
+    url = serve_fake(limits={"max_images": 3, "max_body_bytes": 1500})
+    refused(post(url, body, token, kind), status, says)
+    assert post(url, encode_tensors(images[:2], "p"), token).status_code == 200
+
+
+def test_a_body_without_a_length_is_cut_off(serve_fake: Serve, token: str) -> None:
+    """Sent in chunks, it is refused before it ends: the client here never ends it."""
+    host, port = serve_fake(limits={"max_body_bytes": 1500}).removeprefix("http://").split(":")
+    head = f"POST /v1/score HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n"
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(f"{head}Content-Type: {TENSOR_TYPE}\r\n".encode())
+        connection.sendall(b"Transfer-Encoding: chunked\r\n\r\n")
+        connection.sendall(b"800\r\n" + bytes(0x800) + b"\r\n")
+        assert connection.recv(4096).startswith(b"HTTP/1.1 413")
+
+
+def test_a_failed_item_is_null_and_named(serve_fake: Serve, token: str, images: Images) -> None:
+    response = post(serve_fake(), encode_tensors(images[:3], ["a", "nan", "error"]), token)
+    answer = ScoreResponse.model_validate_json(response.content)
+    assert response.status_code == 200
+    assert [score is None for score in answer.scores] == [False, True, True]
+    assert {error.index: error.error for error in answer.errors}[2] == "asked for an error"
+    assert "NaN" not in response.text
+
+
+def test_a_hanging_scorer_is_a_504_and_then_unhealthy(
+    serve_fake: Serve, token: str, images: Images, fake: Any
+) -> None:
+    url = serve_fake(deadline_s=0.1)
+    refused(post(url, encode_tensors(images[:1], "hang"), token), 504, "0.1 s")
+    health = httpx.get(url + "/healthz", trust_env=False)
+    refused(health, 503, "has not answered")
+    assert int(health.headers["retry-after"]) >= 1
+    fake.released.set()
+
+
+def test_unknown_paths_and_methods_say_what_there_is(serve_fake: Serve) -> None:
+    url = serve_fake()
+    refused(httpx.get(url + "/v2/score", trust_env=False), 404, "/v1/score")
+    refused(httpx.get(url + "/v1/score", trust_env=False), 405, "GET /v1/score")
+
+
+def test_its_openapi_document_has_both_bodies(fake: Any, token_file: Any) -> None:
+    from reward_servers.app import create_app
+    from reward_servers.server_config import ServerConfig
+
+    document = create_app(ServerConfig(app="fake", token_file=token_file), scorer=fake).openapi()
+    post_score = document["paths"]["/v1/score"]["post"]
+    assert set(post_score["requestBody"]["content"]) == {JSON_TYPE, TENSOR_TYPE}
+    assert {"200", "401", "413", "415", "422", "429", "500", "503"} <= set(post_score["responses"])
+    json.dumps(document)

@@ -1,0 +1,287 @@
+"""The client against servers that misbehave on cue: every failure is an error that names the server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import pickle
+import socket
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from reward_servers.client import (
+    RewardClient,
+    RewardError,
+    RewardInvalid,
+    RewardRefused,
+    RewardUnavailable,
+    Scored,
+)
+from reward_servers.local import LocalServer
+
+Images = NDArray[np.uint8]
+GOOD = {"scores": [0.5] * 5, "details": [{}] * 5, "reward": "fake", "model": "m", "version": "7"}
+
+
+@dataclass
+class Reply:
+    status: int = 200
+    body: bytes = json.dumps(GOOD).encode()
+    headers: dict[str, str] = field(default_factory=dict)
+    hang: bool = False
+    kind: str = "application/json"
+
+
+@dataclass
+class Script:
+    """An ASGI application that gives its replies in turn; the last one again and again."""
+
+    replies: list[Reply]
+    requests: list[dict[str, Any]] = field(default_factory=list)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            while True:
+                message = await receive()
+                await send({"type": message["type"] + ".complete"})
+                if message["type"] == "lifespan.shutdown":
+                    return
+        while (await receive()).get("more_body"):
+            pass
+        reply = self.replies[min(len(self.requests), len(self.replies) - 1)]
+        self.requests.append({"client": scope["client"], "headers": dict(scope["headers"])})
+        if reply.hang:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            return
+        headers = {"content-type": reply.kind} | reply.headers
+        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+        await send({"type": "http.response.start", "status": reply.status, "headers": raw})
+        await send({"type": "http.response.body", "body": reply.body})
+
+
+@pytest.fixture(scope="module")
+def stage() -> Iterator[tuple[str, Script]]:
+    script = Script([])
+    with LocalServer(script) as server:
+        yield server.url, script
+
+
+@pytest.fixture
+def scripted(stage: tuple[str, Script]) -> Callable[..., tuple[str, Script]]:
+    """A server that gives these replies."""
+
+    def start(*replies: Reply) -> tuple[str, Script]:
+        url, script = stage
+        script.replies, script.requests = list(replies), []
+        return url, script
+
+    return start
+
+
+@pytest.fixture(params=["sync", "async"])
+def ask(request: pytest.FixtureRequest) -> Callable[..., Scored]:
+    """Scores through either face of the client."""
+
+    def score(client: RewardClient, images: Images, prompts: Any = "p") -> Scored:
+        if request.param == "sync":
+            try:
+                return client.score(images, prompts)
+            finally:
+                client.close()
+
+        async def run() -> Scored:
+            try:
+                return await client.score_async(images, prompts)
+            finally:
+                await client.aclose()
+
+        return asyncio.run(run())
+
+    return score
+
+
+def client_of(url: str, deadline_s: float = 20.0, **settings: Any) -> RewardClient:
+    return RewardClient("words", url, "a-token-for-tests-only", deadline_s, **settings)
+
+
+def test_scores_from_a_real_server(serve_fake: Any, images: Images, ask: Any) -> None:
+    scored = ask(client_of(serve_fake(), app="fake"), images)
+    assert scored.scores == tuple(image.mean() for image in images)
+    assert (scored.model, scored.version, scored.attempts) == ("mean of the pixels", "7", 1)
+    assert scored.details[0] == {"prompt": "p"}
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        Reply(500, b'{"error": "scorer_failed", "detail": "boom"}'),
+        Reply(503, b"<html>no upstream</html>", kind="text/html"),
+        Reply(429, b'{"error": "overloaded", "detail": "later"}', {"retry-after": "0"}),
+        Reply(504, b""),
+    ],
+)
+def test_what_passes_is_tried_again(scripted: Any, images: Images, ask: Any, bad: Reply) -> None:
+    url, script = scripted(bad, bad, Reply())
+    scored = ask(client_of(url), images)
+    assert (scored.scores, scored.attempts, len(script.requests)) == ((0.5,) * 5, 3, 3)
+
+
+def test_a_hang_is_asked_again_within_the_deadline(scripted: Any, images: Images, ask: Any) -> None:
+    url, _ = scripted(Reply(hang=True), Reply())
+    assert ask(client_of(url, attempt_s=0.2), images).attempts == 2
+
+
+def test_a_closed_connection_is_opened_again(scripted: Any, images: Images, ask: Any) -> None:
+    url, _ = scripted(Reply(headers={"connection": "close"}))
+    assert ask(client_of(url), images).attempts == 1
+
+
+@pytest.mark.parametrize(
+    ("reply", "says"),
+    [
+        (Reply(500, b'{"error": "scorer_failed", "detail": "boom"}'), "500 scorer_failed: boom"),
+        (Reply(429, b"", {"retry-after": "3600"}), "429"),
+        (Reply(503, b"<html>down</html>", kind="text/html"), "<html>down</html>"),
+        (Reply(hang=True), "no answer within"),
+    ],
+)
+def test_after_the_deadline_it_is_unavailable(
+    scripted: Any, images: Images, ask: Any, reply: Reply, says: str
+) -> None:
+    url, _ = scripted(reply)
+    with pytest.raises(RewardUnavailable) as caught:
+        ask(client_of(url, 0.3), images)
+    assert "'words'" in str(caught.value) and url in str(caught.value)
+    assert says in str(caught.value)
+    assert caught.value.__cause__ is not None
+
+
+def test_a_server_that_is_down_is_unavailable(images: Images, ask: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    with pytest.raises(RewardUnavailable, match=f":{port}: .*ConnectError"):
+        ask(client_of(f"http://127.0.0.1:{port}", 0.3), images)
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 415, 422])
+def test_a_refusal_is_final(scripted: Any, images: Images, ask: Any, status: int) -> None:
+    url, script = scripted(Reply(status, b'{"error": "refused", "detail": "because"}'))
+    with pytest.raises(RewardRefused, match=f"'words' at {url}: {status} refused: because"):
+        ask(client_of(url), images)
+    assert len(script.requests) == 1
+
+
+def changed(**changes: Any) -> Reply:
+    return Reply(body=json.dumps(GOOD | changes).encode())
+
+
+@pytest.mark.parametrize(
+    ("reply", "says"),
+    [
+        (changed(scores=[0.5, 0.5, float("nan"), 0.5, 0.5]), "scores.2"),
+        (changed(scores=[0.5, 0.5, float("inf"), 0.5, 0.5]), "scores.2"),
+        (changed(scores=[0.5, 0.5, None, 0.5, 0.5]), r"scores \[2\] are null"),
+        (
+            changed(scores=[None, *[0.5] * 4], errors=[{"index": 0, "error": "no text"}]),
+            "1 of 5 images have no score; item 0: no text",
+        ),
+        (changed(scores=[0.5] * 4, details=[{}] * 4), "4 scores for 5 images"),
+        (changed(scores=[0.5] * 6, details=[{}] * 6), "6 scores for 5 images"),
+        (changed(scores=0.5), "scores"),
+        (changed(reward="pickscore"), "'pickscore' answered, expected 'fake'"),
+        (Reply(body=b"<html>welcome</html>", kind="text/html"), "<html>welcome</html>"),
+        (Reply(body=b"<html>welcome</html>"), "welcome"),
+        (Reply(body=b""), "answer"),
+        (Reply(body=json.dumps(GOOD).encode()[:-3]), "answer"),
+        (Reply(302, b"", {"location": "http://elsewhere/"}), "302 to http://elsewhere/"),
+        (Reply(body=bytes(17 * 1024 * 1024)), "more than"),
+        (Reply(204, b""), "204"),
+    ],
+)
+def test_a_bad_answer_is_an_error_and_never_a_score(
+    scripted: Any, images: Images, ask: Any, reply: Reply, says: str
+) -> None:
+    url, script = scripted(reply)
+    with pytest.raises(RewardInvalid, match=says) as caught:
+        ask(client_of(url, app="fake"), images)
+    assert "'words'" in str(caught.value) and url in str(caught.value)
+    assert len(script.requests) == 1
+
+
+def test_connections_are_used_again(scripted: Any, images: Images) -> None:
+    url, script = scripted(Reply())
+    client = client_of(url)
+    for _ in range(3):
+        client.score(images, "p")
+    client.close()
+    assert len({request["client"] for request in script.requests}) == 1
+
+
+def test_many_threads_share_a_client(serve_fake: Any) -> None:
+    client = client_of(serve_fake(max_pending=64))
+    batches = [np.full((2, 3, 3, 3), value, np.uint8) for value in range(24)]
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda batch: client.score(batch, "p").scores, batches))
+    client.close()
+    assert answers == [(float(value),) * 2 for value in range(24)]
+
+
+def test_overload_is_waited_out(serve_fake: Any, fake: Any) -> None:
+    """The only place is taken; the client that is shed comes back and is served."""
+    url = serve_fake(max_pending=1)
+    first, second = client_of(url), client_of(url)
+    one = np.zeros((1, 2, 2, 3), np.uint8)
+    shed = httpx_status(url, first)
+    with ThreadPoolExecutor(2) as pool:
+        busy = pool.submit(first.score, one, "hang")
+        assert fake.entered.wait(20)
+        assert shed() == 429
+        late = pool.submit(second.score, one, "p")
+        fake.released.set()
+        assert busy.result(20).scores == late.result(20).scores == (0.0,)
+    first.close()
+    second.close()
+
+
+def httpx_status(url: str, client: RewardClient) -> Callable[[], int]:
+    from reward_servers.wire import encode_tensors
+
+    body = encode_tensors(np.zeros((1, 2, 2, 3), np.uint8), "p")
+    headers = {
+        "Authorization": "Bearer a-token-for-tests-only",
+        "Content-Type": "application/vnd.safetensors",
+    }
+    return lambda: httpx.post(url + "/v1/score", content=body, headers=headers, trust_env=False).status_code
+
+
+def test_the_token_is_sent_and_never_shown(scripted: Any, images: Images) -> None:
+    url, script = scripted(Reply(401, b""))
+    client = client_of(url)
+    with pytest.raises(RewardRefused) as caught:
+        client.score(images, "p")
+    assert script.requests[0]["headers"][b"authorization"] == b"Bearer a-token-for-tests-only"
+    assert "a-token-for-tests-only" not in str(caught.value) + repr(client)
+
+
+def test_errors_travel_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(RewardRefused("words", "http://x", "422 no")))  # noqa: S301
+    assert isinstance(error, RewardRefused)
+    assert (str(error), error.name) == ("reward 'words' at http://x: 422 no", "words")
+
+
+def test_every_error_is_a_reward_error() -> None:
+    assert all(issubclass(kind, RewardError) for kind in (RewardUnavailable, RewardRefused, RewardInvalid))
+
+
+@pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://x", "http://"])
+def test_an_address_that_is_none_is_refused(url: str) -> None:
+    with pytest.raises(ValueError, match="no http"):
+        client_of(url)
