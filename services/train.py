@@ -9,6 +9,7 @@ Promises
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +20,8 @@ from services.config import Config
 from services.config_file import load_config
 from services.exit_codes import INTERRUPTED, run
 from services.run_directory import RunDirectory
+
+logger = logging.getLogger(__name__)
 
 
 def run_training(config: Config, directory: RunDirectory, *, resume: bool, screen: Console) -> dict[str, Any]:
@@ -36,7 +39,6 @@ def run_training(config: Config, directory: RunDirectory, *, resume: bool, scree
     from services.driver import train
     from services.exporting import export_run
     from services.progress import Progress
-    from services.report import build_report
     from services.results import closing_table, summary
 
     heldout = [reward.name for reward in config.rewards if reward.heldout]
@@ -53,10 +55,10 @@ def run_training(config: Config, directory: RunDirectory, *, resume: bool, scree
             progress.activity("exporting the model")
             export_run(directory.root, directory.root / "export", "ema")
         progress.activity("writing the report")
-        page = build_report(directory.root)
+        page = _report(directory)
     result = summary(config, outcome)
     screen.print(closing_table(config, result))
-    screen.print(f"report: {page}", highlight=False, soft_wrap=True)
+    screen.print(page, highlight=False, soft_wrap=True, markup=False)
     if outcome.interrupted:
         screen.print(
             f"stopped after step {outcome.version.step} with a checkpoint; go on with\n"
@@ -65,6 +67,17 @@ def run_training(config: Config, directory: RunDirectory, *, resume: bool, scree
             soft_wrap=True,
         )
     return result
+
+
+def _report(directory: RunDirectory) -> str:
+    """Where the report is, or why there is none: a page that cannot be drawn must not fail a trained run."""
+    from services.report import build_report
+
+    try:
+        return f"report: {build_report(directory.root)}"
+    except Exception as error:
+        logger.exception("the report was not written")
+        return f"report: not written ({type(error).__name__}: {error}); try dgpo report {directory.root}"
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
