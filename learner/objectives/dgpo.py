@@ -1,7 +1,6 @@
-"""Direct Group Preference Optimization (arXiv 2510.08425): the formulas, and their gradient.
+"""Direct Group Preference Optimization (arXiv 2510.08425): the gradient of learner/objectives/formulas.py.
 
 Promises
-- The functions are the formulas of DESIGN section 5, term by term, and pure.
 - `Dgpo.accumulate` adds the exact gradient of the loss for any micro-batch: a multiple of the group size
   (several groups in one forward) or a divisor of it (deferred group weight).
 - A velocity that is known to equal another is not computed twice, bit for bit.
@@ -13,61 +12,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from learner.objectives.base import LiveGroup, Measurements, Objective
+from learner.objectives.formulas import (
+    clipped,
+    dsm_error,
+    group_losses,
+    group_scores,
+    group_weights,
+    kl_penalty,
+)
 from learner.seeds import derive_seed
 from policy.base import Condition, Policy
 from policy.schedule import Schedule
 from services.config import Config
-
-
-def dsm_error(velocity: Tensor, target: Tensor) -> Tensor:
-    """(N,) mean over latent elements of (target - velocity)^2; both (N, C, h, w)."""
-    return (target - velocity).square().flatten(1).mean(dim=1)
-
-
-def clipped(dsm: Tensor, old_dsm: Tensor, advantages: Tensor, clip_range: float | None) -> Tensor:
-    """(N,) bool: the sample has moved far enough in its preferred direction and gives no gradient.
-
-    rho = exp(old_dsm - dsm); true where A > 0 and rho > 1 + c, or A < 0 and rho < 1 - c.
-    """
-    if clip_range is None:
-        return torch.zeros_like(dsm, dtype=torch.bool)
-    ratio = torch.exp(old_dsm - dsm)
-    better = (advantages > 0) & (ratio > 1 + clip_range)
-    worse = (advantages < 0) & (ratio < 1 - clip_range)
-    return better | worse
-
-
-def group_scores(dsm: Tensor, reference_dsm: Tensor, advantages: Tensor) -> Tensor:
-    """S_g, how much worse the policy fits the preferred part of each group than the reference does.
-
-    Args:
-        dsm: (groups, G) DSM error of the policy.
-        reference_dsm: the same under the reference.
-        advantages: (groups, G), zero mean in each row.
-
-    Returns:
-        (groups,) (1/G) sum_i A_i (d_i - d_i').
-    """
-    return (advantages * (dsm - reference_dsm)).mean(dim=1)
-
-
-def group_weights(scores: Tensor, beta: float) -> Tensor:
-    """(groups,) sigmoid(beta * S_g): the derivative of the loss with respect to S_g."""
-    return torch.sigmoid(beta * scores)
-
-
-def group_losses(scores: Tensor, beta: float) -> Tensor:
-    """(groups,) softplus(beta * S_g) / beta = -log sigmoid(-beta * S_g) / beta."""
-    return F.softplus(beta * scores) / beta
-
-
-def kl_penalty(velocity: Tensor, base_velocity: Tensor) -> Tensor:
-    """(N,) mean over latent elements of (v - v_base)^2: the KL of two Gaussians up to a factor."""
-    return (velocity - base_velocity).square().flatten(1).mean(dim=1)
 
 
 @dataclass(frozen=True)
@@ -104,7 +63,11 @@ class Compared:
 
 
 class Dgpo(Objective):
-    """The objective; see DESIGN section 5."""
+    """The objective.
+
+    What it costs a sample and timestep, in forward passes (a backward counts two): 3, and one for each model it
+    is compared with; with a KL and a micro-batch below the group size, one more.
+    """
 
     def __init__(self, policy: Policy, config: Config, schedule: Schedule) -> None:
         super().__init__(policy, config, schedule)

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from toy_policy import SHAPE, ToyPolicy, live_groups, toy_config
 
 from learner.objectives.base import LiveGroup, Measurements, make_objective, objectives
-from learner.objectives.dgpo import clipped, group_losses, group_scores, group_weights
+from learner.objectives.formulas import clipped, group_losses, group_scores, group_weights
 from learner.seeds import derive_seed
 from policy.schedule import make_schedule
 from services.config import Config
