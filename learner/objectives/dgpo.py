@@ -65,8 +65,8 @@ class Compared:
 class Dgpo(Objective):
     """The objective.
 
-    What it costs a sample and timestep, in forward passes (a backward counts two): 3, and one for each model it
-    is compared with; with a KL and a micro-batch below the group size, one more.
+    What it costs a sample and timestep, in forward passes (a backward counts two): 3, and one for each model
+    it is compared with; with a KL and a micro-batch below the group size, one more.
     """
 
     def __init__(self, policy: Policy, config: Config, schedule: Schedule) -> None:
