@@ -52,9 +52,23 @@ class Checkpoint:
     """What the writer gave, with `format`, `step` and `files` (name -> sha256, bytes, tensors)."""
 
     @property
-    def state(self) -> dict[str, dict[str, Tensor]]:
-        """Part -> tensors, on the CPU; read anew at each access."""
-        return {Path(name).stem: load_file(self.path / name) for name in self.manifest["files"]}
+    def state(self) -> Mapping[str, dict[str, Tensor]]:
+        """Part -> tensors, on the CPU. A part is read from its file each time it is asked for."""
+        return _Parts(self.path, tuple(self.manifest["files"]))
+
+
+class _Parts(Mapping[str, dict[str, Tensor]]):
+    def __init__(self, path: Path, files: tuple[str, ...]) -> None:
+        self._files = {Path(name).stem: path / name for name in files}
+
+    def __getitem__(self, part: str) -> dict[str, Tensor]:
+        return load_file(self._files[part])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
 
 
 def write_checkpoint(

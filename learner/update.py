@@ -149,6 +149,8 @@ class Updater:
             ValueError: a part or a tensor is missing, unknown or of another shape; nothing was changed.
         """
         own = self.state()
+        # Read once: the parts of a checkpoint are files.
+        state = {part: state[part] for part in state}
         _check_same(own, state)
         with torch.no_grad():
             for part in own.keys() - {"optimizer"}:
