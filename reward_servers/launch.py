@@ -141,7 +141,7 @@ def _start_serve(served: Sequence[RewardConfig], host: str, port: int, deadline_
 
 
 def _patient(deadline_s: float) -> dict[str, Any]:
-    """Serve kills a proxy that is not up within 5 s or silent for 10 s: too soon for a machine in full use."""
+    """Serve kills a proxy that is not up within 5 s, or silent for 10 s: too soon for a busy machine."""
     return {
         "runtime_env": {
             "env_vars": {

@@ -1,5 +1,6 @@
 """What integration tests share: one small Ray on loopback."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,8 @@ import ray
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:
     """A Ray of four (logical) CPUs on loopback, for the whole test session."""
+    # Ray's workers are nice (15) by default: beside anything else they would get next to no time.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     ray.init(
         address="local",
         num_cpus=4,

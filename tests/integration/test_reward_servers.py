@@ -31,7 +31,7 @@ REWARDS = (
     RewardConfig(name="tesseract", app="ocr_tesseract", heldout=True, num_cpus=0.1),
     RewardConfig(name="elsewhere", url="http://127.0.0.1:9/", num_cpus=0.1),
 )
-DEADLINE_S = 120.0
+DEADLINE_S = 240.0
 
 
 @pytest.fixture(scope="module")
