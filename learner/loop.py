@@ -135,13 +135,14 @@ class LearnerLoop:
 
     def _step(self, epoch: int, step: int) -> dict[str, Any]:
         settings = self._config.learner
-        clock = PhaseClock()
+        clock, opened = PhaseClock(), self._queue.opening_s
         self._pulse.enter(f"waiting for the groups of step {step + 1}")
         groups = self._queue.take(
             settings.groups_per_step,
             deadline_s=self._config.queue.take_deadline_s,
         )
         clock.lap("wait_s")
+        clock.move("wait_s", "codec_s", self._queue.opening_s - opened)
         self._pulse.enter(f"updating to step {step + 1}")
         row = self._trainer.update(groups, step)
         clock.lap("forward_backward_s")
@@ -174,6 +175,7 @@ class LearnerLoop:
             "rollout": {
                 "sample_s": sum(g.header.sample_s for g in groups) / len(groups),
                 "reward_s": sum(g.header.reward_s for g in groups) / len(groups),
+                "overhead_s": sum(g.header.overhead_s for g in groups) / len(groups),
             },
         }
 
@@ -197,3 +199,8 @@ class PhaseClock:
         now = time.monotonic()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
         self._last = now
+
+    def move(self, source: str, target: str, seconds: float) -> None:
+        """Of what was booked on `source`, this much was `target`."""
+        self.seconds[source] -= seconds
+        self.seconds[target] = self.seconds.get(target, 0.0) + seconds

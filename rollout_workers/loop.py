@@ -86,6 +86,7 @@ class RolloutLoop:
         self._poll_s = poll_s
         self._keep_images = keep_images
         self._installed: PolicyVersion | None = None
+        self._overhead_s = 0.0
         self._scoring: Future[None] | None = None
         self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="score")
 
@@ -109,6 +110,7 @@ class RolloutLoop:
             self._background.shutdown(wait=False, cancel_futures=True)
 
     def _turn(self) -> None:
+        started = time.monotonic()
         lease = self._queue.issue(self.worker)
         if lease is None:
             self._pulse.enter("waiting for an ordinal")
@@ -130,6 +132,7 @@ class RolloutLoop:
         task = self._task_of(lease)
         version = self._installed
         assert version is not None
+        self._overhead_s += time.monotonic() - started
         self._pulse.enter("sampling", ordinal=task.ordinal)
         started = time.monotonic()
         sampled = self._sampler.sample(task)
@@ -182,8 +185,12 @@ class RolloutLoop:
                 worker=self.worker,
                 sample_s=sample_s,
                 reward_s=time.monotonic() - started,
+                overhead_s=self._overhead_s,
             )
-            if self._admit(header, sampled.tensors) and self._keep_images is not None:
+            self._overhead_s, started = 0.0, time.monotonic()
+            admitted = self._admit(header, sampled.tensors)
+            self._overhead_s += time.monotonic() - started
+            if admitted and self._keep_images is not None:
                 self._keep_images(task, sampled, scores)
         finally:
             self._pulse.let_go(task.ordinal)

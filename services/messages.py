@@ -106,6 +106,8 @@ class GroupHeader(Message):
     """Seconds spent encoding, sampling and decoding."""
     reward_s: float = Field(ge=0)
     """Seconds from the first reward request to the last answer."""
+    overhead_s: float = Field(default=0.0, ge=0)
+    """Seconds the worker spent on leases, installs, codec and admits since its group before."""
 
     @property
     def group_size(self) -> int:

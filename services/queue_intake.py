@@ -10,6 +10,7 @@ Promises
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,6 +34,8 @@ class QueueIntake(QueueBoard):
         super().__init__(client, run, config)
         self._taken: dict[int, tuple[bytes, Group]] = {}
         """Ordinal -> (stream entry, group)."""
+        self.opening_s = 0.0
+        """Seconds spent so far on verifying and decoding what was read."""
 
     def _accept(self, answer: Sequence[bytes], version: PolicyVersion) -> None:
         if answer[0] == b"FENCED":
@@ -89,6 +92,7 @@ class QueueIntake(QueueBoard):
             return
         ordinals = [_ordinal(fields) for _, fields in entries]
         records = self._client.hmget(self._keys.key("queued"), ordinals)
+        started = time.monotonic()
         for (entry, fields), ordinal, record in zip(entries, ordinals, records, strict=True):
             if record is None or not record.startswith(entry + b" "):
                 self._refuse(version, entry, ordinal, "was never admitted", counted=False)
@@ -104,6 +108,7 @@ class QueueIntake(QueueBoard):
                 self._refuse(version, entry, ordinal, error.reason, counted=True)
                 continue
             self._taken[ordinal] = (entry, group)
+        self.opening_s += time.monotonic() - started
         self._drop_stale(version)
 
     def _drop_stale(self, version: PolicyVersion) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
 
 from services.config import Config
-from services.metrics import EvalRow
+from services.metrics import EvalRow, UpdateRow
 from services.monitor import Outcome
 from services.telemetry import read_metrics
 
@@ -35,12 +36,28 @@ def summary(config: Config, outcome: Outcome) -> dict[str, Any]:
         "epoch": outcome.version.epoch,
         "groups": updates[-1].groups if updates else 0,
         "images": updates[-1].images if updates else 0,
+        "overhead_fraction": _overhead(config, updates),
         "max_staleness_seen": max((row.staleness_max for row in updates), default=0),
         "weights_digest": outcome.weights_digest,
         "diversity_before": getattr(metrics.evaluation("before"), "diversity", None),
         "diversity_after": getattr(metrics.evaluation("after"), "diversity", None),
         "peak_memory_bytes": metrics.memory.parts if metrics.memory else None,
     }
+
+
+def _overhead(config: Config, updates: Sequence[UpdateRow]) -> float | None:
+    """Share of an update's wall time that is not model code: the larger of learner's and a worker's.
+
+    Learner: codec, publish and commit. A worker: leases, installs, codec and admits of its groups of an update.
+    """
+    rows = updates[1:]
+    seconds = sum(row.seconds for row in rows)
+    if not seconds:
+        return None
+    learner = sum(row.phases.get(name, 0.0) for row in rows for name in ("codec_s", "publish_s", "commit_s"))
+    share = config.learner.groups_per_step / config.rollout.workers
+    worker = sum(row.rollout.get("overhead_s", 0.0) * share for row in rows)
+    return round(max(learner, worker) / seconds, 4)
 
 
 def _scores(row: EvalRow | None, reward: str, when: str, prefix: str) -> dict[str, Any]:
