@@ -34,7 +34,8 @@ KEPT_VERSIONS = 4
 fetching."""
 KEPT_BUFFER_BYTES = 256 * 1024**2
 """A publish buffer up to this size is kept for the next publish: fresh pages cost more than the copy."""
-DEADLINE_S = 60.0
+DEADLINE_S = 180.0
+"""Covers the start of the store's actor too."""
 
 log = logging.getLogger(__name__)
 _buffers: dict[str, Bytes] = {}

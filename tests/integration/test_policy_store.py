@@ -1,0 +1,155 @@
+"""Weights by version through a real object store: proven at arrival, refused when wrong, not lost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import safetensors.torch
+import torch
+
+from services.codec import encode_weights, weights_digest
+from services.messages import PolicyVersion, WeightsAnnouncement
+from services.policy_store import (
+    DEADLINE_S,
+    ObjectStoreTransport,
+    PolicyStore,
+    WeightsGone,
+    WeightsMismatch,
+    fetch,
+    publish,
+)
+from services.safetensors_layout import Bytes
+
+pytestmark = pytest.mark.integration
+
+
+def version(step: int) -> PolicyVersion:
+    return PolicyVersion(epoch=0, step=step)
+
+
+def tensors(seed: float) -> dict[str, torch.Tensor]:
+    return {"a.weight": torch.full((8, 4), seed), "b.weight": torch.arange(6).half() * seed}
+
+
+@pytest.fixture(scope="module")
+def store(ray_local: None) -> Iterator[Any]:
+    actor = ray.remote(PolicyStore).options(num_cpus=0).remote(kept_versions=2)
+    yield actor
+    ray.kill(actor)
+
+
+class Box:
+    """A transport that hands over what it is told to."""
+
+    def __init__(self, payload: Bytes | None) -> None:
+        self.payload = payload
+
+    def send(self, announcement: WeightsAnnouncement, payload: Bytes) -> None:
+        self.payload = payload.copy()
+
+    def receive(self, announcement: WeightsAnnouncement) -> Bytes | None:
+        return self.payload
+
+
+def learner() -> Any:
+    """A publisher in a process of its own; defined in here, Ray ships its code and not a module name."""
+
+    class Publisher:
+        def publish(self, store: Any, values: dict[str, torch.Tensor], step: int) -> str:
+            return publish(store, values, PolicyVersion(epoch=0, step=step)).model_dump_json()
+
+        def fetched(self, store: Any, announcement: str) -> str:
+            return weights_digest(fetch(store, WeightsAnnouncement.model_validate_json(announcement)))
+
+    return ray.remote(Publisher).options(num_cpus=0).remote()
+
+
+def test_what_is_fetched_is_what_was_published(store: Any) -> None:
+    announcement = publish(store, tensors(3.0), version(1))
+    found = fetch(store, announcement)
+    assert found.keys() == tensors(3.0).keys()
+    assert all(found[name].equal(tensor) for name, tensor in tensors(3.0).items())
+    assert (announcement.tensors, announcement.digest) == (2, weights_digest(tensors(3.0)))
+
+
+def test_a_later_publish_does_not_change_what_was_fetched(store: Any) -> None:
+    found = fetch(store, publish(store, tensors(1.0), version(1)))
+    publish(store, tensors(2.0), version(2))
+    assert found["a.weight"].equal(tensors(1.0)["a.weight"])
+
+
+def test_the_last_versions_of_each_kind_are_kept(store: Any) -> None:
+    announced = [publish(store, tensors(step), version(step)) for step in range(3)]
+    ema = publish(store, tensors(9), version(0), kind="ema")
+    assert ray.get(store.versions.remote("policy"), timeout=DEADLINE_S) == ["0.1", "0.2"]
+    assert fetch(store, announced[2])["a.weight"].equal(tensors(2)["a.weight"])
+    assert fetch(store, ema)["a.weight"].equal(tensors(9)["a.weight"])
+    with pytest.raises(WeightsGone, match=r"weights policy 0\.0: not in the object store any more"):
+        fetch(store, announced[0])
+
+
+def checkpoint(run_directory: Path, **files: dict[str, torch.Tensor]) -> None:
+    folder = run_directory / "checkpoints" / "step-5"
+    folder.mkdir(parents=True)
+    for name, content in files.items():
+        safetensors.torch.save_file(content, folder / f"{name}.safetensors")
+
+
+def test_weights_of_a_dead_learner_come_from_the_checkpoint(store: Any, tmp_path: Path) -> None:
+    publisher = learner()
+    told = ray.get(publisher.publish.remote(store, tensors(5), 5), timeout=DEADLINE_S)
+    announcement = WeightsAnnouncement.model_validate_json(told)
+    assert announcement.digest == weights_digest(fetch(store, announcement))
+    assert ray.get(publisher.fetched.remote(store, told), timeout=DEADLINE_S) == announcement.digest
+    ray.kill(publisher)
+    give_up = time.monotonic() + DEADLINE_S
+    while ObjectStoreTransport(store).receive(announcement) is not None:
+        assert time.monotonic() < give_up, "the object outlived its owner"
+    for name in ("policy", "reference"):
+        run_directory = tmp_path / name
+        checkpoint(run_directory, **{"policy": tensors(1), "ema": tensors(2), name: tensors(5)})
+        found = fetch(store, announcement, run_directory)
+        assert all(found[key].equal(tensor) for key, tensor in tensors(5).items())
+    with pytest.raises(WeightsGone):
+        fetch(store, announcement)
+
+
+def test_without_object_and_checkpoint_the_error_says_where_was_looked(tmp_path: Path) -> None:
+    announcement = publish(Box(None), tensors(5), version(5))
+    checkpoint(tmp_path, policy=tensors(4))
+    with pytest.raises(WeightsGone, match=r"policy 0\.5: .*no checkpoint of step 5 in "):
+        fetch(Box(None), announcement, tmp_path)
+    found = fetch(Box(None), publish(Box(None), tensors(4), version(5)), tmp_path)
+    assert found["a.weight"].equal(tensors(4)["a.weight"])
+
+
+def changed(payload: Bytes) -> Bytes:
+    wrong = payload.copy()
+    wrong[-1] ^= 1
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (lambda payload: changed(payload), "digest .* arrived"),
+        (lambda payload: payload[:-3], "not readable: truncated"),
+        (
+            lambda payload: encode_weights({"a.weight": tensors(1)["a.weight"]}),
+            "2 tensors were published, 1 arrived",
+        ),
+        (lambda payload: np.zeros(0, dtype=np.uint8), "not readable"),
+    ],
+)
+def test_other_weights_than_the_announced_ones_are_refused(wrong: Any, says: str) -> None:
+    box = Box(None)
+    announcement = publish(box, tensors(1), version(1))
+    assert box.payload is not None
+    with pytest.raises(WeightsMismatch, match=f"weights policy 0.1: .*{says}"):
+        fetch(Box(wrong(box.payload)), announcement)
