@@ -1,5 +1,5 @@
-"""How much of rollout and learning overlaps: the real queue, worker loops and learner loop, with the model work
-replaced by waits of a measured length (so that two cores can show what eight GPUs would do).
+"""How much of rollout and learning overlaps: the real queue, worker loops and learner loop, with the model
+work replaced by waits of a measured length (so that two cores can show what eight GPUs would do).
 
 At `max_staleness: 0` a step takes about rollout + learner; from 1 on it should take the longer of the two.
 The floor is stated beside each figure: nothing can be faster than max(rollout, learner).
@@ -20,8 +20,6 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
-from services.embedded import EmbeddedValkey
-from services.group_queue import Frontier, GroupQueue, connect
 
 from learner.loop import LearnerLoop, Start
 from rollout_workers.loop import RolloutLoop, SampledGroup
@@ -29,6 +27,8 @@ from rollout_workers.scoring import GroupScores
 from services.codec import Group
 from services.config import Config
 from services.config_file import load_config
+from services.embedded import EmbeddedValkey
+from services.group_queue import Frontier, GroupQueue, connect
 from services.heartbeat import Pulse
 from services.messages import GroupTask, PolicyVersion, WeightsAnnouncement
 from services.prompts import group_task, prompt_source
@@ -107,8 +107,8 @@ def run_overlap_bench(
         learner_s: an update.
 
     Returns:
-        `rollout_s` (of a step's groups, the last scores included), `learner_s`, and for each staleness
-        `step_s`, `of_sum` (step_s / (rollout_s + learner_s)) and `of_max` (step_s / max(rollout_s, learner_s)).
+        `rollout_s` (sampling a step's groups), `reward_s`, `learner_s`, and for each staleness `step_s`,
+        `of_sum` (step_s / (rollout_s + reward_s + learner_s)) and `of_max` (step_s / max(rollout_s, learner_s)).
     """
     turns = -(-groups_per_step // workers)
     rollout_s = turns * sample_s

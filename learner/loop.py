@@ -25,10 +25,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from services.group_queue import Frontier, GroupQueue, Stopped
-
 from services.codec import Group
 from services.config import Config
+from services.group_queue import Frontier, GroupQueue, Stopped
 from services.heartbeat import Pulse, peak_rss_bytes
 from services.messages import PolicyVersion, WeightsAnnouncement
 

@@ -3,8 +3,8 @@
 Promises
 - Whenever Ray Train starts a rank, first or again, it goes on from the newest complete checkpoint of the run
   directory, in a new epoch.
-- The state lives in the run directory, not in Ray Train's own checkpoints (docs/decisions says why); Ray Train
-  restarts ranks and shows the run in the Ray dashboard.
+- The state lives in the run directory, not in Ray Train's own checkpoints (docs/decisions says why); Ray
+  Train restarts ranks and shows the run in the Ray dashboard.
 """
 
 from __future__ import annotations
@@ -42,9 +42,14 @@ class PolicyTrainer:
         self._store = store
         config = context.config
         torch.set_num_threads(config.learner.threads)
-        # Conditions travel with the groups; only a guided reference needs the empty prompt's as well.
+        objective = config.objective
         self.policy = load_policy(
-            config.model, text_encoders=config.objective.kl_cfg > 1, vae=False, seed=config.run.seed
+            config.model,
+            # Conditions travel with the groups; only a guided reference needs the empty prompt's as well.
+            text_encoders=objective.kl_cfg > 1,
+            vae=False,
+            base=objective.reference == "frozen" or objective.kl > 0,
+            seed=config.run.seed,
         )
         self.updater = Updater(self.policy, config)
 
@@ -82,7 +87,6 @@ def train_rank(settings: dict[str, Any]) -> None:
     Args:
         settings: `context` (RunContext as JSON) and `store` (handle of the PolicyStore actor).
     """
-    import ray.train
 
     context = RunContext.model_validate_json(settings["context"])
     configure_logging("learner-0", context.directory, run=context.run)

@@ -7,8 +7,8 @@ Promises
 - A group whose scores cannot be had is given back with the reason, and nothing of it reaches the learner.
 - A lease is renewed while its group is alive; the loop ends by `RunEnded` only: anything else is a failure.
 
-Sampler and scorer are handed in: rollout_workers/worker.py binds the real ones, benchmarks/overlap.py waits of
-a measured length.
+Sampler and scorer are handed in: rollout_workers/worker.py binds the real ones, benchmarks/overlap.py waits
+of a measured length.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from reward_servers.client import RewardError
-from services.group_queue import Admitted, GroupQueue, Lease, RunEnded
-from services.policy_store import WeightsGone
-from services.queue_types import ENDED
 
+from reward_servers.client import RewardError
 from rollout_workers.scoring import GroupScores, Scorer
 from services.codec import encode_group
+from services.group_queue import Admitted, GroupQueue, Lease, RunEnded
 from services.heartbeat import Pulse
 from services.messages import GroupHeader, GroupTask, PolicyVersion, WeightsAnnouncement
+from services.policy_store import WeightsGone
+from services.queue_types import ENDED
 
 logger = logging.getLogger(__name__)
 

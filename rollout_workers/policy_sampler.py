@@ -10,13 +10,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from services.policy_store import WeightsMismatch, fetch
-
 from policy import Policy, load_policy
 from rollout_workers.loop import SampledGroup
 from rollout_workers.sampling import sample
 from services.config import Config
 from services.messages import GroupTask, WeightsAnnouncement
+from services.policy_store import WeightsMismatch, fetch
 
 
 class PolicySampler:

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from reward_servers.client import RewardClient, RewardError, Scored
 
+from reward_servers.client import RewardClient, RewardError, Scored
 from services.config import RewardConfig
 
 logger = logging.getLogger(__name__)

@@ -2,7 +2,7 @@
 
 Promises
 - Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 130 interrupted after a clean checkpoint.
-- With --json the last line of standard output is one JSON object; everything for people goes to standard error.
+- With --json the last line of standard output is one JSON object; what is for people goes to standard error.
 - Nothing heavy is imported before it is needed: `dgpo --help` answers at once.
 """
 

@@ -18,10 +18,10 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import ray
-from reward_servers.launch import start_rewards, stop_rewards
 
 from learner.checkpoint import newest_checkpoint
 from learner.ray_train import fit
+from reward_servers.launch import start_rewards, stop_rewards
 from rollout_workers.evaluator import Evaluator
 from rollout_workers.worker import RolloutWorker
 from services.config import Config
@@ -74,7 +74,8 @@ def train(config: Config, run: RunDirectory, view: Progress, *, resume: bool = F
         queue = context.open_queue()
         queue.set_state("starting")
         view.activity("starting the reward servers")
-        context = context.model_copy(update={"rewards": stack.enter_context(reward_places(config, run, own_ray))})
+        places = stack.enter_context(reward_places(config, run, own_ray))
+        context = context.model_copy(update={"rewards": places})
         telemetry = stack.enter_context(
             Telemetry(
                 run.root, tensorboard=config.telemetry.tensorboard, resumed_step=_resumed_step(run, resume)
@@ -113,9 +114,7 @@ def _queue_server(config: Config, run: RunDirectory) -> Iterator[tuple[str, Secr
 
 
 @contextmanager
-def reward_places(
-    config: Config, run: RunDirectory, own_ray: bool
-) -> Iterator[dict[str, RewardPlace]]:
+def reward_places(config: Config, run: RunDirectory, own_ray: bool) -> Iterator[dict[str, RewardPlace]]:
     """Where the reward servers are; those named by app run inside the block.
 
     Args:

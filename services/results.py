@@ -48,7 +48,7 @@ def summary(config: Config, outcome: Outcome) -> dict[str, Any]:
 def _overhead(config: Config, updates: Sequence[UpdateRow]) -> float | None:
     """Share of an update's wall time that is not model code: the larger of learner's and a worker's.
 
-    Learner: codec, publish and commit. A worker: leases, installs, codec and admits of its groups of an update.
+    Learner: codec, publish and commit. A worker: leases, installs, codec and admits of its groups.
     """
     rows = updates[1:]
     seconds = sum(row.seconds for row in rows)
