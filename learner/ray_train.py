@@ -14,7 +14,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import ray
+import ray.train
 import torch
 
 from learner.checkpoint import newest_checkpoint, write_checkpoint
