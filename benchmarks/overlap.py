@@ -108,7 +108,7 @@ def run_overlap_bench(
 
     Returns:
         `rollout_s` (sampling a step's groups), `reward_s`, `learner_s`, and for each staleness `step_s`,
-        `of_sum` (against rollout + reward + learner) and `of_max` (against the longer of rollout and learner).
+        `of_sum` (against all three in a row) and `of_max` (against the longer of rollout and learner).
     """
     turns = -(-groups_per_step // workers)
     rollout_s = turns * sample_s

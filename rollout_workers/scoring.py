@@ -61,7 +61,11 @@ class RewardServers:
         self._rewards = tuple(rewards)
         self._clients = {
             reward.name: RewardClient(
-                reward.name, addresses[reward.name], tokens[reward.name], deadline_s=reward.deadline_s
+                reward.name,
+                addresses[reward.name],
+                tokens[reward.name],
+                deadline_s=reward.deadline_s,
+                app=reward.app,
             )
             for reward in rewards
         }

@@ -49,6 +49,8 @@ def ray_cluster(config: Config) -> Iterator[bool]:
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
     else:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+        # Ray starts its workers at nice 15: beside anything else on two cores they would starve.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         ray.init(
             address="local",
             namespace=NAMESPACE,

@@ -31,11 +31,13 @@ from services.telemetry import read_metrics
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_local"), pytest.mark.timeout(240)]
 
 STEPS = 4
+TOKEN_VARIABLE = "DGPO_TEST_REWARD_TOKEN"
 
 
 @pytest.fixture(scope="module")
 def ocr_url() -> Iterator[str]:
-    with LocalServer(create_app(ServerConfig(scorer="ocr"))) as server:
+    os.environ[TOKEN_VARIABLE] = "a-token-for-tests-only"
+    with LocalServer(create_app(ServerConfig(app="ocr", token_env=TOKEN_VARIABLE))) as server:
         yield server.url
 
 
@@ -60,7 +62,7 @@ def recipe(tmp_path: Path, ocr_url: str) -> Callable[..., Config]:
                 "eval.final_prompts=4",
                 "telemetry.tensorboard=false",
                 "telemetry.heartbeat_s=0.5",
-                f"rewards=[{{name: ocr, url: '{ocr_url}'}}]",
+                f"rewards=[{{name: ocr, url: '{ocr_url}', token_env: {TOKEN_VARIABLE}}}]",
                 *overrides,
             ],
         )
