@@ -19,11 +19,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 HEIGHT: Final = 32
 WIDTH: Final = 64
-FONT_SIZES: Final = (18, 19, 20, 21, 22, 23)
-MIN_CONTRAST: Final = 105.0
+FONT_SIZES: Final = (20, 21, 22, 23)
+MIN_CONTRAST: Final = 130.0
 """Least difference of luminance between background and text, in units of 0..255."""
 MARGIN: Final = 2.0
-MAX_SHIFT: Final = (4.0, 4.0)
+MAX_SHIFT: Final = (2.0, 2.0)
 """How far a word may lie from the centre, x and y, in pixels."""
 
 Color = tuple[int, int, int]
@@ -55,8 +55,8 @@ def luminance(color: Color) -> float:
 def _colors(rng: random.Random) -> tuple[Color, Color]:
     """A light background and a dark ink, hues independent of each other."""
     while True:
-        background = _hsv(rng.random(), rng.uniform(0.1, 0.75), rng.uniform(0.75, 1.0))
-        ink = _hsv(rng.random(), rng.uniform(0.3, 1.0), rng.uniform(0.1, 0.65))
+        background = _hsv(rng.random(), rng.uniform(0.05, 0.55), rng.uniform(0.85, 1.0))
+        ink = _hsv(rng.random(), rng.uniform(0.3, 1.0), rng.uniform(0.0, 0.5))
         if luminance(background) - luminance(ink) >= MIN_CONTRAST:
             return background, ink
 

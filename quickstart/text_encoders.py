@@ -3,9 +3,9 @@
 Promises
 - The prompt template is one token and every character of a word is one token, the same token wherever it
   stands: `K` is the same number in "KKKK" and in "7K". A word is therefore exactly four tokens.
-- Encoders are random and frozen, made from a seed; their outputs have about unit variance, which is what the
-  transformer expects. One layer each: the pipeline takes the hidden states before the last layer, so what the
-  transformer sees of a character is its own embedding plus that of its place.
+- Encoders are frozen and made from a seed, not trained; their outputs have about unit variance, which is
+  what the transformer expects. One layer each: the pipeline takes the hidden states before the last layer,
+  so what the transformer sees of a character is its own embedding plus that of its place.
 - The T5 encoder is there because plain `from_pretrained` asks for one; it adds a single constant token when
   the pipeline is called with `max_sequence_length=1`.
 """
@@ -30,7 +30,12 @@ from quickstart.words import CHARACTERS, TEMPLATE_PREFIX, TEMPLATE_SUFFIX, WORD_
 
 PROMPT_TOKENS: Final = WORD_LENGTH + 4
 """Start, template, the word, closing quote, end."""
+FIRST_CHARACTER: Final = 2
+"""Where in the prompt's tokens the word begins."""
 CLIP_WIDTH: Final = 48
+"""As many dimensions as there are places (8) and tokens (40), so that all of them can be orthogonal."""
+POINTING: Final = 10.0
+"""Makes the attention of a pointing head all but one-hot."""
 JOINT_WIDTH: Final = 2 * CLIP_WIDTH
 """Width of the text tokens: both CLIP encoders side by side, and that of T5."""
 POOLED_WIDTH: Final = 2 * CLIP_WIDTH
@@ -47,14 +52,18 @@ def new_clip_tokenizer() -> CLIPTokenizer:
 
 
 def new_clip_encoder(tokenizer: CLIPTokenizer, seed: int) -> CLIPTextModelWithProjection:
-    """A frozen random encoder: one layer, token and place embeddings of half the variance each."""
+    """A frozen encoder of one layer: random, but for orthogonal embeddings and heads that point.
+
+    Tokens and places are orthogonal to each other and have half the variance each. Head h looks at character
+    h alone, so that the pooled output depends on which character stands where, and not only on their sum.
+    """
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=CLIP_WIDTH,
         intermediate_size=CLIP_WIDTH,
         projection_dim=CLIP_WIDTH,
         num_hidden_layers=1,
-        num_attention_heads=2,
+        num_attention_heads=WORD_LENGTH,
         max_position_embeddings=PROMPT_TOKENS,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -62,14 +71,24 @@ def new_clip_encoder(tokenizer: CLIPTokenizer, seed: int) -> CLIPTextModelWithPr
     )
     encoder = CLIPTextModelWithProjection(config).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    matrix_std = CLIP_WIDTH**-0.5
     for name, parameter in encoder.named_parameters():
-        if "embedding" in name:
-            parameter.normal_(0.0, 0.5**0.5, generator=generator)
-        elif parameter.ndim == 2:
-            # The pooled output is read at the end token: a strong value path makes it depend on the word.
-            strong = "v_proj" in name or "out_proj" in name
-            parameter.normal_(0.0, matrix_std * (2.0 if strong else 1.0), generator=generator)
+        if parameter.ndim == 2:
+            # The pooled output is read at the end token: a strong value path lets the word outweigh it.
+            strength = 2.0 if "v_proj" in name or "out_proj" in name else 1.0
+            parameter.normal_(0.0, strength * CLIP_WIDTH**-0.5, generator=generator)
+    matrix = torch.empty(CLIP_WIDTH, CLIP_WIDTH)
+    axes = torch.nn.init.orthogonal_(matrix, generator=generator)
+    embeddings = encoder.text_model.embeddings
+    scale = (CLIP_WIDTH / 2) ** 0.5
+    embeddings.position_embedding.weight.copy_(scale * axes[:PROMPT_TOKENS])
+    embeddings.token_embedding.weight.copy_(scale * axes[PROMPT_TOKENS:][: len(tokenizer)])
+    attention = encoder.text_model.encoder.layers[0].self_attn
+    attention.q_proj.weight.zero_()
+    attention.k_proj.weight.zero_()
+    for head in range(WORD_LENGTH):
+        row = head * (CLIP_WIDTH // WORD_LENGTH)
+        attention.q_proj.bias[row] = POINTING
+        attention.k_proj.weight[row] = axes[FIRST_CHARACTER + head]
     return encoder
 
 

@@ -47,6 +47,8 @@ def test_text_has_unit_scale_and_tells_words_apart(saved: Path) -> None:
     assert 0.7 < embeds.std() < 1.3
     assert torch.pdist(embeds.flatten(1)).min() > 1.0
     assert pooled.std(dim=0).mean() > 0.2
+    _, anagrams = encode_prompts(pipeline, [prompt_of("ABCD"), prompt_of("BACD")])
+    assert torch.dist(*anagrams) > 1.0
     unconditional, _ = encode_prompts(pipeline, [UNCONDITIONAL_PROMPT])
     assert not torch.equal(unconditional[0], embeds[0])
 
