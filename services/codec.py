@@ -16,6 +16,7 @@ and the 128-bit XXH3 of each tensor's bytes: 20 GB/s, 2^-128 for an accident to 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -88,7 +89,7 @@ def _check_whole(header: GroupHeader, tensors: Mapping[str, torch.Tensor]) -> No
         )
     for name, tensor in tensors.items():
         # A sum is one pass without a temporary; only one that overflows needs the exact look.
-        finite = not tensor.is_floating_point() or bool(torch.isfinite(tensor.sum()))
+        finite = not tensor.is_floating_point() or math.isfinite(tensor.sum().item())
         if not finite and not bool(torch.isfinite(tensor).all()):
             raise CorruptGroup(group_id, f"tensor {name!r} has values that are not finite")
 

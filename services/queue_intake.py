@@ -5,6 +5,7 @@ Promises
   its ordinal issued again, its entry removed.
 - Entries that were delivered into a broken connection are read again.
 - A fenced learner and a server that lost writes are noticed at the next read.
+- A read is one round trip, and one more for each handful of large payloads.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from services.messages import PolicyVersion
 from services.queue_board import QueueBoard
 from services.queue_types import Fenced, StateLost
 
-READ_COUNT = 8
+READ_COUNT = 64
+PAYLOADS_AT_ONCE = 8
+"""Large payloads fetched in one go: bounds what a reply takes in memory."""
 CONSUMER = "learner"
 log = logging.getLogger(__name__)
 
@@ -35,7 +38,7 @@ class QueueIntake(QueueBoard):
         self._taken: dict[int, tuple[bytes, Group]] = {}
         """Ordinal -> (stream entry, group)."""
         self.opening_s = 0.0
-        """Seconds spent so far on verifying and decoding what was read."""
+        """Seconds spent so far on fetching payloads, verifying and decoding what was read."""
 
     def _accept(self, answer: Sequence[bytes], version: PolicyVersion) -> None:
         if answer[0] == b"FENCED":
@@ -46,70 +49,88 @@ class QueueIntake(QueueBoard):
                 "begin an epoch from a checkpoint"
             )
 
-    def _check(self, version: PolicyVersion) -> str | None:
-        epoch, step, state = self._client.hmget(self._keys.key("policy"), "epoch", "step", "state")
-        if epoch is None:
+    def _read(self, version: PolicyVersion, block_s: float) -> tuple[bool, str | None]:
+        """One read from the stream into `_taken`, at most `block_s` long, in one round trip.
+
+        Returns:
+            Whether there may be more at once, and the run's state.
+        """
+        group = f"learner:{version.epoch}"
+        pipeline = self._client.pipeline(transaction=False)
+        block_ms = max(1, int(block_s * 1000)) if block_s else None
+        pipeline.xreadgroup(group, CONSUMER, {self._keys.groups: ">"}, count=READ_COUNT, block=block_ms)
+        pipeline.hgetall(self._keys.key("queued"))
+        pipeline.hmget(self._keys.key("policy"), "epoch", "step", "state")
+        pipeline.xpending(self._keys.groups, group)
+        streams, records, (epoch, step, state), pending = pipeline.execute(raise_on_error=False)
+        self._compare(version, epoch, step)
+        for answer in (streams, records, pending):
+            if isinstance(answer, Exception):
+                # The consumer group goes with its epoch.
+                if "NOGROUP" in str(answer) or "UNBLOCKED" in str(answer):
+                    raise StateLost(f"the queue no longer knows the learner at {version}") from answer
+                raise answer
+        entries = streams[0][1] if streams else []
+        expected = len(self._taken) + len(entries)
+        self._open(version, entries, records)
+        if pending["pending"] > expected:
+            self._recover(version, group, records)
+        return len(entries) == READ_COUNT, state.decode() if state is not None else None
+
+    def _recover(self, version: PolicyVersion, group: str, records: dict[bytes, bytes]) -> None:
+        """Entries that were delivered into a connection that broke: pending, and never seen here."""
+        known, last = {entry for entry, _ in self._taken.values()}, b"0"
+        while True:
+            answer = self._client.xreadgroup(group, CONSUMER, {self._keys.groups: last}, count=READ_COUNT)
+            entries = answer[0][1] if answer else []
+            if not entries:
+                return
+            self._open(version, [entry for entry in entries if entry[0] not in known], records)
+            last = entries[-1][0]
+
+    def _compare(self, version: PolicyVersion, epoch: bytes | None, step: bytes | None) -> None:
+        if epoch is None or step is None:
             self._accept([b"LOST", b"none"], version)
         elif (int(epoch), int(step)) != (version.epoch, version.step):
             kind = b"FENCED" if int(epoch) > version.epoch else b"LOST"
             self._accept([kind, epoch + b"." + step], version)
-        return state.decode() if state is not None else None
 
-    def _read(self, version: PolicyVersion, block_s: float) -> bool:
-        """One read from the stream into `_taken`; False if nothing came."""
-        group = f"learner:{version.epoch}"
-        entries = self._entries(version, group, ">", max(1, int(block_s * 1000)) if block_s else None)
-        if entries:
-            self._open(version, entries)
-            return True
-        # A connection that broke under the reply leaves entries that were delivered and never seen.
-        if self._client.xpending(self._keys.groups, group)["pending"] <= len(self._taken):
-            return False
-        last, known, recovered = b"0", {entry for entry, _ in self._taken.values()}, False
-        while entries := self._entries(version, group, last, None):
-            fresh = [entry for entry in entries if entry[0] not in known]
-            self._open(version, fresh)
-            last, recovered = entries[-1][0], recovered or bool(fresh)
-        return recovered
-
-    def _entries(
-        self, version: PolicyVersion, group: str, after: str | bytes, block_ms: int | None
-    ) -> list[Any]:
-        try:
-            answer = self._client.xreadgroup(
-                group, CONSUMER, {self._keys.groups: after}, count=READ_COUNT, block=block_ms
-            )
-        except redis.ResponseError as error:
-            # The consumer group goes with its epoch.
-            if "NOGROUP" not in str(error) and "UNBLOCKED" not in str(error):
-                raise
-            self._check(version)
-            raise StateLost(f"the queue no longer knows the learner at {version}") from error
-        return answer[0][1] if answer else []
-
-    def _open(self, version: PolicyVersion, entries: list[Any]) -> None:
-        if not entries:
-            return
-        ordinals = [_ordinal(fields) for _, fields in entries]
-        records = self._client.hmget(self._keys.key("queued"), ordinals)
+    def _open(self, version: PolicyVersion, entries: list[Any], records: dict[bytes, bytes]) -> None:
         started = time.monotonic()
-        for (entry, fields), ordinal, record in zip(entries, ordinals, records, strict=True):
-            if record is None or not record.startswith(entry + b" "):
-                self._refuse(version, entry, ordinal, "was never admitted", counted=False)
-                continue
-            try:
-                group = _decode(fields, f"{self._run}-{ordinal}")
-                epoch, step = map(int, record.split()[1:3])
-                if group.header.version != PolicyVersion(epoch=epoch, step=step):
-                    raise CorruptGroup(
-                        group.group_id, f"says version {group.header.version}, admitted as {epoch}.{step}"
-                    )
-            except CorruptGroup as error:
-                self._refuse(version, entry, ordinal, error.reason, counted=True)
-                continue
-            self._taken[ordinal] = (entry, group)
+        for part in range(0, len(entries), PAYLOADS_AT_ONCE):
+            chosen = entries[part : part + PAYLOADS_AT_ONCE]
+            for (entry, fields), payload in zip(chosen, self._payloads(chosen), strict=True):
+                ordinal = _ordinal(fields)
+                record = records.get(str(ordinal).encode(), b"")
+                if not record.startswith(entry + b" "):
+                    self._refuse(version, entry, ordinal, "was never admitted", counted=False)
+                    continue
+                try:
+                    group = _decode(fields, payload, f"{self._run}-{ordinal}")
+                    admitted_as = b".".join(record.split(b" ", 3)[1:3]).decode()
+                    if str(group.header.version) != admitted_as:
+                        says = f"says version {group.header.version}, admitted as {admitted_as}"
+                        raise CorruptGroup(group.group_id, says)
+                except CorruptGroup as error:
+                    self._refuse(version, entry, ordinal, error.reason, counted=True)
+                    continue
+                self._taken[ordinal] = (entry, group)
         self.opening_s += time.monotonic() - started
-        self._drop_stale(version)
+        if entries:
+            self._drop_stale(version)
+
+    def _payloads(self, entries: list[Any]) -> list[bytes | None]:
+        """Of each entry, from the entry itself or from the key beside it."""
+        found = [(fields or {}).get(b"payload") for _, fields in entries]
+        beside = [place for place, payload in enumerate(found) if payload is None]
+        if beside:
+            digests = [
+                ((entries[place][1] or {}).get(b"sha256") or b"").decode("latin-1") for place in beside
+            ]
+            payloads = self._client.mget([self._keys.payload(digest) for digest in digests])
+            for place, payload in zip(beside, payloads, strict=True):
+                found[place] = payload
+        return found
 
     def _drop_stale(self, version: PolicyVersion) -> None:
         for ordinal, (entry, group) in list(self._taken.items()):
@@ -146,9 +167,8 @@ def _ordinal(fields: dict[bytes, bytes] | None) -> int:
         return -1
 
 
-def _decode(fields: dict[bytes, bytes], group_id: str) -> Group:
-    parts = [fields.get(name) for name in (b"header", b"payload", b"sha256")]
-    header, payload, digest = parts
-    if header is None or payload is None or digest is None:
-        raise CorruptGroup(group_id, f"its entry has only the fields {sorted(fields)}")
+def _decode(fields: dict[bytes, bytes], payload: bytes | None, group_id: str) -> Group:
+    header, digest = fields.get(b"header"), fields.get(b"sha256")
+    if header is None or digest is None or payload is None:
+        raise CorruptGroup(group_id, f"has no payload, or lacks a field; its entry has {sorted(fields)}")
     return decode_group(header, payload, digest.decode(errors="replace"), group_id=group_id)

@@ -116,12 +116,12 @@ class QueueLearner(QueueIntake):
         while True:
             if stop():
                 raise Stopped(f"asked to stop with {len(self._taken)} of {count} groups")
-            if self._read(version, block_s):
+            more, state = self._read(version, block_s)
+            if more:
                 block_s = 0.0
                 continue
             if len(self._taken) >= count:
                 return [self._taken[ordinal][1] for ordinal in sorted(self._taken)[:count]]
-            state = self._check(version)
             if state in ENDED:
                 raise Stopped(f"the run is {state}; has {len(self._taken)} of {count} groups")
             waited = time.monotonic() - begun

@@ -8,6 +8,7 @@ Promises
 
 from __future__ import annotations
 
+import itertools
 import time
 import uuid
 from collections.abc import Sequence
@@ -21,6 +22,10 @@ from services.messages import PolicyVersion
 from services.queue_scripts import Keys, Scripts
 from services.queue_types import Admitted, Failed, Lease, RunEnded
 
+INLINE_BYTES = 64 * 1024
+"""A larger payload is not handed through Lua, where it would be copied three times, but SET beside."""
+BLOB_TTL_MS = 60_000
+"""What a worker that dies between the two leaves behind is gone after this."""
 BLOCK_S = 2.0
 """Longest single blocking read; well below the socket timeout of services/queue_connection.py."""
 
@@ -103,22 +108,46 @@ class QueueWorker:
 
     def admit_many(self, groups: Sequence[EncodedGroup]) -> list[Admitted]:
         """Bring several groups in one round trip; each has its own verdict, none depends on another's."""
-        calls = [
-            (
-                group.ordinal,
-                group.version.epoch,
-                group.version.step,
-                group.worker,
-                self._config.max_attempts,
-                self._config.max_groups,
-                self._config.max_bytes,
-                group.header,
-                group.payload,
-                group.sha256,
-            )
-            for group in groups
-        ]
-        return [_verdict(answer) for answer in self._scripts.run_many("admit", calls)] if calls else []
+        if not groups:
+            return []
+
+        def pipeline() -> Any:
+            filled = self._client.pipeline(transaction=False)
+            for group in groups:
+                self._send(filled, group)
+            return filled
+
+        answers = self._scripts.send(pipeline, "admit")
+        # What belongs to a script is its verdict; before a large payload's stands the answer of its SET.
+        ends = itertools.accumulate(2 if _is_large(group) else 1 for group in groups)
+        return [_verdict(answers[end - 1]) for end in ends]
+
+    def _send(self, pipeline: Any, group: EncodedGroup) -> None:
+        large = _is_large(group)
+        arguments = (
+            group.ordinal,
+            group.version.epoch,
+            group.version.step,
+            group.worker,
+            self._config.max_attempts,
+            self._config.max_groups,
+            self._config.max_bytes,
+            group.header,
+            group.sha256,
+            group.size,
+            b"" if large else group.payload,
+        )
+        if not large:
+            self._scripts.queue(pipeline, "admit", arguments)
+            return
+        key = self._keys.payload(group.sha256)
+        # NX: sent a second time, it must not give a group that is already admitted a time to live.
+        pipeline.set(key, group.payload, px=BLOB_TTL_MS, nx=True)
+        self._scripts.queue(pipeline, "admit", arguments, key)
+
+
+def _is_large(group: EncodedGroup) -> bool:
+    return len(group.payload) > INLINE_BYTES
 
 
 def _verdict(answer: object) -> Admitted:

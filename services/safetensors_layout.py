@@ -16,6 +16,7 @@ import json
 import math
 import warnings
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,13 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+UNKNOWN_TO_NUMPY = {torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
+CACHED_HEADER_BYTES = 64 * 1024
+"""Checked layouts of headers up to this size are remembered: the groups of a run all have the same."""
+
+Signature = tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]
+Layout = tuple[tuple[str, torch.dtype, tuple[int, ...], int, int], ...]
+"""Name, dtype, shape, first byte in the data, number of elements."""
 
 # Buffers that arrive from the network or the object store are read-only; `views` says that nobody writes.
 warnings.filterwarnings("ignore", message=r"The given (buffer|NumPy array) is not writ", category=UserWarning)
@@ -51,38 +59,42 @@ class BadLayout(ValueError):
 
 def tensor_bytes(tensor: torch.Tensor) -> Bytes:
     """The bytes of a tensor, row-major, without a copy where it is contiguous and on the CPU."""
-    flat: Bytes = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    tensor = tensor.detach()
+    if not tensor.is_cpu or not tensor.is_contiguous():
+        tensor = tensor.cpu().contiguous()
+    if tensor.dtype in UNKNOWN_TO_NUMPY:
+        tensor = tensor.reshape(-1).view(torch.uint8)
+    flat: Bytes = tensor.numpy().reshape(-1).view(np.uint8)
     return flat
 
 
-def _plan(tensors: Mapping[str, torch.Tensor]) -> tuple[bytes, list[str]]:
+@lru_cache(maxsize=64)
+def _plan(signature: Signature) -> tuple[bytes, tuple[str, ...], int]:
+    """Header, order of the tensors, bytes of their data. The groups of a run all have the same."""
     # Widest dtype first keeps every tensor aligned to its element, as the package itself orders them.
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    order = sorted(signature, key=lambda item: (-item[1].itemsize, item[0]))
     entries: dict[str, Any] = {}
     begin = 0
-    if "__metadata__" in tensors:
-        raise BadLayout("no tensor can be named '__metadata__': the format keeps that name")
-    for name in order:
-        tensor = tensors[name]
-        if tensor.dtype not in CODES:
-            raise BadLayout(
-                f"tensor {name!r} has dtype {tensor.dtype}; safetensors holds {', '.join(DTYPES)}"
-            )
-        end = begin + tensor.numel() * tensor.element_size()
-        entries[name] = {
-            "dtype": CODES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
+    for name, dtype, shape in order:
+        if name == "__metadata__":
+            raise BadLayout("no tensor can be named '__metadata__': the format keeps that name")
+        if dtype not in CODES:
+            raise BadLayout(f"tensor {name!r} has dtype {dtype}; safetensors holds {', '.join(DTYPES)}")
+        end = begin + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, order
+    return len(text).to_bytes(8, "little") + text, tuple(name for name, _, _ in order), begin
+
+
+def _signature(tensors: Mapping[str, torch.Tensor]) -> Signature:
+    return tuple((name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items())
 
 
 def pack(tensors: Mapping[str, torch.Tensor]) -> bytes:
     """Tensors as the bytes of a safetensors file."""
-    head, order = _plan(tensors)
+    head, order, _ = _plan(_signature(tensors))
     return b"".join([head, *(tensor_bytes(tensors[name]).data for name in order)])
 
 
@@ -91,8 +103,8 @@ def pack_into(tensors: Mapping[str, torch.Tensor], buffer: Bytes | None = None) 
 
     Memory that was touched before takes a copy several times as fast as fresh pages do.
     """
-    head, order = _plan(tensors)
-    total = len(head) + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    head, order, size = _plan(_signature(tensors))
+    total = len(head) + size
     if buffer is None or buffer.size != total or not buffer.flags.writeable:
         buffer = np.empty(total, dtype=np.uint8)
     buffer[: len(head)] = np.frombuffer(head, dtype=np.uint8)
@@ -111,8 +123,36 @@ def views(buffer: bytes | bytearray | memoryview | Bytes) -> dict[str, torch.Ten
         BadLayout: the buffer is not a whole, well-formed file.
     """
     raw = buffer.data if isinstance(buffer, np.ndarray) else memoryview(buffer).cast("B")
-    entries, start = _header(raw)
-    data_size = len(raw) - start
+    start = _header_end(raw)
+    head = bytes(raw[8:start])
+    layout = (_cached_layout if len(head) <= CACHED_HEADER_BYTES else _layout)(head, len(raw) - start)
+    tensors = {}
+    for name, dtype, shape, begin, count in layout:
+        if count == 0:
+            tensors[name] = torch.empty(shape, dtype=dtype)
+            continue
+        tensors[name] = torch.frombuffer(raw, dtype=dtype, count=count, offset=start + begin).view(shape)
+    return tensors
+
+
+def _header_end(raw: memoryview) -> int:
+    if len(raw) < 8:
+        raise BadLayout(f"truncated: {len(raw)} bytes, a header needs at least 8")
+    size = int.from_bytes(raw[:8], "little")
+    if size > min(MAX_HEADER_BYTES, len(raw) - 8):
+        raise BadLayout(f"truncated: the header claims {size} bytes, {len(raw) - 8} are there")
+    return 8 + size
+
+
+def _layout(head: bytes, data_size: int) -> Layout:
+    """Where each tensor is, checked to the last byte."""
+    try:
+        entries = json.loads(head, object_pairs_hook=_unique)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise BadLayout(f"the header is not JSON: {error}") from error
+    if not isinstance(entries, dict):
+        raise BadLayout(f"the header is a {type(entries).__name__}, expected an object")
+    entries.pop("__metadata__", None)
     spans = sorted(_span(name, entry, data_size) for name, entry in entries.items())
     end = 0
     for begin, finish, name in spans:
@@ -121,32 +161,14 @@ def views(buffer: bytes | bytearray | memoryview | Bytes) -> dict[str, torch.Ten
         end = finish
     if end != data_size:
         raise BadLayout(f"tensors cover {end} of {data_size} data bytes")
-    tensors = {}
-    for begin, finish, name in spans:
-        entry = entries[name]
-        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
-        if begin == finish:
-            tensors[name] = torch.empty(shape, dtype=dtype)
-            continue
-        count = (finish - begin) // dtype.itemsize
-        tensors[name] = torch.frombuffer(raw, dtype=dtype, count=count, offset=start + begin).view(shape)
-    return tensors
+    dtypes = {name: DTYPES[entry["dtype"]] for name, entry in entries.items()}
+    return tuple(
+        (name, dtypes[name], tuple(entries[name]["shape"]), begin, (finish - begin) // dtypes[name].itemsize)
+        for begin, finish, name in spans
+    )
 
 
-def _header(raw: memoryview) -> tuple[dict[str, Any], int]:
-    if len(raw) < 8:
-        raise BadLayout(f"truncated: {len(raw)} bytes, a header needs at least 8")
-    size = int.from_bytes(raw[:8], "little")
-    if size > min(MAX_HEADER_BYTES, len(raw) - 8):
-        raise BadLayout(f"truncated: the header claims {size} bytes, {len(raw) - 8} are there")
-    try:
-        entries = json.loads(bytes(raw[8 : 8 + size]), object_pairs_hook=_unique)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise BadLayout(f"the header is not JSON: {error}") from error
-    if not isinstance(entries, dict):
-        raise BadLayout(f"the header is a {type(entries).__name__}, expected an object")
-    entries.pop("__metadata__", None)
-    return entries, 8 + size
+_cached_layout = lru_cache(maxsize=64)(_layout)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

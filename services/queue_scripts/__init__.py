@@ -8,7 +8,7 @@ Promises
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -49,6 +49,10 @@ class Keys:
     def groups(self) -> str:
         return self.key("groups")
 
+    def payload(self, sha256: str) -> str:
+        """Where the payload of a large group is."""
+        return self.key(f"payload:{sha256}")
+
     @property
     def scripted(self) -> tuple[str, ...]:
         """In the order in which prelude.lua names them."""
@@ -87,8 +91,9 @@ class Scripts:
     """Runs the scripts of one run on one server, loading each when the server does not know it."""
 
     def __init__(self, client: redis.Redis, keys: Keys) -> None:
-        self._client = client
-        self._keys = keys.scripted
+        # redis-py types each answer as a union over protocols and decodings; ours is fixed by `connect`.
+        self._client: Any = client
+        self._keys = tuple(key.encode() for key in keys.scripted)
 
     def run(self, name: Name, *arguments: Argument) -> Any:
         text, sha = _source(name)
@@ -98,15 +103,20 @@ class Scripts:
             self._client.script_load(text)
             return self._client.evalsha(sha, len(self._keys), *self._keys, *arguments)
 
-    def run_many(self, name: Name, calls: Sequence[Sequence[Argument]]) -> list[Any]:
-        """The same script for several arguments, sent in one go; each answer may be an exception."""
-        text, sha = _source(name)
-        for _ in range(2):
-            pipeline = self._client.pipeline(transaction=False)
-            for arguments in calls:
-                pipeline.evalsha(sha, len(self._keys), *self._keys, *arguments)
-            answers = pipeline.execute(raise_on_error=False)
-            if not isinstance(answers[0], redis.exceptions.NoScriptError):
-                break
-            self._client.script_load(text)
+    def queue(self, pipeline: Any, name: Name, arguments: Sequence[Argument], *extra_keys: str) -> None:
+        """Append a call to a pipeline, for `send`."""
+        keys = (*self._keys, *extra_keys)
+        pipeline.evalsha(_source(name)[1], len(keys), *keys, *arguments)
+
+    def send(self, pipeline_of: Callable[[], Any], name: Name) -> list[Any]:
+        """Everything in a pipeline that calls this script, in one go; an answer may be an exception.
+
+        Args:
+            pipeline_of: fills a pipeline; called again when the server did not know the script. What it
+                sends must bear being sent twice.
+        """
+        answers: list[Any] = pipeline_of().execute(raise_on_error=False)
+        if any(isinstance(answer, redis.exceptions.NoScriptError) for answer in answers):
+            self._client.script_load(_source(name)[0])
+            answers = pipeline_of().execute(raise_on_error=False)
         return answers

@@ -54,14 +54,14 @@ local function keeps(ordinal, at_epoch, at_step)
 end
 
 local bytes = 0
-local queued = redis.call('HGETALL', QUEUED)
-for i = 1, #queued, 2 do
-  local id, at_epoch, at_step, size = string.match(queued[i + 1], '^(%S+) (%d+) (%d+) (%d+)')
-  if keeps(queued[i], tonumber(at_epoch), tonumber(at_step)) then
-    bytes = bytes + size
+for _, ordinal in ipairs(redis.call('HKEYS', QUEUED)) do
+  local record = queued({ordinal})[1]
+  if keeps(ordinal, tonumber(record[2]), tonumber(record[3])) then
+    bytes = bytes + record[4]
   else
-    redis.call('XDEL', GROUPS, id)
-    redis.call('HDEL', QUEUED, queued[i])
+    redis.call('XDEL', GROUPS, record[1])
+    redis.call('HDEL', QUEUED, ordinal)
+    if record[5] ~= '-' then redis.call('UNLINK', blob_key(record[5])) end
   end
 end
 redis.call('HSET', POLICY, 'bytes', bytes)

@@ -6,16 +6,19 @@ local mark = epoch .. '.' .. (step + 1) .. ' ' .. redis.sha1hex(table.concat(ARG
 if redis.call('HGET', POLICY, 'committed') == mark then return {'OK'} end
 local fenced = fence(epoch, step)
 if fenced then return fenced end
-for i = 5, #ARGV do
-  if is_resolved(ARGV[i]) then return {'RESOLVED', ARGV[i]} end
-  if redis.call('HEXISTS', QUEUED, ARGV[i]) == 0 then return {'NOT_QUEUED', ARGV[i]} end
+local ordinals = {unpack(ARGV, 5)}
+local records = #ordinals > 0 and queued(ordinals) or {}
+for i, ordinal in ipairs(ordinals) do
+  if is_resolved(ordinal) then return {'RESOLVED', ordinal} end
+  if not records[i] then return {'NOT_QUEUED', ordinal} end
 end
-for i = 5, #ARGV do
-  unqueue(ARGV[i])
-  resolve(ARGV[i])
+if #ordinals > 0 then
+  unqueue(ordinals, records)
+  redis.call('HDEL', ATTEMPTS, unpack(ordinals))
 end
+for _, ordinal in ipairs(ordinals) do redis.call('ZADD', RESOLVED, ordinal, ordinal) end
 advance_frontier()
-redis.call('HINCRBY', POLICY, 'trained', #ARGV - 4)
+redis.call('HINCRBY', POLICY, 'trained', #ordinals)
 redis.call('HSET', POLICY, 'step', step + 1, 'committed', mark)
 announce(kind, announcement)
 wake()

@@ -1,5 +1,6 @@
 -- Read before each script of the group queue: its keys by name, and the moves that several scripts make.
--- A lease is "attempt epoch step issued_ms worker"; a queued group is "entry_id epoch step bytes worker".
+-- A lease is "attempt epoch step issued_ms worker"; a queued group is "entry_id epoch step bytes blob worker".
+-- A large payload has a key of its own, named by the group's sha256, the `blob`; '-' where it is in the entry.
 -- An ordinal is in exactly one place: leased, queued, again (issuable), resolved, or never issued (>= next).
 local POLICY, GROUPS, QUEUED, LEASES, LEASE, ATTEMPTS, AGAIN, RESOLVED, DEAD, DEAD_ORDINALS, WEIGHTS, LATEST,
   LINEAGE, WAKE, ISSUED = unpack(KEYS)
@@ -36,10 +37,11 @@ end
 -- Keeps what is recorded small: a number, and the few resolved ordinals above it.
 local function advance_frontier()
   local below = tonumber(redis.call('HGET', POLICY, 'below') or 0)
+  local first = below
   while redis.call('ZREM', RESOLVED, below) == 1 do
     below = below + 1
   end
-  redis.call('HSET', POLICY, 'below', below)
+  if below > first then redis.call('HSET', POLICY, 'below', below) end
 end
 
 local function leased_by(ordinal)
@@ -52,16 +54,34 @@ local function unlease(ordinal)
   redis.call('HDEL', LEASE, ordinal)
 end
 
+local function blob_key(blob)
+  return string.sub(POLICY, 1, -7) .. 'payload:' .. blob
+end
+
+-- Each record is {entry, epoch, step, bytes, blob, worker}.
+local function queued(ordinals)
+  local records = redis.call('HMGET', QUEUED, unpack(ordinals))
+  for i = 1, #records do
+    if records[i] then
+      records[i] = {string.match(records[i], '^(%S+) (%d+) (%d+) (%d+) (%S+) (.*)$')}
+    end
+  end
+  return records
+end
+
 -- XACK and XDEL together: XACK alone leaves the entry and its bytes.
-local function unqueue(ordinal)
-  local record = redis.call('HGET', QUEUED, ordinal)
-  if not record then return end
-  local id, bytes = string.match(record, '^(%S+) %d+ %d+ (%d+)')
-  local epoch = redis.call('HGET', POLICY, 'epoch')
-  redis.call('XACK', GROUPS, 'learner:' .. epoch, id)
-  redis.call('XDEL', GROUPS, id)
-  redis.call('HDEL', QUEUED, ordinal)
+local function unqueue(ordinals, records)
+  local entries, blobs, bytes = {}, {}, 0
+  for _, record in ipairs(records) do
+    entries[#entries + 1] = record[1]
+    bytes = bytes + record[4]
+    if record[5] ~= '-' then blobs[#blobs + 1] = blob_key(record[5]) end
+  end
+  redis.call('XACK', GROUPS, 'learner:' .. redis.call('HGET', POLICY, 'epoch'), unpack(entries))
+  redis.call('XDEL', GROUPS, unpack(entries))
+  redis.call('HDEL', QUEUED, unpack(ordinals))
   redis.call('HINCRBY', POLICY, 'bytes', -bytes)
+  if #blobs > 0 then redis.call('UNLINK', unpack(blobs)) end
 end
 
 local function make_issuable(ordinal, counted)

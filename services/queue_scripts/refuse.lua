@@ -4,14 +4,13 @@ local epoch, step, entry, ordinal = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local counted, reason, max_attempts = ARGV[5] == '1', ARGV[6], ARGV[7]
 local fenced = fence(epoch, step)
 if fenced then return fenced end
-local record = redis.call('HGET', QUEUED, ordinal)
-if not record or string.match(record, '^%S+') ~= entry then
+local record = queued({ordinal})[1]
+if not record or record[1] ~= entry then
   redis.call('XACK', GROUPS, 'learner:' .. epoch, entry)
   redis.call('XDEL', GROUPS, entry)
   return {'GONE'}
 end
-local worker = string.match(record, '^%S+ %d+ %d+ %d+ (.*)$')
-unqueue(ordinal)
-if counted then return {retry_or_give_up(ordinal, worker, reason, max_attempts)} end
+unqueue({ordinal}, {record})
+if counted then return {retry_or_give_up(ordinal, record[6], reason, max_attempts)} end
 make_issuable(ordinal, false)
 return {'RETRY'}
