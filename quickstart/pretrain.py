@@ -25,8 +25,8 @@ from quickstart.pretrain_vae import train_vae
 from quickstart.read import Recognizer
 from quickstart.words import heldout_words
 
-VAE_STEPS: Final = 1300
-TRANSFORMER_STEPS: Final = 2600
+VAE_STEPS: Final = 900
+TRANSFORMER_STEPS: Final = 1600
 MEASURED_WORDS: Final = 320
 MEASURE_SEED: Final = 0
 GUIDANCES: Final = (1.0, 4.0)

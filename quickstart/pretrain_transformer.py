@@ -23,8 +23,8 @@ from quickstart.base_model import UNCONDITIONAL_PROMPT, encode_prompts
 from quickstart.pretrain_vae import encode, render_batch
 from quickstart.words import CHARACTERS, prompt_of, train_word
 
-IMAGES: Final = 24_000
-WRONG_CHARACTERS: Final = 0.10
+IMAGES: Final = 12_000
+WRONG_CHARACTERS: Final = 0.12
 """Share of the characters in captions that are replaced by a random one."""
 CONDITION_DROPOUT: Final = 0.1
 BATCH_SIZE: Final = 96
@@ -42,7 +42,7 @@ def train_transformer(pipeline: StableDiffusion3Pipeline, steps: int, seed: int)
     transformer = pipeline.transformer.train()
     weights = list(transformer.parameters())
     averages = [weight.detach().clone() for weight in weights]
-    optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.98), weight_decay=1e-3)
+    optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.98), weight_decay=1e-3, fused=True)
     progress = trange(steps, desc="transformer", unit="step", mininterval=5)
     for step in progress:
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps)
