@@ -2,7 +2,7 @@
 
 Promises
 - A Ray that this run starts listens on loopback and is shut down with the run.
-- It asks every client for a token (RAY_AUTH_MODE=token, unless the environment says otherwise).
+- It asks every client for a token: Ray's own default, which RAY_AUTH_MODE=disabled would switch off.
 - Usage statistics stay off: nothing is sent anywhere.
 """
 
@@ -48,7 +48,6 @@ def ray_cluster(config: Config) -> Iterator[bool]:
     if address:
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
     else:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
         # Ray starts its workers at nice 15: beside anything else on two cores they would starve.
         os.environ.setdefault("RAY_worker_niceness", "0")
         ray.init(
@@ -60,7 +59,7 @@ def ray_cluster(config: Config) -> Iterator[bool]:
             _node_ip_address="127.0.0.1",
             object_store_memory=config.cluster.object_store_mb * 1024**2,
             log_to_driver=False,
-            logging_level=logging.WARNING,
+            logging_level=logging.ERROR,
         )
     try:
         yield not address
