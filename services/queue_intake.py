@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import redis
@@ -59,12 +59,11 @@ class QueueIntake(QueueBoard):
         pipeline = self._client.pipeline(transaction=False)
         block_ms = max(1, int(block_s * 1000)) if block_s else None
         pipeline.xreadgroup(group, CONSUMER, {self._keys.groups: ">"}, count=READ_COUNT, block=block_ms)
-        pipeline.hgetall(self._keys.key("queued"))
         pipeline.hmget(self._keys.key("policy"), "epoch", "step", "state")
         pipeline.xpending(self._keys.groups, group)
-        streams, records, (epoch, step, state), pending = pipeline.execute(raise_on_error=False)
+        streams, (epoch, step, state), pending = pipeline.execute(raise_on_error=False)
         self._compare(version, epoch, step)
-        for answer in (streams, records, pending):
+        for answer in (streams, pending):
             if isinstance(answer, Exception):
                 # The consumer group goes with its epoch.
                 if "NOGROUP" in str(answer) or "UNBLOCKED" in str(answer):
@@ -72,12 +71,12 @@ class QueueIntake(QueueBoard):
                 raise answer
         entries = streams[0][1] if streams else []
         expected = len(self._taken) + len(entries)
-        self._open(version, entries, records)
+        self._open(version, entries)
         if pending["pending"] > expected:
-            self._recover(version, group, records)
+            self._recover(version, group)
         return len(entries) == READ_COUNT, state.decode() if state is not None else None
 
-    def _recover(self, version: PolicyVersion, group: str, records: dict[bytes, bytes]) -> None:
+    def _recover(self, version: PolicyVersion, group: str) -> None:
         """Entries that were delivered into a connection that broke: pending, and never seen here."""
         known, last = {entry for entry, _ in self._taken.values()}, b"0"
         while True:
@@ -85,7 +84,7 @@ class QueueIntake(QueueBoard):
             entries = answer[0][1] if answer else []
             if not entries:
                 return
-            self._open(version, [entry for entry in entries if entry[0] not in known], records)
+            self._open(version, [entry for entry in entries if entry[0] not in known])
             last = entries[-1][0]
 
     def _compare(self, version: PolicyVersion, epoch: bytes | None, step: bytes | None) -> None:
@@ -95,14 +94,16 @@ class QueueIntake(QueueBoard):
             kind = b"FENCED" if int(epoch) > version.epoch else b"LOST"
             self._accept([kind, epoch + b"." + step], version)
 
-    def _open(self, version: PolicyVersion, entries: list[Any], records: dict[bytes, bytes]) -> None:
+    def _open(self, version: PolicyVersion, entries: list[Any]) -> None:
         started = time.monotonic()
         for part in range(0, len(entries), PAYLOADS_AT_ONCE):
             chosen = entries[part : part + PAYLOADS_AT_ONCE]
-            for (entry, fields), payload in zip(chosen, self._payloads(chosen), strict=True):
-                ordinal = _ordinal(fields)
-                record = records.get(str(ordinal).encode(), b"")
-                if not record.startswith(entry + b" "):
+            ordinals = [_ordinal(fields) for _, fields in chosen]
+            records, payloads = self._beside(chosen, ordinals)
+            for (entry, fields), ordinal, record, payload in zip(
+                chosen, ordinals, records, payloads, strict=True
+            ):
+                if record is None or not record.startswith(entry + b" "):
                     self._refuse(version, entry, ordinal, "was never admitted", counted=False)
                     continue
                 try:
@@ -116,24 +117,29 @@ class QueueIntake(QueueBoard):
                     continue
                 self._taken[ordinal] = (entry, group)
         self.opening_s += time.monotonic() - started
-        if entries:
-            self._drop_stale(version)
+        self._drop_stale(version, [_ordinal(fields) for _, fields in entries])
 
-    def _payloads(self, entries: list[Any]) -> list[bytes | None]:
-        """Of each entry, from the entry itself or from the key beside it."""
-        found = [(fields or {}).get(b"payload") for _, fields in entries]
-        beside = [place for place, payload in enumerate(found) if payload is None]
-        if beside:
-            digests = [
-                ((entries[place][1] or {}).get(b"sha256") or b"").decode("latin-1") for place in beside
-            ]
-            payloads = self._client.mget([self._keys.payload(digest) for digest in digests])
-            for place, payload in zip(beside, payloads, strict=True):
-                found[place] = payload
-        return found
+    def _beside(
+        self, entries: list[Any], ordinals: list[int]
+    ) -> tuple[list[bytes | None], list[bytes | None]]:
+        """What belongs to the entries and is not in them: their records, and the large payloads."""
+        payloads = [(fields or {}).get(b"payload") for _, fields in entries]
+        pipeline = self._client.pipeline(transaction=False)
+        pipeline.hmget(self._keys.key("queued"), ordinals)
+        large = [place for place, payload in enumerate(payloads) if payload is None]
+        if large:
+            digests = [((entries[place][1] or {}).get(b"sha256") or b"").decode("latin-1") for place in large]
+            pipeline.mget([self._keys.payload(digest) for digest in digests])
+        records, *found = pipeline.execute()
+        for place, payload in zip(large, found[0] if found else [], strict=True):
+            payloads[place] = payload
+        return records, payloads
 
-    def _drop_stale(self, version: PolicyVersion) -> None:
-        for ordinal, (entry, group) in list(self._taken.items()):
+    def _drop_stale(self, version: PolicyVersion, ordinals: Iterable[int]) -> None:
+        for ordinal in ordinals:
+            if ordinal not in self._taken:
+                continue
+            entry, group = self._taken[ordinal]
             behind = version.step - group.header.version.step
             if behind > self._config.max_staleness:
                 del self._taken[ordinal]

@@ -111,7 +111,7 @@ class QueueLearner(QueueIntake):
         """
         version = self._at()
         begun = time.monotonic()
-        self._drop_stale(version)
+        self._drop_stale(version, list(self._taken))
         block_s = 0.0
         while True:
             if stop():

@@ -7,17 +7,19 @@ if redis.call('HGET', POLICY, 'committed') == mark then return {'OK'} end
 local fenced = fence(epoch, step)
 if fenced then return fenced end
 local ordinals = {unpack(ARGV, 5)}
-local records = #ordinals > 0 and queued(ordinals) or {}
-for i, ordinal in ipairs(ordinals) do
-  if is_resolved(ordinal) then return {'RESOLVED', ordinal} end
-  if not records[i] then return {'NOT_QUEUED', ordinal} end
-end
 if #ordinals > 0 then
+  local records, resolved = queued(ordinals), redis.call('ZMSCORE', RESOLVED, unpack(ordinals))
+  local below, members = policy('below'), {}
+  for i, ordinal in ipairs(ordinals) do
+    if tonumber(ordinal) < below or resolved[i] then return {'RESOLVED', ordinal} end
+    if not records[i] then return {'NOT_QUEUED', ordinal} end
+    members[2 * i - 1], members[2 * i] = ordinal, ordinal
+  end
   unqueue(ordinals, records)
   redis.call('HDEL', ATTEMPTS, unpack(ordinals))
+  redis.call('ZADD', RESOLVED, unpack(members))
+  advance_frontier()
 end
-for _, ordinal in ipairs(ordinals) do redis.call('ZADD', RESOLVED, ordinal, ordinal) end
-advance_frontier()
 redis.call('HINCRBY', POLICY, 'trained', #ordinals)
 redis.call('HSET', POLICY, 'step', step + 1, 'committed', mark)
 announce(kind, announcement)
