@@ -30,7 +30,7 @@ def summary(config: Config, outcome: Outcome) -> dict[str, Any]:
             result |= _scores(row, heldout, when, "independent_")
     updates = metrics.updates
     return result | {
-        "heldout_prompts": getattr(metrics.evaluation("after"), "prompts", None),
+        "heldout_prompts": next((row.prompts for row in metrics.evals if row.when != "during"), None),
         "seconds": round(outcome.seconds, 1),
         "steps": outcome.version.step,
         "epoch": outcome.version.epoch,

@@ -6,6 +6,9 @@ from collections.abc import Iterator
 import pytest
 import ray
 
+# Ray's workers inherit the environment of the moment in which Ray starts.
+os.environ["DGPO_TEST_REWARD_TOKEN"] = "a-token-for-tests-only"
+
 
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:

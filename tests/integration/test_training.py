@@ -36,7 +36,6 @@ TOKEN_VARIABLE = "DGPO_TEST_REWARD_TOKEN"
 
 @pytest.fixture(scope="module")
 def ocr_url() -> Iterator[str]:
-    os.environ[TOKEN_VARIABLE] = "a-token-for-tests-only"
     with LocalServer(create_app(ServerConfig(app="ocr", token_env=TOKEN_VARIABLE))) as server:
         yield server.url
 
