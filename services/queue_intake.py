@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import redis
 
@@ -30,6 +30,25 @@ CONSUMER = "learner"
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Entry:
+    """An entry of the stream as it was found there."""
+
+    entry: bytes
+    """Its id."""
+    fields: dict[bytes, bytes]
+    record: bytes
+    """What `admit` wrote down about the ordinal that the entry claims to be; empty if nothing."""
+
+    @property
+    def ordinal(self) -> int:
+        """-1 for an entry that no `admit` wrote."""
+        try:
+            return int(self.fields[b"ordinal"])
+        except (KeyError, ValueError):
+            return -1
+
+
 class QueueIntake(QueueBoard):
     """The groups that this learner has read and not yet committed."""
 
@@ -37,6 +56,7 @@ class QueueIntake(QueueBoard):
         super().__init__(client, run, config)
         self._taken: dict[int, tuple[bytes, Group]] = {}
         """Ordinal -> (stream entry, group)."""
+        self._last_seen = b"0-0"
         self.opening_s = 0.0
         """Seconds spent so far on fetching payloads, verifying and decoding what was read."""
 
@@ -49,91 +69,73 @@ class QueueIntake(QueueBoard):
                 "begin an epoch from a checkpoint"
             )
 
-    def _read(self, version: PolicyVersion, block_s: float) -> tuple[bool, str | None]:
-        """One read from the stream into `_taken`, at most `block_s` long, in one round trip.
+    def _read(self, version: PolicyVersion) -> tuple[bool, str]:
+        """What is in the stream now, into `_taken`: one round trip.
 
         Returns:
             Whether there may be more at once, and the run's state.
         """
-        group = f"learner:{version.epoch}"
-        pipeline = self._client.pipeline(transaction=False)
-        block_ms = max(1, int(block_s * 1000)) if block_s else None
-        pipeline.xreadgroup(group, CONSUMER, {self._keys.groups: ">"}, count=READ_COUNT, block=block_ms)
-        pipeline.hmget(self._keys.key("policy"), "epoch", "step", "state")
-        pipeline.xpending(self._keys.groups, group)
-        streams, (epoch, step, state), pending = pipeline.execute(raise_on_error=False)
-        self._compare(version, epoch, step)
-        for answer in (streams, pending):
-            if isinstance(answer, Exception):
-                # The consumer group goes with its epoch.
-                if "NOGROUP" in str(answer) or "UNBLOCKED" in str(answer):
-                    raise StateLost(f"the queue no longer knows the learner at {version}") from answer
-                raise answer
-        entries = streams[0][1] if streams else []
+        state, pending, entries = self._entries(version, b">")
         expected = len(self._taken) + len(entries)
         self._open(version, entries)
-        if pending["pending"] > expected:
-            self._recover(version, group)
-        return len(entries) == READ_COUNT, state.decode() if state is not None else None
+        if pending > expected:
+            # Delivered into a connection that broke: pending, and never seen here.
+            known, last = {entry for entry, _ in self._taken.values()}, b"0"
+            while missed := self._entries(version, last)[2]:
+                self._open(version, [found for found in missed if found.entry not in known])
+                last = missed[-1].entry
+        return len(entries) == READ_COUNT, state
 
-    def _recover(self, version: PolicyVersion, group: str) -> None:
-        """Entries that were delivered into a connection that broke: pending, and never seen here."""
-        known, last = {entry for entry, _ in self._taken.values()}, b"0"
-        while True:
-            answer = self._client.xreadgroup(group, CONSUMER, {self._keys.groups: last}, count=READ_COUNT)
-            entries = answer[0][1] if answer else []
-            if not entries:
-                return
-            self._open(version, [entry for entry in entries if entry[0] not in known])
-            last = entries[-1][0]
+    def _wait(self, block_s: float) -> None:
+        """Until something arrives, at most `block_s`."""
+        block_ms = max(1, int(block_s * 1000))
+        self._client.xread({self._keys.groups: self._last_seen}, count=1, block=block_ms)
 
-    def _compare(self, version: PolicyVersion, epoch: bytes | None, step: bytes | None) -> None:
-        if epoch is None or step is None:
-            self._accept([b"LOST", b"none"], version)
-        elif (int(epoch), int(step)) != (version.epoch, version.step):
-            kind = b"FENCED" if int(epoch) > version.epoch else b"LOST"
-            self._accept([kind, epoch + b"." + step], version)
+    def _entries(self, version: PolicyVersion, after: bytes) -> tuple[str, int, list[Entry]]:
+        try:
+            answer = self._scripts.run("read", version.epoch, version.step, CONSUMER, READ_COUNT, after)
+        except redis.ResponseError as error:
+            # The consumer group goes with its epoch.
+            if "NOGROUP" not in str(error):
+                raise
+            raise StateLost(f"the queue no longer knows the learner at {version}") from error
+        self._accept(answer, version)
+        state, pending, *found = answer
+        entries = [
+            Entry(entry, dict(zip(fields[::2], fields[1::2], strict=True)), record)
+            for entry, fields, record in found
+        ]
+        if entries:
+            self._last_seen = max(self._last_seen, entries[-1].entry, key=_place)
+        return state.decode(), pending, entries
 
-    def _open(self, version: PolicyVersion, entries: list[Any]) -> None:
+    def _open(self, version: PolicyVersion, entries: list[Entry]) -> None:
         started = time.monotonic()
         for part in range(0, len(entries), PAYLOADS_AT_ONCE):
             chosen = entries[part : part + PAYLOADS_AT_ONCE]
-            ordinals = [_ordinal(fields) for _, fields in chosen]
-            records, payloads = self._beside(chosen, ordinals)
-            for (entry, fields), ordinal, record, payload in zip(
-                chosen, ordinals, records, payloads, strict=True
-            ):
-                if record is None or not record.startswith(entry + b" "):
-                    self._refuse(version, entry, ordinal, "was never admitted", counted=False)
+            for found, payload in zip(chosen, self._payloads(chosen), strict=True):
+                if not found.record.startswith(found.entry + b" "):
+                    self._refuse(version, found.entry, found.ordinal, "was never admitted", counted=False)
                     continue
                 try:
-                    group = _decode(fields, payload, f"{self._run}-{ordinal}")
-                    admitted_as = b".".join(record.split(b" ", 3)[1:3]).decode()
-                    if str(group.header.version) != admitted_as:
-                        says = f"says version {group.header.version}, admitted as {admitted_as}"
-                        raise CorruptGroup(group.group_id, says)
+                    group = _decode(found, payload, f"{self._run}-{found.ordinal}")
                 except CorruptGroup as error:
-                    self._refuse(version, entry, ordinal, error.reason, counted=True)
+                    self._refuse(version, found.entry, found.ordinal, error.reason, counted=True)
                     continue
-                self._taken[ordinal] = (entry, group)
+                self._taken[found.ordinal] = (found.entry, group)
         self.opening_s += time.monotonic() - started
-        self._drop_stale(version, [_ordinal(fields) for _, fields in entries])
+        self._drop_stale(version, [found.ordinal for found in entries])
 
-    def _beside(
-        self, entries: list[Any], ordinals: list[int]
-    ) -> tuple[list[bytes | None], list[bytes | None]]:
-        """What belongs to the entries and is not in them: their records, and the large payloads."""
-        payloads = [(fields or {}).get(b"payload") for _, fields in entries]
-        pipeline = self._client.pipeline(transaction=False)
-        pipeline.hmget(self._keys.key("queued"), ordinals)
+    def _payloads(self, entries: list[Entry]) -> list[bytes | None]:
+        """From the entries themselves, or from the keys beside."""
+        payloads = [found.fields.get(b"payload") for found in entries]
         large = [place for place, payload in enumerate(payloads) if payload is None]
         if large:
-            digests = [((entries[place][1] or {}).get(b"sha256") or b"").decode("latin-1") for place in large]
-            pipeline.mget([self._keys.payload(digest) for digest in digests])
-        records, *found = pipeline.execute()
-        for place, payload in zip(large, found[0] if found else [], strict=True):
-            payloads[place] = payload
-        return records, payloads
+            digests = [entries[place].fields.get(b"sha256", b"").decode("latin-1") for place in large]
+            beside = self._client.mget([self._keys.payload(digest) for digest in digests])
+            for place, payload in zip(large, beside, strict=True):
+                payloads[place] = payload
+        return payloads
 
     def _drop_stale(self, version: PolicyVersion, ordinals: Iterable[int]) -> None:
         for ordinal in ordinals:
@@ -166,15 +168,19 @@ class QueueIntake(QueueBoard):
         )
 
 
-def _ordinal(fields: dict[bytes, bytes] | None) -> int:
-    try:
-        return int((fields or {})[b"ordinal"])
-    except (KeyError, ValueError):
-        return -1
+def _place(entry: bytes) -> list[int]:
+    """Entry ids in the order of the stream."""
+    return [int(part) for part in entry.split(b"-")]
 
 
-def _decode(fields: dict[bytes, bytes], payload: bytes | None, group_id: str) -> Group:
-    header, digest = fields.get(b"header"), fields.get(b"sha256")
+def _decode(found: Entry, payload: bytes | None, group_id: str) -> Group:
+    header, digest = found.fields.get(b"header"), found.fields.get(b"sha256")
     if header is None or digest is None or payload is None:
-        raise CorruptGroup(group_id, f"has no payload, or lacks a field; its entry has {sorted(fields)}")
-    return decode_group(header, payload, digest.decode(errors="replace"), group_id=group_id)
+        raise CorruptGroup(
+            group_id, f"has no payload, or lacks a field; its entry has {sorted(found.fields)}"
+        )
+    group = decode_group(header, payload, digest.decode(errors="replace"), group_id=group_id)
+    admitted_as = b".".join(found.record.split(b" ", 3)[1:3]).decode()
+    if str(group.header.version) != admitted_as:
+        raise CorruptGroup(group_id, f"says version {group.header.version}, admitted as {admitted_as}")
+    return group

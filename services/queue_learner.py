@@ -96,6 +96,7 @@ class QueueLearner(QueueIntake):
             epoch = int(answer[1])
         self._version = version
         self._taken = {}
+        self._last_seen = b"0-0"
         log.info("epoch begins", extra={"run": self._run, "version": str(version)})
         return version
 
@@ -112,13 +113,11 @@ class QueueLearner(QueueIntake):
         version = self._at()
         begun = time.monotonic()
         self._drop_stale(version, list(self._taken))
-        block_s = 0.0
         while True:
             if stop():
                 raise Stopped(f"asked to stop with {len(self._taken)} of {count} groups")
-            more, state = self._read(version, block_s)
+            more, state = self._read(version)
             if more:
-                block_s = 0.0
                 continue
             if len(self._taken) >= count:
                 return [self._taken[ordinal][1] for ordinal in sorted(self._taken)[:count]]
@@ -127,7 +126,7 @@ class QueueLearner(QueueIntake):
             waited = time.monotonic() - begun
             if waited >= deadline_s:
                 raise QueueTimeout(missing(self.status(), version, waited, len(self._taken), count))
-            block_s = min(POLL_S, deadline_s - waited)
+            self._wait(min(POLL_S, deadline_s - waited))
 
     def commit(self, announcement: WeightsAnnouncement, ordinals: Sequence[int]) -> PolicyVersion:
         """The step is done: these ordinals are trained, and the next version may be sampled with.

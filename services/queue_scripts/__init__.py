@@ -23,6 +23,7 @@ Name = Literal[
     "release",
     "fail",
     "refuse",
+    "read",
     "commit",
     "announce",
     "begin",

@@ -15,14 +15,15 @@ local function refuse(verdict)
 end
 
 if not now_epoch or tonumber(ordinal) >= next then return refuse('OUTSIDE_LINEAGE') end
-if tonumber(ordinal) < below or redis.call('ZSCORE', RESOLVED, ordinal) then return refuse('DUP') end
-local record = queued({ordinal})[1]
-if record then
+local holder = leased_by(ordinal)
+-- An ordinal is in one place: what this worker holds is neither resolved nor queued.
+if holder ~= worker then
+  if tonumber(ordinal) < below or redis.call('ZSCORE', RESOLVED, ordinal) then return refuse('DUP') end
+  local record = queued({ordinal})[1]
   -- The same group sent twice has the same blob, which must stay.
-  return record[5] == digest and 'DUP' or refuse('DUP')
+  if record then return record[5] == digest and 'DUP' or refuse('DUP') end
 end
 
-local holder = leased_by(ordinal)
 local verdict = 'INSIDE'
 if epoch ~= now_epoch or step > now_step then verdict = place_in_lineage(epoch, step) end
 if verdict == 'INSIDE' and now_step - step > max_staleness then verdict = 'STALE' end

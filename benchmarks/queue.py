@@ -1,0 +1,172 @@
+"""What the group queue costs over bare streams: whole groups through encode, admit, take and commit, against
+raw pipelined XADD and XREAD of the same bytes, on the same server, in turns.
+
+Ours does all that a worker and a learner do with a group: encode, sha256, the admit script, read, verify,
+decode, and the commit script that acknowledges and deletes. Both sides send and read a step's groups at a
+time, over the same kind of connection, from one thread. Issuing ordinals is not timed: the raw side has nothing
+like it. The figure is the median of the ratios of neighbouring passes, because other work on the machine comes
+and goes.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import redis
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from services.config import QueueConfig
+from services.embedded import EmbeddedValkey
+from services.group_queue import Admitted, GroupQueue, Lease, connect, encode_group
+from services.messages import GroupHeader, PolicyVersion, Prompt, WeightsAnnouncement
+
+GROUP_SIZE = 16
+CHANNELS = 16
+TARGETS = {3_000_000: 0.6, 10_000: 0.4}
+"""Bytes of a group -> share of the raw rate that it must reach."""
+
+
+def run_queue_bench(
+    screen: Console | None = None,
+    *,
+    sizes: tuple[int, ...] = tuple(TARGETS),
+    groups_per_step: int = 8,
+    pass_bytes: int = 48_000_000,
+    max_groups: int = 480,
+    passes: int = 7,
+) -> dict[str, Any]:
+    """Rates and their ratio for each size of a group.
+
+    Args:
+        sizes: latents of one group, bytes.
+        groups_per_step: groups sent and read at a time.
+        pass_bytes: moved in one pass, unless `max_groups` are fewer.
+        passes: of each side; raw and ours take turns.
+
+    Returns:
+        `sizes`: bytes -> raw and ours in MB/s and groups/s, `ratio` (median), `target`, `met`.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    # What lives for ever is not looked at by the collector again: as in a process that has started up.
+    gc.collect()
+    gc.freeze()
+    result: dict[str, Any] = {"benchmark": "queue", "groups_per_step": groups_per_step, "sizes": {}}
+    try:
+        with tempfile.TemporaryDirectory() as folder, EmbeddedValkey(Path(folder)) as server:
+            for size in sizes:
+                steps = max(1, min(max_groups, pass_bytes // size) // groups_per_step)
+                result["sizes"][str(size)] = _compare(server, size, groups_per_step, steps, passes)
+    finally:
+        torch.set_num_threads(threads)
+        gc.unfreeze()
+    if screen is not None:
+        screen.print(_table(result))
+    return result
+
+
+def _compare(server: EmbeddedValkey, size: int, groups: int, steps: int, passes: int) -> dict[str, Any]:
+    client = connect(server.url, server.password)
+    latents = torch.randn(GROUP_SIZE, CHANNELS, size // (4 * GROUP_SIZE * CHANNELS))
+    payload = latents.numpy().tobytes()
+    _raw_pass(client, payload, groups, 1)
+    _our_pass(server, "warm-up", latents, groups, 1)
+    raw, ours = [], []
+    for number in range(passes):
+        raw.append(_raw_pass(client, payload, groups, steps))
+        ours.append(_our_pass(server, f"{size}-{number}", latents, groups, steps))
+    count = groups * steps
+    ratio = statistics.median(slow / fast for slow, fast in zip(raw, ours, strict=True))
+    target = TARGETS.get(size)
+    return {
+        "raw_mb_s": count * len(payload) / statistics.median(raw) / 1e6,
+        "ours_mb_s": count * len(payload) / statistics.median(ours) / 1e6,
+        "raw_groups_s": count / statistics.median(raw),
+        "ours_groups_s": count / statistics.median(ours),
+        "ratio": ratio,
+        "ratio_min": min(slow / fast for slow, fast in zip(raw, ours, strict=True)),
+        "ratio_max": max(slow / fast for slow, fast in zip(raw, ours, strict=True)),
+        "target": target,
+        "met": target is None or ratio >= target,
+    }
+
+
+def _raw_pass(client: redis.Redis, payload: bytes, groups: int, steps: int) -> float:
+    """Seconds to write and read the bytes through a bare stream."""
+    seconds, last = 0.0, b"0-0"
+    for _ in range(steps):
+        started = time.perf_counter()
+        pipeline: Any = client.pipeline(transaction=False)
+        for _ in range(groups):
+            pipeline.xadd("raw", {"payload": payload})
+        pipeline.execute()
+        answer: Any = client.xread({"raw": last}, count=groups)
+        seconds += time.perf_counter() - started
+        entries = answer[0][1]
+        last = entries[-1][0]
+        client.xtrim("raw", maxlen=0, approximate=False)
+    client.delete("raw")
+    return seconds
+
+
+def _our_pass(server: EmbeddedValkey, run: str, latents: torch.Tensor, groups: int, steps: int) -> float:
+    """Seconds to bring the same bytes as whole groups from a worker to a learner that commits them."""
+    config = QueueConfig(max_staleness=0)
+    worker = GroupQueue(connect(server.url, server.password), run, config)
+    learner = GroupQueue(connect(server.url, server.password), run, config)
+    version = learner.begin_epoch(_announcement, limit=groups * steps, window=groups)
+    seconds = 0.0
+    for _ in range(steps):
+        leases = [lease for _ in range(groups) if (lease := worker.issue("bench")) is not None]
+        headers = [_header(run, lease) for lease in leases]
+        started = time.perf_counter()
+        answers = worker.admit_many([encode_group(header, {"latents": latents}) for header in headers])
+        taken = learner.take(groups, deadline_s=60.0)
+        following = PolicyVersion(epoch=version.epoch, step=version.step + 1)
+        version = learner.commit(_announcement(following), [group.header.ordinal for group in taken])
+        seconds += time.perf_counter() - started
+        if set(answers) != {Admitted.OK}:
+            raise RuntimeError(f"the queue refused a group: {answers}")
+    return seconds
+
+
+def _announcement(version: PolicyVersion) -> WeightsAnnouncement:
+    return WeightsAnnouncement(version=version, digest="0" * 64, tensors=1, bytes=1)
+
+
+def _header(run: str, lease: Lease) -> GroupHeader:
+    return GroupHeader(
+        run=run,
+        ordinal=lease.ordinal,
+        attempt=lease.attempt,
+        version=lease.version,
+        prompt=Prompt(text='a sign that says "K7QX"', metadata={"word": "K7QX"}),
+        seeds=tuple(range(GROUP_SIZE)),
+        rewards={"ocr": tuple(place / GROUP_SIZE for place in range(GROUP_SIZE))},
+        worker="bench",
+        sample_s=1.0,
+        reward_s=1.0,
+    )
+
+
+def _table(result: dict[str, Any]) -> Table:
+    table = Table(title=f"{result['groups_per_step']} groups a step", title_justify="left")
+    for heading in ("group", "raw MB/s", "ours MB/s", "ours groups/s", "ratio (min-max)", "target"):
+        table.add_column(heading, justify="right")
+    for size, row in result["sizes"].items():
+        table.add_row(
+            f"{int(size):,} B",
+            f"{row['raw_mb_s']:.0f}",
+            f"{row['ours_mb_s']:.0f}",
+            f"{row['ours_groups_s']:.0f}",
+            f"{row['ratio']:.2f} ({row['ratio_min']:.2f}-{row['ratio_max']:.2f})",
+            "-" if row["target"] is None else f">= {row['target']:.2f}" + ("" if row["met"] else "  missed"),
+        )
+    return table
