@@ -136,7 +136,10 @@ class Monitor:
 
     def close(self) -> None:
         """Tell every part that the run is over."""
-        self._queue.set_state(self._ending)
+        try:
+            self._queue.set_state(self._ending)
+        except Exception:  # the run may be ending because the queue is gone: that error must not be hidden
+            logger.warning("the parts could not be told that the run is %s", self._ending, exc_info=True)
 
     def _turn(self) -> None:
         if self._signals.requested.is_set() and not self._draining:

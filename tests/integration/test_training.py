@@ -28,7 +28,7 @@ from services.run_directory import RunDirectory
 from services.supervisor import PartFailed
 from services.telemetry import read_metrics
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_local"), pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_local"), pytest.mark.timeout(600)]
 
 STEPS = 4
 TOKEN_VARIABLE = "DGPO_TEST_REWARD_TOKEN"
