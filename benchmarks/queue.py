@@ -3,9 +3,9 @@ raw pipelined XADD and XREAD of the same bytes, on the same server, in turns.
 
 Ours does all that a worker and a learner do with a group: encode, sha256, the admit script, read, verify,
 decode, and the commit script that acknowledges and deletes. Both sides send and read a step's groups at a
-time, over the same kind of connection, from one thread. Issuing ordinals is not timed: the raw side has nothing
-like it. The figure is the median of the ratios of neighbouring passes, because other work on the machine comes
-and goes.
+time, over the same kind of connection, from one thread. Issuing ordinals is not timed: the raw side has
+nothing like it. The figure is the median of the ratios of neighbouring passes, because other work on the
+machine comes and goes.
 """
 
 from __future__ import annotations

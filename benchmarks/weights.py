@@ -1,0 +1,173 @@
+"""What proven weights cost over bare copies: LoRA tensors from a learner to several workers of one node.
+
+Bare: one copy of each tensor into a buffer, `ray.put`, and in each worker `ray.get` and a copy into its own
+tensors. Ours: `publish` (encode, digest, put, store) and in each worker `fetch` (store, get, digest, number
+of tensors) and the same copy into its own parameters. In turns; the figure is the median of the ratios.
+Ray's round trips are in both. Parameters and buffers are reused on both sides: first-touch page faults would
+drown the rest, and no worker allocates its policy anew for an install.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from services.codec import decode_weights, encode_weights
+from services.messages import PolicyVersion, WeightsAnnouncement
+from services.policy_store import PolicyStore, fetch, publish
+
+DEADLINE_S = 300.0
+TARGET = 1.5
+
+
+def lora_tensors(total_bytes: int, seed: int) -> dict[str, torch.Tensor]:
+    """A and B matrices of rank 64 for projections of 1536, as SD3.5-M has them, up to `total_bytes`."""
+    generator = torch.Generator().manual_seed(seed)
+    each = 64 * 1536 * 4
+    return {
+        f"transformer_blocks.{index // 16}.attn.{index % 16 // 2}.lora_{'AB'[index % 2]}.weight": torch.randn(
+            (64, 1536) if index % 2 == 0 else (1536, 64), generator=generator
+        )
+        for index in range(max(1, total_bytes // each))
+    }
+
+
+class BenchWorker:
+    """A rollout worker that only installs weights."""
+
+    def __init__(self, total_bytes: int) -> None:
+        torch.set_num_threads(1)
+        self._parameters = {name: torch.zeros_like(t) for name, t in lora_tensors(total_bytes, 0).items()}
+
+    def ready(self) -> None:
+        """Answers once it has started."""
+
+    def copy(self, reference: list[Any]) -> None:
+        """Bare: bytes from the object store into the parameters."""
+        self._bind(decode_weights(ray.get(reference[0], timeout=DEADLINE_S)))
+
+    def install(self, store: Any, announcement: str) -> int:
+        """Ours: proven, then into the parameters."""
+        tensors = fetch(store, WeightsAnnouncement.model_validate_json(announcement))
+        self._bind(tensors)
+        return len(tensors)
+
+    def _bind(self, tensors: dict[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            torch._foreach_copy_(
+                list(self._parameters.values()), [tensors[name] for name in self._parameters]
+            )
+
+
+def run_weights_bench(
+    screen: Console | None = None,
+    *,
+    total_bytes: int = 75_000_000,
+    workers: int = 8,
+    passes: int = 9,
+) -> dict[str, Any]:
+    """Seconds from tensors of the learner to tensors of every worker, bare and proven.
+
+    Starts a Ray on loopback if none is initialised.
+
+    Returns:
+        `bare_s`, `ours_s` (medians), of which `publish_s`, `ratio` (median), `target`, `met`.
+    """
+    started = not ray.is_initialized()
+    if started:
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            _node_ip_address="127.0.0.1",
+            object_store_memory=max(400_000_000, 8 * total_bytes),
+            log_to_driver=False,
+        )
+    try:
+        result = _measure(total_bytes, workers, passes)
+    finally:
+        if started:
+            ray.shutdown()
+    if screen is not None:
+        screen.print(_table(result))
+    return result
+
+
+def _measure(total_bytes: int, workers: int, passes: int) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    store: Any = ray.remote(PolicyStore).options(num_cpus=0).remote(kept_versions=2)
+    actor: Any = ray.remote(BenchWorker).options(num_cpus=0)
+    group: list[Any] = [actor.remote(total_bytes) for _ in range(workers)]
+    ray.get([worker.ready.remote() for worker in group], timeout=DEADLINE_S)
+    tensors = lora_tensors(total_bytes, 1)
+    buffer = encode_weights(tensors)
+    bare, ours, published = [], [], []
+    for number in range(-2, passes):
+        bare_s = _bare_pass(group, tensors, buffer)
+        publish_s, ours_s = _our_pass(group, store, tensors, number + 2)
+        # The first two warm up processes, pages and connections.
+        if number >= 0:
+            bare.append(bare_s)
+            ours.append(ours_s)
+            published.append(publish_s)
+    ratios = [mine / theirs for mine, theirs in zip(ours, bare, strict=True)]
+    ratio = statistics.median(ratios)
+    for handle in (*group, store):
+        ray.kill(handle)
+    return {
+        "benchmark": "weights",
+        "bytes": int(buffer.size),
+        "tensors": len(tensors),
+        "workers": workers,
+        "bare_s": statistics.median(bare),
+        "ours_s": statistics.median(ours),
+        "publish_s": statistics.median(published),
+        "ratio": ratio,
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+        "target": TARGET,
+        "met": ratio <= TARGET,
+    }
+
+
+def _bare_pass(group: list[Any], tensors: dict[str, torch.Tensor], buffer: np.ndarray[Any, Any]) -> float:
+    started = time.perf_counter()
+    reference = ray.put(encode_weights(tensors, buffer))
+    ray.get([worker.copy.remote([reference]) for worker in group], timeout=DEADLINE_S)
+    return time.perf_counter() - started
+
+
+def _our_pass(
+    group: list[Any], store: Any, tensors: dict[str, torch.Tensor], step: int
+) -> tuple[float, float]:
+    started = time.perf_counter()
+    announcement = publish(store, tensors, PolicyVersion(epoch=0, step=step))
+    publish_s = time.perf_counter() - started
+    text = announcement.model_dump_json()
+    bound = ray.get([worker.install.remote(store, text) for worker in group], timeout=DEADLINE_S)
+    seconds = time.perf_counter() - started
+    if set(bound) != {len(tensors)}:
+        raise RuntimeError(f"{len(tensors)} tensors were published, {bound} were bound")
+    return publish_s, seconds
+
+
+def _table(result: dict[str, Any]) -> Table:
+    size = f"{result['bytes'] / 1e6:.0f} MB in {result['tensors']} tensors"
+    table = Table(title=f"{size}, {result['workers']} workers", title_justify="left")
+    for heading in ("bare ms", "ours ms", "of which publish", "ratio (min-max)", "target"):
+        table.add_column(heading, justify="right")
+    table.add_row(
+        f"{result['bare_s'] * 1e3:.0f}",
+        f"{result['ours_s'] * 1e3:.0f}",
+        f"{result['publish_s'] * 1e3:.0f}",
+        f"{result['ratio']:.2f} ({result['ratio_min']:.2f}-{result['ratio_max']:.2f})",
+        f"<= {result['target']:.2f}" + ("" if result["met"] else "  missed"),
+    )
+    return table
