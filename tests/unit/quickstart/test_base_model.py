@@ -7,12 +7,13 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 
+import quickstart
 from quickstart.base_model import UNCONDITIONAL_PROMPT, encode_prompts, new_pipeline, new_transformer
 from quickstart.pretrain_vae import new_vae
 from quickstart.text_encoders import JOINT_WIDTH, POOLED_WIDTH, PROMPT_TOKENS, new_clip_tokenizer
 from quickstart.words import CHARACTERS, TEMPLATE_PREFIX, heldout_words, prompt_of
 
-SHIPPED = Path("quickstart/model").resolve()
+SHIPPED = Path(quickstart.__file__).parent / "model"
 SIZE_LIMIT = 10_000_000
 
 
