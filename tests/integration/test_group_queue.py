@@ -95,6 +95,15 @@ def test_a_group_is_admitted_once(run: Run) -> None:
     assert run.learner.status().depth == 0
 
 
+def test_a_group_trained_out_of_order_is_known(stale: Run) -> None:
+    stale.begin()
+    first, _, third, _ = stale.leases()
+    stale.worker.admit_many([stale.group(first), stale.group(third)])
+    stale.step()
+    assert stale.learner.frontier() == Frontier(below=1, above=(2,))
+    assert stale.worker.admit(stale.group(third)) is Admitted.DUP
+
+
 def test_a_stale_group_is_refused_and_its_ordinal_issued_again(stale: Run) -> None:
     stale.begin()
     slow = stale.worker.issue("slow")
