@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import redis
 
@@ -30,23 +30,23 @@ CONSUMER = "learner"
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Entry:
-    """An entry of the stream as it was found there."""
+class Entry(NamedTuple):
+    """An entry of the stream as it was found there; empty bytes for what it lacks."""
 
     entry: bytes
     """Its id."""
-    fields: dict[bytes, bytes]
+    number: bytes
+    """The ordinal that it claims to be; -1 if it has none."""
+    sha256: bytes
     record: bytes
-    """What `admit` wrote down about the ordinal that the entry claims to be; empty if nothing."""
+    """What `admit` wrote down about that ordinal."""
+    header: bytes
+    payload: bytes
+    """Empty for a large group, whose payload lies beside."""
 
     @property
     def ordinal(self) -> int:
-        """-1 for an entry that no `admit` wrote."""
-        try:
-            return int(self.fields[b"ordinal"])
-        except (KeyError, ValueError):
-            return -1
+        return int(self.number) if self.number.isdigit() else -1
 
 
 class QueueIntake(QueueBoard):
@@ -100,11 +100,11 @@ class QueueIntake(QueueBoard):
                 raise
             raise StateLost(f"the queue no longer knows the learner at {version}") from error
         self._accept(answer, version)
-        state, pending, *found = answer
-        entries = [
-            Entry(entry, dict(zip(fields[::2], fields[1::2], strict=True)), record)
-            for entry, fields, record in found
-        ]
+        state, pending, *parts = answer
+        entries = []
+        for meta, header, payload in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
+            entry, number, sha256, record = meta.split(b" ", 3)
+            entries.append(Entry(entry, number, sha256, record, header, payload))
         if entries:
             self._last_seen = max(self._last_seen, entries[-1].entry, key=_place)
         return state.decode(), pending, entries
@@ -126,15 +126,14 @@ class QueueIntake(QueueBoard):
         self.opening_s += time.monotonic() - started
         self._drop_stale(version, [found.ordinal for found in entries])
 
-    def _payloads(self, entries: list[Entry]) -> list[bytes | None]:
+    def _payloads(self, entries: list[Entry]) -> list[bytes]:
         """From the entries themselves, or from the keys beside."""
-        payloads = [found.fields.get(b"payload") for found in entries]
-        large = [place for place, payload in enumerate(payloads) if payload is None]
+        payloads = [found.payload for found in entries]
+        large = [place for place, payload in enumerate(payloads) if not payload]
         if large:
-            digests = [entries[place].fields.get(b"sha256", b"").decode("latin-1") for place in large]
-            beside = self._client.mget([self._keys.payload(digest) for digest in digests])
-            for place, payload in zip(large, beside, strict=True):
-                payloads[place] = payload
+            keys = [self._keys.payload(entries[place].sha256.decode("latin-1")) for place in large]
+            for place, payload in zip(large, self._client.mget(keys), strict=True):
+                payloads[place] = payload or b""
         return payloads
 
     def _drop_stale(self, version: PolicyVersion, ordinals: Iterable[int]) -> None:
@@ -173,13 +172,11 @@ def _place(entry: bytes) -> list[int]:
     return [int(part) for part in entry.split(b"-")]
 
 
-def _decode(found: Entry, payload: bytes | None, group_id: str) -> Group:
-    header, digest = found.fields.get(b"header"), found.fields.get(b"sha256")
-    if header is None or digest is None or payload is None:
-        raise CorruptGroup(
-            group_id, f"has no payload, or lacks a field; its entry has {sorted(found.fields)}"
-        )
-    group = decode_group(header, payload, digest.decode(errors="replace"), group_id=group_id)
+def _decode(found: Entry, payload: bytes, group_id: str) -> Group:
+    if not payload:
+        raise CorruptGroup(group_id, "has no payload")
+    digest = found.sha256.decode(errors="replace")
+    group = decode_group(found.header, payload, digest, group_id=group_id)
     admitted_as = b".".join(found.record.split(b" ", 3)[1:3]).decode()
     if str(group.header.version) != admitted_as:
         raise CorruptGroup(group_id, f"says version {group.header.version}, admitted as {admitted_as}")

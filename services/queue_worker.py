@@ -8,7 +8,6 @@ Promises
 
 from __future__ import annotations
 
-import itertools
 import time
 import uuid
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ import redis
 from services.codec import EncodedGroup
 from services.config import QueueConfig
 from services.messages import PolicyVersion
-from services.queue_scripts import Keys, Scripts
+from services.queue_scripts import Argument, Keys, Scripts
 from services.queue_types import Admitted, Failed, Lease, RunEnded
 
 INLINE_BYTES = 64 * 1024
@@ -107,53 +106,43 @@ class QueueWorker:
         return self.admit_many([group])[0]
 
     def admit_many(self, groups: Sequence[EncodedGroup]) -> list[Admitted]:
-        """Bring several groups in one round trip; each has its own verdict, none depends on another's."""
+        """Bring several groups at once; each has its own verdict, none depends on another's."""
         if not groups:
             return []
 
         def pipeline() -> Any:
             filled = self._client.pipeline(transaction=False)
-            for group in groups:
-                self._send(filled, group)
+            self._send(filled, groups)
             return filled
 
-        answers = self._scripts.send(pipeline, "admit")
-        # What belongs to a script is its verdict; before a large payload's stands the answer of its SET.
-        ends = itertools.accumulate(2 if _is_large(group) else 1 for group in groups)
-        return [_verdict(answers[end - 1]) for end in ends]
+        verdicts = self._scripts.send(pipeline, "admit")[-1]
+        if isinstance(verdicts, redis.exceptions.OutOfMemoryError):
+            return [Admitted.FULL] * len(groups)
+        if isinstance(verdicts, Exception):
+            raise verdicts
+        return [Admitted(verdict.decode()) for verdict in verdicts]
 
-    def _send(self, pipeline: Any, group: EncodedGroup) -> None:
-        large = _is_large(group)
-        arguments = (
-            group.ordinal,
-            group.version.epoch,
-            group.version.step,
-            group.worker,
+    def _send(self, pipeline: Any, groups: Sequence[EncodedGroup]) -> None:
+        arguments: list[Argument] = [
             self._config.max_attempts,
             self._config.max_groups,
             self._config.max_bytes,
-            group.header,
-            group.sha256,
-            group.size,
-            b"" if large else group.payload,
-        )
-        if not large:
-            self._scripts.queue(pipeline, "admit", arguments)
-            return
-        key = self._keys.payload(group.sha256)
-        # NX: sent a second time, it must not give a group that is already admitted a time to live.
-        pipeline.set(key, group.payload, px=BLOB_TTL_MS, nx=True)
-        self._scripts.queue(pipeline, "admit", arguments, key)
-
-
-def _is_large(group: EncodedGroup) -> bool:
-    return len(group.payload) > INLINE_BYTES
-
-
-def _verdict(answer: object) -> Admitted:
-    if isinstance(answer, redis.exceptions.OutOfMemoryError):
-        return Admitted.FULL
-    if isinstance(answer, Exception):
-        raise answer
-    assert isinstance(answer, bytes)
-    return Admitted(answer.decode())
+        ]
+        blobs = []
+        for group in groups:
+            large = len(group.payload) > INLINE_BYTES
+            if large:
+                blobs.append(self._keys.payload(group.sha256))
+                # NX: sent a second time, it must not give a group that is already admitted a time to live.
+                pipeline.set(blobs[-1], group.payload, px=BLOB_TTL_MS, nx=True)
+            arguments += (
+                group.ordinal,
+                group.version.epoch,
+                group.version.step,
+                group.worker,
+                group.header,
+                group.sha256,
+                group.size,
+                b"" if large else group.payload,
+            )
+        self._scripts.queue(pipeline, "admit", arguments, *blobs)

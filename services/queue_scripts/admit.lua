@@ -1,61 +1,87 @@
 #!lua
--- One whole group in, or a reason why not. XADD is the first write: without memory nothing has happened yet.
--- A large payload was SET beside, with a time to live: it is kept by this script or not at all.
-local ordinal, epoch, step, worker = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4]
-local max_attempts, max_groups, max_bytes = ARGV[5], tonumber(ARGV[6]), tonumber(ARGV[7])
-local header, digest, size, payload = ARGV[8], ARGV[9], tonumber(ARGV[10]), ARGV[11]
-local blob = KEYS[16]
+-- Whole groups in, each with a verdict of its own. Without memory the server refuses the script as a whole.
+-- ARGV: three bounds, then eight values a group. A large payload is '' here: it was SET beside, with a time to
+-- live, under the next of the keys after the fifteen, and is kept by this script or not at all.
+local max_attempts, max_groups, max_bytes = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
+local BOUNDS, VALUES, blobs_seen = 3, 8, 15
 
 local now_epoch, now_step, max_staleness, next, below, bytes =
   policy('epoch', 'step', 'max_staleness', 'next', 'below', 'bytes')
+local depth = redis.call('HLEN', QUEUED)
 
-local function refuse(verdict)
-  if blob then redis.call('UNLINK', blob) end
+local ordinals = {}
+for i = BOUNDS + 1, #ARGV, VALUES do ordinals[#ordinals + 1] = ARGV[i] end
+local leases = redis.call('HMGET', LEASE, unpack(ordinals))
+local admitted, records, size_of_all = {}, {}, 0
+
+-- Why the group cannot be admitted, and whether its payload must stay: it is then the admitted group's own.
+local function obstacle(ordinal, epoch, step, worker, holder, digest, whole, size)
+  if not now_epoch or tonumber(ordinal) >= next then return 'OUTSIDE_LINEAGE' end
+  if admitted[ordinal] then return 'DUP', admitted[ordinal] == digest end
+  -- An ordinal is in one place: what this worker holds is neither resolved nor queued.
+  if holder ~= worker then
+    if tonumber(ordinal) < below or redis.call('ZSCORE', RESOLVED, ordinal) then return 'DUP' end
+    local record = queued({ordinal})[1]
+    if record then return 'DUP', record[5] == digest end
+  end
+  local verdict = 'INSIDE'
+  if epoch ~= now_epoch or step > now_step then verdict = place_in_lineage(epoch, step) end
+  if verdict == 'INSIDE' and now_step - step > max_staleness then verdict = 'STALE' end
+  if verdict == 'INSIDE' then
+    -- A payload that is not whole could not be stored, or was sent longer ago than it lives.
+    local full = not whole or depth >= max_groups or bytes + size > max_bytes
+    return full and 'FULL' or nil
+  end
+  -- Another worker may hold the ordinal by now: then it is in good hands.
+  if holder == worker and verdict == 'FUTURE' then
+    local reason = worker .. ' sent version ' .. epoch .. '.' .. step .. ' from the future'
+    retry_or_give_up(ordinal, worker, reason, max_attempts)
+  elseif holder == worker then
+    make_issuable(ordinal, false)
+  end
   return verdict
 end
 
-if not now_epoch or tonumber(ordinal) >= next then return refuse('OUTSIDE_LINEAGE') end
-local holder = leased_by(ordinal)
--- An ordinal is in one place: what this worker holds is neither resolved nor queued.
-if holder ~= worker then
-  if tonumber(ordinal) < below or redis.call('ZSCORE', RESOLVED, ordinal) then return refuse('DUP') end
-  local record = queued({ordinal})[1]
-  -- The same group sent twice has the same blob, which must stay.
-  if record then return record[5] == digest and 'DUP' or refuse('DUP') end
-end
-
-local verdict = 'INSIDE'
-if epoch ~= now_epoch or step > now_step then verdict = place_in_lineage(epoch, step) end
-if verdict == 'INSIDE' and now_step - step > max_staleness then verdict = 'STALE' end
-if verdict ~= 'INSIDE' then
-  -- Another worker may hold the ordinal by now: then it is in good hands.
-  if holder == worker then
-    if verdict == 'FUTURE' then
-      local reason = worker .. ' sent version ' .. epoch .. '.' .. step .. ' from the future'
-      retry_or_give_up(ordinal, worker, reason, max_attempts)
-    else
-      make_issuable(ordinal, false)
-    end
+local answers, unheld = {}, {}
+for n, ordinal in ipairs(ordinals) do
+  local _, epoch, step, worker, header, digest, size, payload =
+    unpack(ARGV, BOUNDS + (n - 1) * VALUES + 1, BOUNDS + n * VALUES)
+  epoch, step, size = tonumber(epoch), tonumber(step), tonumber(size)
+  local blob
+  if payload == '' then
+    blobs_seen = blobs_seen + 1
+    blob = KEYS[blobs_seen]
   end
-  return refuse(verdict)
+  local whole = not blob or redis.call('STRLEN', blob) == size - #header
+  local holder = leases[n] and string.match(leases[n], '^%d+ %d+ %d+ %d+ (.*)$')
+  local verdict, stays = obstacle(ordinal, epoch, step, worker, holder, digest, whole, size)
+  if verdict then
+    if blob and not stays then redis.call('UNLINK', blob) end
+  else
+    local id
+    if blob then
+      id = redis.call('XADD', GROUPS, '*', 'ordinal', ordinal, 'header', header, 'sha256', digest)
+      redis.call('PERSIST', blob)
+    else
+      id = redis.call('XADD', GROUPS, '*', 'ordinal', ordinal, 'header', header, 'sha256', digest,
+        'payload', payload)
+    end
+    admitted[ordinal] = blob and digest or '-'
+    records[#records + 1] = ordinal
+    records[#records + 1] = id .. ' ' .. epoch .. ' ' .. step .. ' ' .. size .. ' ' .. admitted[ordinal] .. ' ' .. worker
+    if not holder then unheld[#unheld + 1] = ordinal end
+    depth, bytes, size_of_all = depth + 1, bytes + size, size_of_all + size
+  end
+  answers[n] = verdict or 'OK'
 end
 
--- A blob that is not whole could not be stored, or took longer than it lives.
-local whole = not blob or redis.call('STRLEN', blob) == size - #header
-if not whole or redis.call('HLEN', QUEUED) >= max_groups or bytes + size > max_bytes then return refuse('FULL') end
-local id
-if blob then
-  id = redis.call('XADD', GROUPS, '*', 'ordinal', ordinal, 'header', header, 'sha256', digest)
-  redis.call('PERSIST', blob)
-else
-  id = redis.call('XADD', GROUPS, '*', 'ordinal', ordinal, 'header', header, 'sha256', digest, 'payload', payload)
+if #records > 0 then
+  local places = {}
+  for i = 1, #records, 2 do places[#places + 1] = records[i] end
+  redis.call('HSET', QUEUED, unpack(records))
+  redis.call('HINCRBY', POLICY, 'bytes', size_of_all)
+  redis.call('ZREM', LEASES, unpack(places))
+  redis.call('HDEL', LEASE, unpack(places))
+  if #unheld > 0 then redis.call('ZREM', AGAIN, unpack(unheld)) end
 end
-redis.call('HSET', QUEUED, ordinal,
-  id .. ' ' .. epoch .. ' ' .. step .. ' ' .. size .. ' ' .. (blob and digest or '-') .. ' ' .. worker)
-redis.call('HINCRBY', POLICY, 'bytes', size)
-if holder then
-  unlease(ordinal)
-else
-  redis.call('ZREM', AGAIN, ordinal)
-end
-return 'OK'
+return answers

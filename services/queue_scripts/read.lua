@@ -1,17 +1,26 @@
 #!lua flags=allow-oom
--- What the learner has not seen yet: {state, pending, {entry, field-value list, record}...}.
--- `after` is '>' for new entries, or an entry id to go through those that were delivered and never arrived.
+-- What the learner has not seen yet: {state, pending}, then "entry ordinal sha256 record", header and payload of
+-- each entry, '' for what an entry lacks. `after` is '>' for new entries, or an entry id to go through those that
+-- were delivered and never arrived.
 local epoch, step, consumer, count, after = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local fenced = fence(epoch, step)
 if fenced then return fenced end
 local group = 'learner:' .. epoch
 local answer = redis.call('XREADGROUP', 'GROUP', group, consumer, 'COUNT', count, 'STREAMS', GROUPS, after)
 local found = {redis.call('HGET', POLICY, 'state') or '', redis.call('XPENDING', GROUPS, group)[1]}
-for _, entry in ipairs(answer and answer[1][2] or {}) do
-  local fields, ordinal = entry[2] or {}, nil
-  for i = 1, #fields, 2 do
-    if fields[i] == 'ordinal' then ordinal = fields[i + 1] end
-  end
-  found[#found + 1] = {entry[1], fields, ordinal and redis.call('HGET', QUEUED, ordinal) or ''}
+local entries, ordinals = answer and answer[1][2] or {}, {}
+for n, entry in ipairs(entries) do
+  local fields, values = entry[2] or {}, {}
+  for i = 1, #fields, 2 do values[fields[i]] = fields[i + 1] end
+  entry.values = values
+  ordinals[n] = values.ordinal or ''
+end
+local records = #ordinals > 0 and redis.call('HMGET', QUEUED, unpack(ordinals)) or {}
+for n, entry in ipairs(entries) do
+  local values = entry.values
+  found[#found + 1] = entry[1] .. ' ' .. (tonumber(values.ordinal) and values.ordinal or -1) .. ' '
+    .. string.gsub(values.sha256 or '-', '%s', '') .. ' ' .. (records[n] or '')
+  found[#found + 1] = values.header or ''
+  found[#found + 1] = values.payload or ''
 end
 return found

@@ -156,7 +156,7 @@ def test_an_ordinal_whose_groups_are_always_damaged_is_given_up_with_the_reason(
     run = Run(valkey, run_name, max_attempts=1)
     run.begin()
     run.fill()
-    damage(client, run, 0, payload=b"")
+    damage(client, run, 0, payload=b"x")
     with pytest.raises(QueueTimeout):
         run.learner.take(2, deadline_s=0.05)
     (letter,) = run.learner.dead_letters()

@@ -74,7 +74,7 @@ def test_a_payload_without_its_admission_does_not_stay(run: Run, client: redis.R
     (first, _) = run.leases()
     group = large(run, first)
     pipeline = run.worker._client.pipeline(transaction=False)
-    run.worker._send(pipeline, group)
+    run.worker._send(pipeline, [group])
     name, *arguments = pipeline.command_stack[0][0]
     client.execute_command(name, *arguments)
     (seconds,) = stored(run, client).values()
