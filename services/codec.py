@@ -49,7 +49,7 @@ class Group:
 
     @property
     def group_id(self) -> str:
-        return f"{self.header.run}-{self.header.ordinal}"
+        return _id(self.header)
 
 
 @dataclass(frozen=True)
@@ -78,24 +78,30 @@ def _sha256(header: bytes, payload: bytes) -> str:
 
 
 def _check_whole(header: GroupHeader, tensors: Mapping[str, torch.Tensor]) -> None:
-    group_id = f"{header.run}-{header.ordinal}"
     latents = tensors.get("latents")
     if latents is None:
-        raise CorruptGroup(group_id, f"has no tensor 'latents', only {sorted(tensors)}")
+        raise CorruptGroup(_id(header), f"has no tensor 'latents', only {sorted(tensors)}")
     if latents.dim() < 2 or latents.shape[0] != header.group_size:
         raise CorruptGroup(
-            group_id,
+            _id(header),
             f"latents are {tuple(latents.shape)}, expected ({header.group_size}, ...): one for each seed",
         )
+
+
+def _check_finite(header: GroupHeader, tensors: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         # A sum is one pass without a temporary; only one that overflows needs the exact look.
         finite = not tensor.is_floating_point() or math.isfinite(tensor.sum().item())
         if not finite and not bool(torch.isfinite(tensor).all()):
-            raise CorruptGroup(group_id, f"tensor {name!r} has values that are not finite")
+            raise CorruptGroup(_id(header), f"tensor {name!r} has values that are not finite")
+
+
+def _id(header: GroupHeader) -> str:
+    return f"{header.run}-{header.ordinal}"
 
 
 def encode_group(header: GroupHeader, tensors: Mapping[str, torch.Tensor]) -> EncodedGroup:
-    """Raises `CorruptGroup` for a group that no learner may see."""
+    """Raises `CorruptGroup` for a group that is not whole. Whether it is finite, its reader looks."""
     _check_whole(header, tensors)
     text = header.model_dump_json().encode()
     payload = pack(tensors)
@@ -131,13 +137,14 @@ def decode_group(header: bytes, payload: bytes, sha256: str, *, group_id: str) -
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "whole"
         raise CorruptGroup(group_id, f"header cannot be read: {place}: {first['msg']}") from error
-    if f"{parsed.run}-{parsed.ordinal}" != group_id:
-        raise CorruptGroup(group_id, f"its header says it is group {parsed.run}-{parsed.ordinal}")
+    if _id(parsed) != group_id:
+        raise CorruptGroup(group_id, f"its header says it is group {_id(parsed)}")
     try:
         tensors = views(payload)
     except BadLayout as error:
         raise CorruptGroup(group_id, f"payload is not safetensors: {error}") from error
     _check_whole(parsed, tensors)
+    _check_finite(parsed, tensors)
     return Group(parsed, tensors)
 
 

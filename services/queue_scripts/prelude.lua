@@ -36,12 +36,18 @@ end
 
 -- Keeps what is recorded small: a number, and the few resolved ordinals above it.
 local function advance_frontier()
-  local below = tonumber(redis.call('HGET', POLICY, 'below') or 0)
-  local first = below
-  while redis.call('ZREM', RESOLVED, below) == 1 do
-    below = below + 1
-  end
-  if below > first then redis.call('HSET', POLICY, 'below', below) end
+  local first = tonumber(redis.call('HGET', POLICY, 'below') or 0)
+  local below = first
+  repeat
+    local lowest = redis.call('ZRANGE', RESOLVED, below - first, below - first + 63)
+    local n = 1
+    while lowest[n] and tonumber(lowest[n]) == below do
+      below, n = below + 1, n + 1
+    end
+  until n <= 64
+  if below == first then return end
+  redis.call('ZREMRANGEBYSCORE', RESOLVED, '-inf', below - 1)
+  redis.call('HSET', POLICY, 'below', below)
 end
 
 local function leased_by(ordinal)
