@@ -36,7 +36,7 @@ class Entry(NamedTuple):
     entry: bytes
     """Its id."""
     number: bytes
-    """The ordinal that it claims to be; -1 if it has none."""
+    """The ordinal that it claims to be; no number if none of that name was admitted."""
     sha256: bytes
     record: bytes
     """What `admit` wrote down about that ordinal."""
@@ -114,15 +114,16 @@ class QueueIntake(QueueBoard):
         for part in range(0, len(entries), PAYLOADS_AT_ONCE):
             chosen = entries[part : part + PAYLOADS_AT_ONCE]
             for found, payload in zip(chosen, self._payloads(chosen), strict=True):
+                ordinal = found.ordinal
                 if not found.record.startswith(found.entry + b" "):
-                    self._refuse(version, found.entry, found.ordinal, "was never admitted", counted=False)
+                    self._refuse(version, found.entry, ordinal, "was never admitted", counted=False)
                     continue
                 try:
-                    group = _decode(found, payload, f"{self._run}-{found.ordinal}")
+                    group = _decode(found, payload, f"{self._run}-{ordinal}")
                 except CorruptGroup as error:
-                    self._refuse(version, found.entry, found.ordinal, error.reason, counted=True)
+                    self._refuse(version, found.entry, ordinal, error.reason, counted=True)
                     continue
-                self._taken[found.ordinal] = (found.entry, group)
+                self._taken[ordinal] = (found.entry, group)
         self.opening_s += time.monotonic() - started
         self._drop_stale(version, [found.ordinal for found in entries])
 

@@ -136,13 +136,9 @@ class QueueWorker:
                 # NX: sent a second time, it must not give a group that is already admitted a time to live.
                 pipeline.set(blobs[-1], group.payload, px=BLOB_TTL_MS, nx=True)
             arguments += (
-                group.ordinal,
-                group.version.epoch,
-                group.version.step,
-                group.worker,
+                f"{group.ordinal} {group.version.epoch} {group.version.step} {group.size} {group.worker}",
                 group.header,
                 group.sha256,
-                group.size,
                 b"" if large else group.payload,
             )
         self._scripts.queue(pipeline, "admit", arguments, *blobs)

@@ -1,16 +1,16 @@
 #!lua
 -- Whole groups in, each with a verdict of its own. Without memory the server refuses the script as a whole.
--- ARGV: three bounds, then eight values a group. A large payload is '' here: it was SET beside, with a time to
+-- ARGV: three bounds, then "ordinal epoch step bytes worker", header, sha256 and payload of each group. A large payload is '' here: it was SET beside, with a time to
 -- live, under the next of the keys after the fifteen, and is kept by this script or not at all.
 local max_attempts, max_groups, max_bytes = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
-local BOUNDS, VALUES, blobs_seen = 3, 8, 15
+local BOUNDS, VALUES, blobs_seen = 3, 4, 15
 
 local now_epoch, now_step, max_staleness, next, below, bytes =
   policy('epoch', 'step', 'max_staleness', 'next', 'below', 'bytes')
 local depth = redis.call('HLEN', QUEUED)
 
 local ordinals = {}
-for i = BOUNDS + 1, #ARGV, VALUES do ordinals[#ordinals + 1] = ARGV[i] end
+for i = BOUNDS + 1, #ARGV, VALUES do ordinals[#ordinals + 1] = string.match(ARGV[i], '^%d+') end
 local leases = redis.call('HMGET', LEASE, unpack(ordinals))
 local admitted, records, size_of_all = {}, {}, 0
 
@@ -44,8 +44,9 @@ end
 
 local answers, unheld = {}, {}
 for n, ordinal in ipairs(ordinals) do
-  local _, epoch, step, worker, header, digest, size, payload =
-    unpack(ARGV, BOUNDS + (n - 1) * VALUES + 1, BOUNDS + n * VALUES)
+  local place = BOUNDS + (n - 1) * VALUES
+  local header, digest, payload = ARGV[place + 2], ARGV[place + 3], ARGV[place + 4]
+  local epoch, step, size, worker = string.match(ARGV[place + 1], '^%d+ (%d+) (%d+) (%d+) (.*)$')
   epoch, step, size = tonumber(epoch), tonumber(step), tonumber(size)
   local blob
   if payload == '' then

@@ -18,8 +18,10 @@ end
 local records = #ordinals > 0 and redis.call('HMGET', QUEUED, unpack(ordinals)) or {}
 for n, entry in ipairs(entries) do
   local values = entry.values
-  found[#found + 1] = entry[1] .. ' ' .. (tonumber(values.ordinal) and values.ordinal or -1) .. ' '
-    .. string.gsub(values.sha256 or '-', '%s', '') .. ' ' .. (records[n] or '')
+  local ordinal, sha256 = values.ordinal or '-', values.sha256 or '-'
+  -- What no admit wrote may hold anything.
+  if not records[n] then ordinal, sha256 = '-', '-' end
+  found[#found + 1] = entry[1] .. ' ' .. ordinal .. ' ' .. sha256 .. ' ' .. (records[n] or '')
   found[#found + 1] = values.header or ''
   found[#found + 1] = values.payload or ''
 end
