@@ -20,8 +20,8 @@ from typing import Any
 
 LOG_FIELDS = ("run", "step", "version", "ordinal", "worker")
 
-CHATTY = ("httpx", "ray.train", "ray.data")
-"""Loggers that write a line a request or a step."""
+OWN_PACKAGES = ("services", "policy", "rollout_workers", "reward_servers", "learner", "quickstart", "benchmarks")
+"""Whose records below WARNING are kept; other libraries write a line a request or a step."""
 
 _log_fields: ContextVar[dict[str, object] | None] = ContextVar("log_fields", default=None)
 
@@ -60,9 +60,9 @@ def configure_logging(
         handler.dgpo = True  # type: ignore[attr-defined]
         handler.setFormatter(LineFormatter(fields))
         root.addHandler(handler)
-    root.setLevel(min((handler.level for handler in handlers), default=level))
-    for name in CHATTY:
-        logging.getLogger(name).setLevel(logging.WARNING)
+    root.setLevel(logging.WARNING)
+    for name in OWN_PACKAGES:
+        logging.getLogger(name).setLevel(min((handler.level for handler in handlers), default=level))
     # Read by transformers when it is imported: missing optional packages are no news to whoever trains.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

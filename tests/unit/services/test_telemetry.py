@@ -157,7 +157,7 @@ def restored_logging() -> Iterator[None]:
 @pytest.mark.usefixtures("restored_logging")
 def test_a_record_is_one_line_with_its_fields(tmp_path: Path) -> None:
     configure_logging("rollout-0", tmp_path, run="demo", stream_level=None)
-    log = logging.getLogger("test")
+    log = logging.getLogger("services.test")
     with log_fields(version="0.12", ordinal=97):
         log.info("two\nlines", extra={"step": 3})
     try:
@@ -176,7 +176,7 @@ def test_a_record_is_one_line_with_its_fields(tmp_path: Path) -> None:
 def test_configuring_again_does_not_double_the_lines(tmp_path: Path) -> None:
     for _ in range(2):
         configure_logging("driver", tmp_path, stream_level=None)
-    logging.getLogger("test").info("once")
+    logging.getLogger("services.test").info("once")
     assert (tmp_path / "logs" / "driver.log").read_text().count("once") == 1
 
 
