@@ -1,10 +1,10 @@
 """What proven weights cost over bare copies: LoRA tensors from a learner to several workers of one node.
 
 Bare: one copy of each tensor into a buffer, `ray.put`, and in each worker `ray.get` and a copy into its own
-tensors. Ours: `publish` (encode, digest, put, store) and in each worker `fetch` (store, get, digest, number
-of tensors) and the same copy into its own parameters. In turns; the figure is the median of the ratios.
-Ray's round trips are in both. Parameters and buffers are reused on both sides: first-touch page faults would
-drown the rest, and no worker allocates its policy anew for an install.
+tensors. Ours: `publish` (encode, digest, put, store) and in each worker `install` (store, get, copy into its
+own parameters, number of tensors, digest of what the parameters then hold). In turns; the figure is the
+median of the ratios. Ray's round trips are in both. Parameters and buffers are reused on both sides:
+first-touch page faults would drown the rest, and no worker allocates its policy anew for an install.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rich.table import Table
 
 from services.codec import decode_weights, encode_weights
 from services.messages import PolicyVersion, WeightsAnnouncement
-from services.policy_store import PolicyStore, fetch, publish
+from services.policy_store import PolicyStore, install, publish
 
 DEADLINE_S = 300.0
 TARGET = 1.5
@@ -51,19 +51,12 @@ class BenchWorker:
 
     def copy(self, reference: list[Any]) -> None:
         """Bare: bytes from the object store into the parameters."""
-        self._bind(decode_weights(ray.get(reference[0], timeout=DEADLINE_S)))
+        tensors = decode_weights(ray.get(reference[0], timeout=DEADLINE_S))
+        torch._foreach_copy_(list(self._parameters.values()), [tensors[name] for name in self._parameters])
 
     def install(self, store: Any, announcement: str) -> int:
-        """Ours: proven, then into the parameters."""
-        tensors = fetch(store, WeightsAnnouncement.model_validate_json(announcement))
-        self._bind(tensors)
-        return len(tensors)
-
-    def _bind(self, tensors: dict[str, torch.Tensor]) -> None:
-        with torch.no_grad():
-            torch._foreach_copy_(
-                list(self._parameters.values()), [tensors[name] for name in self._parameters]
-            )
+        """Ours: into the parameters, and proven there."""
+        return install(store, WeightsAnnouncement.model_validate_json(announcement), self._parameters)
 
 
 def run_weights_bench(

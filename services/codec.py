@@ -27,6 +27,9 @@ from pydantic import ValidationError
 from services.messages import GroupHeader, PolicyVersion
 from services.safetensors_layout import BadLayout, Bytes, pack, pack_into, tensor_bytes, views
 
+COPY_PIECE_BYTES = 128 * 1024
+"""Source and copy fit into a core's cache together."""
+
 
 class CorruptGroup(ValueError):
     """A group that is not whole, not readable or not the one it says it is."""
@@ -148,6 +151,34 @@ def decode_group(header: bytes, payload: bytes, sha256: str, *, group_id: str) -
     return Group(parsed, tensors)
 
 
+class WeightsDigest:
+    """`weights_digest`, tensor by tensor in any order."""
+
+    def __init__(self) -> None:
+        self._lines: dict[str, str] = {}
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        self._note(name, tensor, xxhash.xxh3_128_hexdigest(tensor_bytes(tensor).data))
+
+    def copy(self, name: str, tensor: torch.Tensor, destination: Bytes) -> None:
+        """Copy a tensor's bytes and add what then lies at the destination.
+
+        Piece by piece, each hashed while it is in the cache: half the time of a copy and a hash after it.
+        """
+        source, content = tensor_bytes(tensor), xxhash.xxh3_128()
+        for begin in range(0, source.size, COPY_PIECE_BYTES):
+            piece = destination[begin : begin + COPY_PIECE_BYTES]
+            piece[:] = source[begin : begin + COPY_PIECE_BYTES]
+            content.update(piece.data)
+        self._note(name, tensor, content.hexdigest())
+
+    def hexdigest(self) -> str:
+        return hashlib.sha256("".join(self._lines[name] for name in sorted(self._lines)).encode()).hexdigest()
+
+    def _note(self, name: str, tensor: torch.Tensor, content: str) -> None:
+        self._lines[name] = f"{len(name)} {name} {tensor.dtype} {tuple(tensor.shape)} {content}\n"
+
+
 def weights_digest(tensors: Mapping[str, torch.Tensor]) -> str:
     """Digest of named tensors, hex; the same for any insertion order, device and memory layout.
 
@@ -155,17 +186,21 @@ def weights_digest(tensors: Mapping[str, torch.Tensor]) -> str:
     >>> weights_digest({"a": a, "b": b}) == weights_digest({"b": b, "a": a})
     True
     """
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        content = xxhash.xxh3_128_hexdigest(tensor_bytes(tensor).data)
-        digest.update(f"{len(name)} {name} {tensor.dtype} {tuple(tensor.shape)} {content}\n".encode())
+    digest = WeightsDigest()
+    for name, tensor in tensors.items():
+        digest.add(name, tensor)
     return digest.hexdigest()
 
 
-def encode_weights(tensors: Mapping[str, torch.Tensor], buffer: Bytes | None = None) -> Bytes:
-    """Weights as the bytes of a safetensors file, in `buffer` again if it has the size."""
-    return pack_into(tensors, buffer)
+def encode_weights(
+    tensors: Mapping[str, torch.Tensor], buffer: Bytes | None = None, digest: WeightsDigest | None = None
+) -> Bytes:
+    """Weights as the bytes of a safetensors file, in `buffer` again if it has the size.
+
+    Args:
+        digest: takes the tensors along the way.
+    """
+    return pack_into(tensors, buffer, digest.copy) if digest is not None else pack_into(tensors, buffer)
 
 
 def decode_weights(buffer: bytes | bytearray | memoryview | Bytes) -> dict[str, torch.Tensor]:

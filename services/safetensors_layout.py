@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -98,10 +98,21 @@ def pack(tensors: Mapping[str, torch.Tensor]) -> bytes:
     return b"".join([head, *(tensor_bytes(tensors[name]).data for name in order)])
 
 
-def pack_into(tensors: Mapping[str, torch.Tensor], buffer: Bytes | None = None) -> Bytes:
+def _copy(name: str, tensor: torch.Tensor, destination: Bytes) -> None:
+    destination[:] = tensor_bytes(tensor)
+
+
+def pack_into(
+    tensors: Mapping[str, torch.Tensor],
+    buffer: Bytes | None = None,
+    copy: Callable[[str, torch.Tensor, Bytes], None] = _copy,
+) -> Bytes:
     """Tensors as a uint8 array, written into `buffer` if it has the very size, else into a new one.
 
     Memory that was touched before takes a copy several times as fast as fresh pages do.
+
+    Args:
+        copy: puts the bytes of a named tensor where they belong.
     """
     head, order, size = _plan(_signature(tensors))
     total = len(head) + size
@@ -110,9 +121,9 @@ def pack_into(tensors: Mapping[str, torch.Tensor], buffer: Bytes | None = None) 
     buffer[: len(head)] = np.frombuffer(head, dtype=np.uint8)
     begin = len(head)
     for name in order:
-        data = tensor_bytes(tensors[name])
-        buffer[begin : begin + data.size] = data
-        begin += data.size
+        end = begin + tensors[name].nbytes
+        copy(name, tensors[name], buffer[begin:end])
+        begin = end
     return buffer
 
 

@@ -22,6 +22,7 @@ from services.policy_store import (
     WeightsGone,
     WeightsMismatch,
     fetch,
+    install,
     publish,
 )
 from services.safetensors_layout import Bytes
@@ -34,7 +35,7 @@ def version(step: int) -> PolicyVersion:
 
 
 def tensors(seed: float) -> dict[str, torch.Tensor]:
-    return {"a.weight": torch.full((8, 4), seed), "b.weight": torch.arange(6).half() * seed}
+    return {"a.weight": torch.full((8, 4), float(seed)), "b.weight": torch.arange(6).half() * seed}
 
 
 @pytest.fixture(scope="module")
@@ -153,3 +154,54 @@ def test_other_weights_than_the_announced_ones_are_refused(wrong: Any, says: str
     assert box.payload is not None
     with pytest.raises(WeightsMismatch, match=f"weights policy 0.1: .*{says}"):
         fetch(Box(wrong(box.payload)), announcement)
+
+
+def parameters() -> dict[str, torch.Tensor]:
+    return {name: torch.nn.Parameter(torch.zeros_like(tensor)) for name, tensor in tensors(1).items()}
+
+
+def test_an_install_binds_every_published_tensor(store: Any) -> None:
+    announcement = publish(store, tensors(4.0), version(1))
+    bound = parameters()
+    assert install(store, announcement, bound) == 2
+    assert weights_digest(bound) == announcement.digest
+
+
+def test_an_install_into_another_dtype_is_proven_before_it_binds() -> None:
+    box = Box(None)
+    announcement = publish(box, tensors(4.0), version(1))
+    wide = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in tensors(1).items()}
+    assert install(box, announcement, wide) == 2
+    assert wide["a.weight"].equal(tensors(4.0)["a.weight"].double())
+    assert box.payload is not None
+    with pytest.raises(WeightsMismatch, match="digest"):
+        install(Box(changed(box.payload)), publish(box, tensors(4.0), version(1)), wide)
+    assert wide["a.weight"].equal(tensors(4.0)["a.weight"].double())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (lambda own: own | {"c": torch.zeros(1)}, r"2 tensors for 3 parameters; not published: \['c'\]"),
+        (
+            lambda own: {"a.weight": own["a.weight"]},
+            r"2 tensors for 1 parameters; .*not bound: \['b.weight'\]",
+        ),
+        (lambda own: own | {"a.weight": torch.zeros(4, 8)}, r"a.weight is \(8, 4\), the parameter \(4, 8\)"),
+    ],
+)
+def test_an_install_that_binds_other_tensors_changes_nothing(wrong: Any, says: str) -> None:
+    box = Box(None)
+    announcement = publish(box, tensors(4.0), version(1))
+    own = wrong(parameters())
+    with pytest.raises(WeightsMismatch, match=says):
+        install(box, announcement, own)
+    assert not any(tensor.any() for tensor in own.values())
+
+
+def test_an_install_of_damaged_weights_is_an_error() -> None:
+    box = Box(None)
+    announcement = publish(box, tensors(4.0), version(1))
+    assert box.payload is not None
+    with pytest.raises(WeightsMismatch, match="digest"):
+        install(Box(changed(box.payload)), announcement, parameters())
