@@ -34,7 +34,7 @@ UNCONDITIONAL_PROMPT: Final = ""
 
 
 def new_transformer() -> SD3Transformer2DModel:
-    """An untrained transformer: 4 layers, width 96, 32 image tokens; 1.4 M parameters."""
+    """An untrained transformer: 4 layers, width 96, 32 image tokens; 1.3 M parameters."""
     transformer = SD3Transformer2DModel(
         sample_size=WIDTH // 4,
         patch_size=2,
