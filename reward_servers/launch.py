@@ -102,7 +102,7 @@ def _stop(names: Sequence[str], *, shutdown: bool) -> None:
     global _owns_serve
     if ray.is_initialized():
         if shutdown:
-            serve.shutdown()  # type: ignore[no-untyped-call]
+            serve.shutdown()
         else:
             for name in names:
                 serve.delete(name, _blocking=False)

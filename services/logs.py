@@ -20,7 +20,15 @@ from typing import Any
 
 LOG_FIELDS = ("run", "step", "version", "ordinal", "worker")
 
-OWN_PACKAGES = ("services", "policy", "rollout_workers", "reward_servers", "learner", "quickstart", "benchmarks")
+OWN_PACKAGES = (
+    "services",
+    "policy",
+    "rollout_workers",
+    "reward_servers",
+    "learner",
+    "quickstart",
+    "benchmarks",
+)
 """Whose records below WARNING are kept; other libraries write a line a request or a step."""
 
 _log_fields: ContextVar[dict[str, object] | None] = ContextVar("log_fields", default=None)
