@@ -14,9 +14,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from tenacity import retry, stop_after_attempt
+
 from services.config import Config
 
 NAMESPACE = "dgpo"
+STARTS = 3
 
 
 def cpus_needed(config: Config) -> float:
@@ -50,18 +53,32 @@ def ray_cluster(config: Config) -> Iterator[bool]:
     else:
         # Ray starts its workers at nice 15: beside anything else on two cores they would starve.
         os.environ.setdefault("RAY_worker_niceness", "0")
-        ray.init(
-            address="local",
-            namespace=NAMESPACE,
-            num_cpus=max(os.cpu_count() or 1, math.ceil(cpus_needed(config))),
-            include_dashboard=config.cluster.dashboard,
-            dashboard_host="127.0.0.1",
-            _node_ip_address="127.0.0.1",
-            object_store_memory=config.cluster.object_store_mb * 1024**2,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        _start(config)
     try:
         yield not address
     finally:
         ray.shutdown()
+
+
+@retry(stop=stop_after_attempt(STARTS), before_sleep=lambda _: _clean_up(), reraise=True)
+def _start(config: Config) -> None:
+    """Start Ray here; again when the machine is so busy that Ray gives up on itself after 30 s."""
+    import ray
+
+    ray.init(
+        address="local",
+        namespace=NAMESPACE,
+        num_cpus=max(os.cpu_count() or 1, math.ceil(cpus_needed(config))),
+        include_dashboard=config.cluster.dashboard,
+        dashboard_host="127.0.0.1",
+        _node_ip_address="127.0.0.1",
+        object_store_memory=config.cluster.object_store_mb * 1024**2,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+
+
+def _clean_up() -> None:
+    import ray
+
+    ray.shutdown()
