@@ -62,6 +62,28 @@ def test_a_checkpoint_written_before_the_commit_that_never_came(run: Run) -> Non
     assert run.fill() == [2, 3]
 
 
+def test_groups_that_the_checkpoint_has_trained_are_dropped_though_fresh(stale: Run) -> None:
+    stale.begin()
+    stale.fill()
+    groups = stale.learner.take(2, deadline_s=10)
+    frontier = stale.learner.frontier_after([group.header.ordinal for group in groups])
+    stale.begin(checkpoint=version(0, 1), frontier=frontier)
+    assert stale.learner.status().queued == (2, 3)
+    assert stale.step() == [2, 3]
+
+
+def test_a_lease_that_got_too_old_is_not_kept(stale: Run) -> None:
+    stale.begin()
+    old = stale.worker.issue("slow")
+    assert old is not None
+    steps(stale, 2)
+    stale.begin(checkpoint=version(0, 2), frontier=stale.learner.frontier())
+    assert not stale.worker.renew("slow", old.ordinal)
+    again = stale.worker.issue("w0")
+    assert again is not None
+    assert (again.ordinal, again.attempt, again.version) == (old.ordinal, 1, version(1, 2))
+
+
 def test_groups_taken_by_a_crashed_learner_are_delivered_to_the_next(run: Run) -> None:
     run.begin()
     run.fill()
