@@ -7,12 +7,12 @@ import logging
 from typing import Any
 
 import torch
-from services.group_queue import Lease
 
 from rollout_workers.loop import KeepImages, RolloutLoop, SampledGroup
 from rollout_workers.policy_sampler import PolicySampler
 from rollout_workers.scoring import GroupScores, RewardServers
 from services.context import RunContext
+from services.group_queue import Lease
 from services.heartbeat import Pulse
 from services.images import write_strip
 from services.logs import configure_logging
