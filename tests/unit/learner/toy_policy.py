@@ -69,10 +69,10 @@ class ToyPolicy(Policy):
         return {"text": torch.randn(3, generator=generator)}
 
     def initial_latents(self, seeds: Sequence[int]) -> Tensor:
-        raise NotImplementedError
+        raise AssertionError("an update never samples: this belongs to rollout workers")
 
     def decode(self, latents: Tensor, batch: int) -> NDArray[np.uint8]:
-        raise NotImplementedError
+        raise AssertionError("an update never decodes: the learner holds no VAE")
 
     def moved(self, scale: float = 0.3, seed: int = 1) -> dict[str, Tensor]:
         """The trained tensors plus some noise."""
