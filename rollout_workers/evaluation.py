@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,19 +63,21 @@ def evaluate(
         RewardError: a reward could not be had.
     """
     started = time.monotonic()
-    images, rewards, details = [], dict[str, list[float]](), dict[str, list[dict[str, object]]]()
+    images, pending = [], list[Future[list[GroupScores]]]()
     size = config.rollout.group_size
-    for first in range(0, len(prompts), BATCH):
-        batch = _images(policy, config, prompts[first : first + BATCH], first)
-        images.append(batch)
-        for start in range(0, len(batch), size):
-            part = prompts[first + start : first + start + size]
-            scored = scorer.score(
-                batch[start : start + size], [p.text for p in part], [p.metadata for p in part]
-            )
-            for name, values in scored.rewards.items():
-                rewards.setdefault(name, []).extend(values)
-                details.setdefault(name, []).extend(scored.details.get(name, ()))
+    # As in a rollout worker: one batch is scored while the next is sampled.
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="score") as background:
+        for first in range(0, len(prompts), BATCH):
+            batch = prompts[first : first + BATCH]
+            images.append(_images(policy, config, batch, first))
+            pending.append(background.submit(_scores, scorer, images[-1], batch, size))
+        varied = _diversity(policy, config, prompts[:DIVERSITY_PROMPTS]) if with_diversity else {}
+        scored = [part for scores in pending for part in scores.result()]
+    rewards, details = dict[str, list[float]](), dict[str, list[dict[str, object]]]()
+    for part in scored:
+        for name, values in part.rewards.items():
+            rewards.setdefault(name, []).extend(values)
+            details.setdefault(name, []).extend(part.details.get(name, ()))
     exact = {
         name: _estimate([float(item["exact"]) for item in items])  # type: ignore[arg-type]
         for name, items in details.items()
@@ -89,9 +92,22 @@ def evaluate(
         ),
         rewards={name: _estimate(values) for name, values in rewards.items()},
         exact=exact,
-        diversity=_diversity(policy, config, prompts[:DIVERSITY_PROMPTS]) if with_diversity else {},
+        diversity=varied,
         seconds=time.monotonic() - started,
     )
+
+
+def _scores(
+    scorer: Scorer, images: NDArray[np.uint8], prompts: Sequence[Prompt], size: int
+) -> list[GroupScores]:
+    return [
+        scorer.score(
+            images[start : start + size],
+            [prompt.text for prompt in prompts[start : start + size]],
+            [prompt.metadata for prompt in prompts[start : start + size]],
+        )
+        for start in range(0, len(prompts), size)
+    ]
 
 
 def _images(policy: Policy, config: Config, prompts: Sequence[Prompt], first: int) -> NDArray[np.uint8]:

@@ -15,7 +15,7 @@ from rollout_workers.loop import SampledGroup
 from rollout_workers.sampling import sample
 from services.config import Config
 from services.messages import GroupTask, WeightsAnnouncement
-from services.policy_store import WeightsMismatch, fetch
+from services.policy_store import install
 
 
 class PolicySampler:
@@ -39,14 +39,9 @@ class PolicySampler:
         """Fetch, verify and bind.
 
         Raises:
-            WeightsMismatch: the digest differs, or fewer tensors bind than were published.
+            WeightsMismatch: the digest differs, or names and shapes are not exactly those of the policy.
         """
-        tensors = fetch(self._store, announcement, self._run_directory)
-        bound = self.policy.install(tensors)
-        if bound != announcement.tensors:
-            raise WeightsMismatch(
-                f"version {announcement.version}: {announcement.tensors} tensors published, {bound} bound"
-            )
+        install(self._store, announcement, self.policy.trainable(), self._run_directory)
 
     def sample(self, task: GroupTask) -> SampledGroup:
         """The group of a task: latents (G, C, h, w), condition of one sample, images (G, H, W, 3)."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import ray
@@ -27,10 +28,12 @@ from rollout_workers.worker import RolloutWorker
 from services.config import Config
 from services.context import RewardPlace, RunContext, SecretPlace
 from services.embedded import EmbeddedValkey
+from services.group_queue import GroupQueue
 from services.logs import configure_logging
 from services.monitor import LearnerThread, Monitor, Outcome
 from services.policy_store import PolicyStore
 from services.progress import Progress
+from services.queue_types import ENDED
 from services.ray_runtime import NAMESPACE, ray_cluster
 from services.run_directory import RunDirectory
 from services.stop_signals import StopSignals
@@ -73,6 +76,11 @@ def train(config: Config, run: RunDirectory, view: Progress, *, resume: bool = F
         )
         queue = context.open_queue()
         queue.set_state("starting")
+        stack.callback(_tell_the_end, queue)
+        store = _actor(PolicyStore, context, "policy-store", num_cpus=0).remote()
+        # The learner takes longest to start and needs no rewards until the first groups are there.
+        learner = LearnerThread(partial(fit, context, store))
+        learner.start()
         view.activity("starting the reward servers")
         places = stack.enter_context(reward_places(config, run, own_ray))
         context = context.model_copy(update={"rewards": places})
@@ -81,7 +89,6 @@ def train(config: Config, run: RunDirectory, view: Progress, *, resume: bool = F
                 run.root, tensorboard=config.telemetry.tensorboard, resumed_step=_resumed_step(run, resume)
             )
         )
-        store = _actor(PolicyStore, context, "policy-store", num_cpus=0).remote()
         text = context.model_dump_json()
         evaluator = _actor(Evaluator, context, "evaluator", num_cpus=0).remote(text, store)
         supervisor = Supervisor(
@@ -92,7 +99,6 @@ def train(config: Config, run: RunDirectory, view: Progress, *, resume: bool = F
                 telemetry.event("worker restarted", f"{part}: {why}", level="warning")
             ),
         )
-        learner = LearnerThread(lambda: fit(context, store))
         monitor = Monitor(context, queue, telemetry, view, evaluator, supervisor, learner, signals)
         view.activity("loading the models")
         # Stopped in reverse order: the state first, so that workers end by themselves.
@@ -100,8 +106,16 @@ def train(config: Config, run: RunDirectory, view: Progress, *, resume: bool = F
         stack.callback(monitor.close)
         queue.set_state("running")
         supervisor.start()
-        learner.start()
         return monitor.watch()
+
+
+def _tell_the_end(queue: GroupQueue) -> None:
+    """Whatever ended the driver: no part may go on without it."""
+    try:
+        if queue.state() not in ENDED:
+            queue.set_state("failed")
+    except Exception:  # the run may be ending because the queue is gone: that error must not be hidden
+        logger.warning("the parts could not be told that the run is over", exc_info=True)
 
 
 @contextmanager

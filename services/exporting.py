@@ -42,7 +42,9 @@ def export_run(run_dir: Path, out: Path, weights: str) -> list[Path]:
     checkpoint = newest_checkpoint(run.root)
     if checkpoint is None:
         raise ConfigError(f"{run_dir}: the run has no complete checkpoint to export")
-    policy = load_policy(config.model, text_encoders=True, vae=True, base=False, seed=config.run.seed)
+    # Here and not on the device of the run, which this machine may not have.
+    model = config.model.model_copy(update={"device": "cpu"})
+    policy = load_policy(model, text_encoders=True, vae=True, base=False, seed=config.run.seed)
     policy.install(checkpoint.state[weights])
     facts = {"run": run.name, "step": checkpoint.step, "weights": weights}
     after = read_metrics(run.root).evaluation("after")

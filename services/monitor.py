@@ -195,11 +195,8 @@ class Monitor:
         if not self._evaluates or self._evaluating is not None:
             return
         announced = self._queue.latest("ema")
-        if announced is None or announced.version.step in self._evaluated:
-            return
-        if announced.version.step == self._context.config.learner.max_steps:
-            return  # the evaluation after training is ordered when the learner has ended
-        self._evaluate(announced)
+        if announced is not None and announced.version.step not in self._evaluated:
+            self._evaluate(announced)
 
     def _evaluate(self, announced: WeightsAnnouncement) -> None:
         step = announced.version.step

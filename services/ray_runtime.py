@@ -53,6 +53,8 @@ def ray_cluster(config: Config) -> Iterator[bool]:
     else:
         # Ray starts its workers at nice 15: beside anything else on two cores they would starve.
         os.environ.setdefault("RAY_worker_niceness", "0")
+        # One machine is not taken away piece by piece; the watcher is a process more to start.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         _start(config)
     try:
         yield not address

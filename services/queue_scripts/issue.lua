@@ -5,7 +5,10 @@ local worker, nonce, lease_ms, max_attempts = ARGV[1], ARGV[2], tonumber(ARGV[3]
 local state = redis.call('HGET', POLICY, 'state')
 if state == 'draining' or state == 'done' or state == 'failed' then return {'ENDED', state} end
 local epoch, step, window, limit = policy('epoch', 'step', 'window', 'limit')
-if not epoch then return {'WAIT', '0-0', -1} end
+local function wait(expires_in)
+  return {'WAIT', redis.call('HGET', POLICY, 'wake') or '0-0', expires_in}
+end
+if not epoch then return wait(-1) end
 
 -- A client whose connection broke asks again with the same nonce: it gets what it was already given.
 local last_nonce, last_ordinal = string.match(redis.call('HGET', ISSUED, worker) or '', '^(%S+) (%d+)$')
@@ -44,4 +47,4 @@ end
 
 local first = redis.call('ZRANGE', LEASES, 0, 0, 'WITHSCORES')
 local expires_in = first[2] and math.max(0, tonumber(first[2]) - now) or -1
-return {'WAIT', redis.call('HGET', POLICY, 'wake') or '0-0', expires_in}
+return wait(expires_in)

@@ -334,6 +334,15 @@ def test_a_wake_up_between_issue_and_wait_is_not_missed(run: Run) -> None:
     assert not run.worker.wait_for_work(timeout_s=0.01)
 
 
+def test_a_worker_that_waits_for_the_first_learner_sleeps(run: Run) -> None:
+    run.learner.set_state("starting")
+    for _ in range(2):
+        assert run.worker.issue("w0") is None
+        assert not run.worker.wait_for_work(timeout_s=0.01)
+    run.begin()
+    assert run.worker.wait_for_work(timeout_s=60)
+
+
 @pytest.mark.parametrize("state", ["draining", "failed"])
 def test_a_waiting_worker_is_woken_by_the_end(run: Run, state: str) -> None:
     run.begin()
