@@ -201,7 +201,6 @@ class Updater:
                 latents=group.latents.to(device=device, dtype=dtype),
                 advantages=values.to(device=device, dtype=dtype),
                 condition={name: tensor.to(device) for name, tensor in group.condition.items()},
-                negative=group.negative,
             )
             for group, values, live in zip(groups, advantages.values, advantages.live.tolist(), strict=True)
             if live

@@ -41,12 +41,16 @@ class UpdateMetrics:
 
     def row(self) -> dict[str, Any]:
         """The fields of an update's row that the learner's arithmetic knows."""
-        same = ("loss", "dsm", "group_weight", "clip_fraction", "kl", "grad_norm", "learning_rate")
+        same = (
+            *("loss", "dsm", "group_weight", "group_score", "clip_fraction", "kl"),
+            *("grad_norm", "learning_rate"),
+        )
         return {name: getattr(self, name) for name in same} | {
             "reward_mean": self.reward["mean"],
             "reward_std": self.reward["std"],
             "rewards": self.rewards,
             "zero_variance_groups": self.zero_variance_groups,
+            "update": {f"{phase}_s": seconds for phase, seconds in self.seconds.items()},
         }
 
 

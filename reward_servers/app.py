@@ -2,7 +2,8 @@
 
 Promises
 - Every path but /healthz asks for the bearer token, before it reads a body.
-- A body over the limit is refused from its Content-Length, or as soon as it has grown too long.
+- A body over the limit is refused from its Content-Length, or as soon as it has grown too long; one that has
+  not come within `deadline_s` gives its place up (408).
 - Every answer that is not 2xx is an ErrorBody; 429 and 503 say when to come back.
 - /healthz is 503 until the scorer is warm, and when it hangs.
 
@@ -32,7 +33,6 @@ from reward_servers.protocol import (
     TENSOR_TYPE,
     ErrorBody,
     ItemError,
-    Limits,
     ProtocolError,
     ScoreRequest,
     ScoreResponse,
@@ -114,12 +114,12 @@ def create_app(config: ServerConfig, *, scorer: Scorer | None = None) -> FastAPI
     )
     async def score(request: Request) -> Response:
         _check_token(request, token)
-        engine.admit()
-        call = await _read(request, config.limits)
-        refused = _refused(engine.scorer, call)
-        if refused is not None:
-            raise ProtocolError(422, refused)
-        answer = _answer(info, await engine.score(call))
+        with engine.admitted():
+            call = await _read(request, config)
+            refused = _refused(engine.scorer, call)
+            if refused is not None:
+                raise ProtocolError(422, refused)
+            answer = _answer(info, await engine.score(call))
         # Serialised here and once: FastAPI would validate it and build it anew.
         return Response(answer.model_dump_json(), media_type=JSON_TYPE)
 
@@ -147,15 +147,19 @@ def _check_token(request: Request, token: bytes) -> None:
         raise ProtocolError(401, "send the header 'Authorization: Bearer TOKEN' with this server's token")
 
 
-async def _read(request: Request, limits: Limits) -> ScoreCall:
+async def _read(request: Request, config: ServerConfig) -> ScoreCall:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind not in (JSON_TYPE, TENSOR_TYPE):
         raise ProtocolError(415, f"content type {kind!r}; send {JSON_TYPE} or {TENSOR_TYPE}")
-    body = await _body(request, limits.max_body_bytes)
+    try:
+        async with asyncio.timeout(config.deadline_s):
+            body = await _body(request, config.limits.max_body_bytes)
+    except TimeoutError:
+        raise ProtocolError(408, f"the body did not come within {config.deadline_s:g} s") from None
     if kind == TENSOR_TYPE:
-        return decode_tensors(body, limits)
+        return decode_tensors(body, config.limits)
     # PNG decoding takes long enough to keep other requests from being accepted.
-    return await asyncio.to_thread(decode_json, body, limits)
+    return await asyncio.to_thread(decode_json, body, config.limits)
 
 
 async def _body(request: Request, limit: int) -> bytes:
@@ -207,7 +211,7 @@ def _add_error_bodies(app: FastAPI) -> None:
             headers["Retry-After"] = str(math.ceil(error.retry_after_s))
         if error.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
-        if error.status in (401, 413, 415, 429, 503):
+        if error.status in (401, 408, 413, 415, 429, 503):
             # The body may not have been read, and then the connection cannot carry another request.
             headers["Connection"] = "close"
         return Response(error.body.model_dump_json(), error.status, headers, JSON_TYPE)

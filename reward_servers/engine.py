@@ -5,7 +5,8 @@ Promises
   waits longer than `deadline_s`.
 - With batching `request` the images of a request are scored by themselves. With `dynamic` the requests that
   wait while the scorer is busy are merged, counted in images; nobody waits for company that has not come.
-- No more than `max_pending` requests are held; the next one is refused with 429 before any work.
+- No more than `max_pending` requests are held, counted from before their bodies are read; the next one is
+  refused with 429 before any work.
 - A scorer that raises on merged requests is asked again for each alone: a bad request fails by itself.
 - A scorer that hangs makes `stalled` say so, and whoever watches (Serve's health check) starts a new process.
 """
@@ -17,8 +18,9 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -38,7 +40,10 @@ class _Job:
 
 
 class ScoringEngine:
-    """One scorer and the requests that wait for it. `start` and `score` belong to one event loop."""
+    """One scorer and the requests that wait for it; all but `stalled` belongs to one event loop.
+
+    A request takes a place, then is read and scored: `with engine.admitted(): await engine.score(call)`.
+    """
 
     def __init__(self, scorer: Scorer, *, merge: bool, deadline_s: float, max_pending: int) -> None:
         self.scorer = scorer
@@ -74,20 +79,28 @@ class ScoringEngine:
             return None
         return f"scorer {self.scorer.name!r} has not answered for {time.monotonic() - since:.0f} s"
 
-    def admit(self) -> None:
-        """Raise if there is no place for one more request; cheap, to be asked before its body is read."""
+    @contextmanager
+    def admitted(self) -> Iterator[None]:
+        """One of the `max_pending` places, for as long as the block lasts; taken before a body is read.
+
+        Raises:
+            ProtocolError: the scorer hangs (503), or every place is taken (429).
+        """
         if stalled := self.stalled:
             raise ProtocolError(503, stalled, retry_after_s=5)
         if self._pending >= self._max_pending:
             raise ProtocolError(
                 429, f"{self._pending} requests wait already; at most {self._max_pending}", retry_after_s=1
             )
+        self._pending += 1
+        try:
+            yield
+        finally:
+            self._pending -= 1
 
     async def score(self, call: ScoreCall) -> list[ItemScore]:
-        """Scores of a request, in order."""
-        self.admit()
+        """Scores of an admitted request, in order."""
         job = _Job(call)
-        self._pending += 1
         self._waiting.append(job)
         self._arrived.set()
         try:
@@ -100,7 +113,6 @@ class ScoringEngine:
                 f"{len(call)} images: no score within {self._deadline_s:g} s; the request {place} the scorer",
             ) from None
         finally:
-            self._pending -= 1
             job.answer.cancel()
 
     async def _run(self) -> None:

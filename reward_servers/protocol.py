@@ -31,6 +31,7 @@ STATUS_NAMES: Final = {
     401: "unauthorized",
     404: "not_found",
     405: "method_not_allowed",
+    408: "body_too_late",
     413: "too_large",
     415: "unsupported_media_type",
     422: "unprocessable",

@@ -39,9 +39,10 @@ class ServerConfig(ProtocolModel):
     batching: Literal["request", "dynamic"] = "request"
     """`request`: a request is scored as a unit; `dynamic`: waiting requests are merged."""
     deadline_s: float = Field(default=60.0, gt=0)
-    """Seconds from the arrival of a request to its answer, waiting included; then 504."""
+    """Seconds for a request's body to arrive (then 408), and from there to its answer, waiting included (then
+    504)."""
     max_pending: int = Field(default=16, ge=1)
-    """Requests being scored or waiting in a replica; more get 429."""
+    """Requests being read, waiting or being scored in a replica; more get 429."""
     limits: Limits = Limits()
 
     @model_validator(mode="after")

@@ -28,7 +28,6 @@ from services.metrics import Estimate
 from services.prompts import sample_seeds
 
 DIVERSITY_PROMPTS = 16
-BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,7 @@ class Evaluation:
     rewards: dict[str, Estimate]
     exact: dict[str, Estimate]
     diversity: dict[str, float]
+    """By measure (quickstart/diversity.py); empty where it was not measured."""
     seconds: float
 
 
@@ -57,21 +57,24 @@ def evaluate(
 
     Args:
         policy: with the weights to evaluate installed.
-        with_diversity: also sample whole groups for some prompts and measure how varied they are.
+        with_diversity: also sample whole groups for some prompts and measure how varied they are. Only where
+            prompts are words: what is measured is colour and place of one word on its background.
 
     Raises:
-        RewardError: a reward could not be had.
+        RewardError: a reward could not be had, be it optional or held out in training.
     """
     started = time.monotonic()
     images, pending = [], list[Future[list[GroupScores]]]()
-    size = config.rollout.group_size
+    size, batch_size = config.rollout.group_size, config.eval.batch
     # As in a rollout worker: one batch is scored while the next is sampled.
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="score") as background:
-        for first in range(0, len(prompts), BATCH):
-            batch = prompts[first : first + BATCH]
+        for first in range(0, len(prompts), batch_size):
+            batch = prompts[first : first + batch_size]
             images.append(_images(policy, config, batch, first))
             pending.append(background.submit(_scores, scorer, images[-1], batch, size))
-        varied = _diversity(policy, config, prompts[:DIVERSITY_PROMPTS]) if with_diversity else {}
+        varied = {}
+        if with_diversity and config.prompts.source == "words":
+            varied = _diversity(policy, config, prompts[:DIVERSITY_PROMPTS])
         scored = [part for scores in pending for part in scores.result()]
     rewards, details = dict[str, list[float]](), dict[str, list[dict[str, object]]]()
     for part in scored:

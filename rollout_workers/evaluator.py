@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -17,7 +17,7 @@ from services.heartbeat import Pulse
 from services.images import write_grid
 from services.logs import configure_logging
 from services.messages import WeightsAnnouncement
-from services.metrics import EvalRow
+from services.metrics import EvalRow, When
 from services.policy_store import WeightsGone
 from services.prompts import prompt_source
 
@@ -25,8 +25,6 @@ logger = logging.getLogger(__name__)
 
 GRID_IMAGES = 64
 GRID_COLUMNS = 8
-
-When = Literal["before", "during", "after"]
 
 
 class Evaluator:
@@ -61,8 +59,8 @@ class Evaluator:
             announcement: WeightsAnnouncement as JSON.
 
         Returns:
-            An EvalRow as JSON; None when nobody has these weights any more, which a learner's crash may bring
-            about during training.
+            An EvalRow as JSON; None when nobody has these weights any more, which a learner's crash brings
+            about: its next life announces newer ones.
         """
         config = self._context.config
         told = WeightsAnnouncement.model_validate_json(announcement)
@@ -70,8 +68,6 @@ class Evaluator:
         try:
             self._sampler.install(told)
         except WeightsGone as error:
-            if when != "during":
-                raise
             logger.warning("evaluation skipped: %s", error)
             return None
         self._pulse.version = told.version

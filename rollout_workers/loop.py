@@ -17,7 +17,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -127,11 +127,13 @@ class RolloutLoop:
             logger.warning("ordinal %d given back: %s", lease.ordinal, error)
             self._queue.release(self.worker, lease.ordinal)
             self._pulse.let_go(lease.ordinal)
-            self._queue.wait_for_work(self._poll_s)
+            self._pulse.enter("waiting for weights")
+            # Not `wait_for_work`: what was given back wakes everyone who waits there, this worker too.
+            time.sleep(self._poll_s)
             return
-        task = self._task_of(lease)
         version = self._installed
         assert version is not None
+        task = self._task_of(replace(lease, version=version))
         self._overhead_s += time.monotonic() - started
         self._pulse.enter("sampling", ordinal=task.ordinal)
         started = time.monotonic()
@@ -203,7 +205,7 @@ class RolloutLoop:
             self._pulse.enter("waiting for room in the queue", ordinal=header.ordinal)
             if self._queue.state() in ENDED:
                 return False
-            self._queue.wait_for_work(FULL_RETRY_S)
+            time.sleep(FULL_RETRY_S)
         if answer is Admitted.FUTURE:
             raise RuntimeError(f"group {header.ordinal} was sampled with the unannounced {header.version}")
         if answer is not Admitted.OK:

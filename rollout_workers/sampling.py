@@ -9,13 +9,12 @@ Promises
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from policy.base import Condition, Policy
-from rollout_workers.solvers import Solver, make_solver
+from rollout_workers.solvers import solve
 from services.config import RolloutConfig
 
 
@@ -41,11 +40,6 @@ def sample(
         return policy.velocity(x, timestep, condition, guidance=rollout.guidance, negative=negative)
 
     with torch.inference_mode():
-        latents = _solver(rollout).solve(velocity, policy.initial_latents(seeds))
+        latents = solve(rollout, velocity, policy.initial_latents(seeds))
     # An inference tensor could not take part in training; a copy made out here can.
     return latents.clone()
-
-
-@lru_cache(maxsize=8)
-def _solver(rollout: RolloutConfig) -> Solver:
-    return make_solver(rollout)

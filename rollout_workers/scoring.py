@@ -2,7 +2,9 @@
 
 Promises
 - Every required reward is there, for every sample, or `RewardError` is raised: nothing is made up.
-- An optional reward that fails is left out of the group whole, and the failure is reported.
+- An optional or held-out reward that fails is left out of the group whole, and the failure is reported.
+- An evaluation (no ordinal) gets every reward, or `RewardError`: a reward that is there for some prompts only
+  would be paired with the wrong ones.
 """
 
 from __future__ import annotations
@@ -85,7 +87,8 @@ class RewardServers:
             images: (N, H, W, 3) uint8.
             prompts: one an image.
             metadata: one an image.
-            ordinal: of the group; decides which held-out rewards are due. None: all are.
+            ordinal: of the group; decides which held-out rewards are due. None, an evaluation: all are, and
+                all are required.
 
         Raises:
             RewardError: a required reward could not be had before its deadline.
@@ -104,7 +107,7 @@ class RewardServers:
                 scored[reward.name] = pending[reward.name].result()
             except RewardError as error:
                 # Every request is awaited, so that none still runs when the group is given up.
-                if reward.required and not reward.heldout:
+                if ordinal is None or (reward.required and not reward.heldout):
                     failure = failure or error
                 else:
                     logger.warning("optional reward %s left out: %s", reward.name, error)

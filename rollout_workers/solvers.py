@@ -12,41 +12,27 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from policy.schedule import Schedule, make_schedule, make_scheduler
+from policy.schedule import make_scheduler
 from services.config import RolloutConfig
 
 VelocityFunction = Callable[[Tensor, Tensor], Tensor]
 """(x, timestep) -> velocity, shapes (N, C, h, w), () and (N, C, h, w)."""
 
 
-class Solver:
-    """The solver of a `rollout` section.
+def solve(rollout: RolloutConfig, velocity: VelocityFunction, x: Tensor) -> Tensor:
+    """Integrate from noise to sigma 0.
 
-    Attributes:
-        schedule: the timesteps and sigmas it visits.
+    Args:
+        rollout: names the solver, its steps and its shift.
+        velocity: evaluated `rollout.steps` times.
+        x: (N, C, h, w) initial latents.
+
+    Returns:
+        (N, C, h, w) final latents x0.
     """
-
-    def __init__(self, rollout: RolloutConfig) -> None:
-        self._rollout = rollout
-        self.schedule: Schedule = make_schedule(rollout)
-
-    def solve(self, velocity: VelocityFunction, x: Tensor) -> Tensor:
-        """Integrate from noise to sigma 0.
-
-        Args:
-            velocity: evaluated `rollout.steps` times.
-            x: (N, C, h, w) initial latents.
-
-        Returns:
-            (N, C, h, w) final latents x0.
-        """
-        scheduler = make_scheduler(self._rollout)
-        scheduler.set_timesteps(self._rollout.steps, device=x.device)
-        for timestep in scheduler.timesteps:
-            x = scheduler.step(velocity(x, timestep), timestep, x, return_dict=False)[0]
-        return x.to(torch.float32)
-
-
-def make_solver(rollout: RolloutConfig) -> Solver:
-    """The solver of a `rollout` section."""
-    return Solver(rollout)
+    # A scheduler keeps what it has seen of a trajectory, so each gets its own.
+    scheduler = make_scheduler(rollout)
+    scheduler.set_timesteps(rollout.steps, device=x.device)
+    for timestep in scheduler.timesteps:
+        x = scheduler.step(velocity(x, timestep), timestep, x, return_dict=False)[0]
+    return x.to(torch.float32)

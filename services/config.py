@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
@@ -114,13 +115,24 @@ class RolloutConfig(Section):
     """Restarts of one worker before the run fails with its last error."""
 
 
+def _login(url: str) -> tuple[str | None, str | None]:
+    """User and password inside an address; Redis clients take them from its query too."""
+    parts = urlsplit(url)
+    query = dict(parse_qsl(parts.query))
+    return parts.username or query.get("username"), parts.password or query.get("password")
+
+
+_FOR_APP = ("args", "batching", "replicas", "threads", "num_cpus", "num_gpus")
+"""Settings of a reward that only a server started by the driver heeds."""
+
+
 class RewardConfig(Section):
     name: RewardName
     """Names the reward in metrics and groups."""
     app: str | None = None
     """A scorer of reward_servers/scorers that the driver serves itself (`ocr`, `ocr_tesseract`)."""
     args: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of that scorer."""
+    """Arguments of that scorer, for `app`."""
     url: str | None = None
     """Or: the address of a running reward server, up to and without /v1."""
     token_env: str | None = None
@@ -128,13 +140,14 @@ class RewardConfig(Section):
     weight: float = 1.0
     """Weight in the total reward."""
     required: bool = True
-    """A required reward that fails dead-letters the group; an optional one drops its term for the group."""
+    """A required reward that fails dead-letters the group; an optional one drops its term for the group.
+    Evaluations require every reward."""
     heldout: bool = False
     """Scored and reported, never trained."""
     every: int = Field(default=1, ge=1)
     """For a held-out reward: score the groups of every so many ordinals only, to save its time."""
     batching: Literal["request", "dynamic"] = "request"
-    """`request`: a request is scored as a unit; `dynamic`: requests may be merged into one batch."""
+    """`request`: a request is scored as a unit; `dynamic`: requests may be merged, for `app`."""
     deadline_s: float = Field(default=60.0, gt=0)
     """Seconds for one group's scores, retries included."""
     replicas: int = Field(default=1, ge=1)
@@ -152,8 +165,27 @@ class RewardConfig(Section):
             raise ValueError(f"reward {self.name!r} needs either app or url, and not both")
         if self.every > 1 and not self.heldout:
             raise ValueError(f"reward {self.name!r}: every > 1 is for held-out rewards only")
-        if self.url is not None and not self.url.startswith(("http://", "https://")):
+        if self.url is None:
+            if self.token_env is not None:
+                raise ValueError(
+                    f"reward {self.name!r}: token_env is for url; leave it out: app gets a token from the run"
+                )
+            return self
+        if any(_login(self.url)):
+            raise ValueError(
+                f"reward {self.name!r}: url holds a user or a password, which config.yaml and logs would "
+                "show; leave them out and name the variable that holds a bearer token in token_env"
+            )
+        if not self.url.startswith(("http://", "https://")):
             raise ValueError(f"reward {self.name!r}: url {self.url!r} must begin with http:// or https://")
+        # config.yaml of a run holds every key: what is there at its default was asked for by nobody.
+        defaults = RewardConfig.model_construct(name=self.name)
+        ignored = [name for name in _FOR_APP if getattr(self, name) != getattr(defaults, name)]
+        if ignored:
+            raise ValueError(
+                f"reward {self.name!r}: {', '.join(ignored)} would do nothing for a server at url, only for "
+                "one that the driver starts (app); leave out, or keep at the default"
+            )
         return self
 
 
@@ -237,7 +269,7 @@ class LearnerConfig(Section):
     ema_decay: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the EMA that is evaluated and exported."""
     ema_every: int = Field(default=8, ge=1)
-    """Updates between two updates of that EMA."""
+    """Updates between two updates of that EMA; the last update always makes one."""
     threads: int = Field(default=1, ge=1)
     """Torch threads of the learner."""
     num_cpus: float = Field(default=1.0, ge=0)
@@ -250,7 +282,8 @@ class LearnerConfig(Section):
 
 class QueueConfig(Section):
     url: str | None = None
-    """redis:// or rediss:// address; null starts an embedded Valkey server on loopback."""
+    """redis:// or rediss:// address, with an ACL user (`rediss://worker@host`) but never a password; null
+    starts an embedded Valkey server on loopback."""
     password_env: str | None = None
     """Environment variable that holds the password for `url`."""
     max_staleness: int = Field(default=1, ge=0)
@@ -267,6 +300,17 @@ class QueueConfig(Section):
     """Payload bytes the queue holds at most."""
     take_deadline_s: float = Field(default=600.0, gt=0)
     """Seconds the learner waits for the groups of a step before it fails and names what is missing."""
+
+    @model_validator(mode="after")
+    def _no_password(self) -> QueueConfig:
+        if self.url is None and self.password_env is not None:
+            raise ValueError("password_env is for url; leave it out: the embedded server makes a password")
+        if self.url is not None and _login(self.url)[1]:
+            raise ValueError(
+                "url holds a password, which config.yaml and logs would show; leave it out and name the "
+                "variable that holds it in password_env"
+            )
+        return self
 
 
 class CheckpointConfig(Section):
@@ -287,6 +331,14 @@ class EvalConfig(Section):
     """Held-out prompts and their initial noise follow from it."""
     path: Path | None = None
     """Held-out prompts for `prompts.source: file`; null skips evaluation there."""
+    batch: int = Field(default=64, ge=1)
+    """Held-out prompts sampled at once, one image each."""
+    deadline_s: float = Field(default=1800.0, gt=0)
+    """Seconds that the evaluation after training may take, one that still goes on then included."""
+    num_cpus: float = Field(default=0.0, ge=0)
+    """Ray CPUs the evaluator reserves."""
+    num_gpus: float = Field(default=0.0, ge=0)
+    """Ray GPUs the evaluator reserves."""
 
 
 class TelemetryConfig(Section):

@@ -21,7 +21,7 @@ from rich.table import Table
 from services.config import Config, RewardConfig
 from services.config_file import ConfigError, find
 from services.prompts import prompt_source
-from services.ray_runtime import cpus_needed
+from services.ray_runtime import cluster_address, cpus_needed, loopback_parts
 
 REACH_DEADLINE_S = 5.0
 PROCESS_BYTES = 600 * 1024**2
@@ -197,12 +197,14 @@ def _memory(config: Config) -> list[Finding]:
 
 
 def _ray(config: Config) -> list[Finding]:
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
-    if not address:
+    address = cluster_address(config)
+    if address is None:
         found = f"started by the run on loopback, with {cpus_needed(config):.2f} CPUs reserved"
         return [Finding(what="ray", ok=True, found=found)]
-    if address in ("auto", "local"):
-        return [Finding(what="ray", ok=True, found=f"address {address}")]
+    local = loopback_parts(config)
+    warning = f"; on more than one node the run refuses to start with {', '.join(local)}" if local else ""
+    if address == "auto":
+        return [Finding(what="ray", ok=True, found=f"address {address}{warning}")]
     parsed = urlparse(address if "//" in address else f"//{address}")
     try:
         with socket.create_connection((parsed.hostname or "", parsed.port or 6379), REACH_DEADLINE_S):
@@ -210,4 +212,4 @@ def _ray(config: Config) -> list[Finding]:
     except OSError as error:
         remedy = "start the cluster (ray start --head), or mend cluster.address / RAY_ADDRESS"
         return [Finding(what="ray", ok=False, found=f"{address}: {error}", remedy=remedy)]
-    return [Finding(what="ray", ok=True, found=f"{address}: reachable")]
+    return [Finding(what="ray", ok=True, found=f"{address}: reachable{warning}")]

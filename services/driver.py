@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any
 
 import ray
+import redis
 
 from learner.checkpoint import newest_checkpoint
 from learner.ray_train import fit
@@ -33,11 +34,13 @@ from services.logs import configure_logging
 from services.monitor import LearnerThread, Monitor, Outcome
 from services.policy_store import PolicyStore
 from services.progress import Progress
+from services.queue_connection import place
 from services.queue_types import ENDED
 from services.ray_runtime import NAMESPACE, ray_cluster
+from services.resuming import reconfigure
 from services.run_directory import RunDirectory
 from services.stop_signals import StopSignals
-from services.supervisor import Supervisor
+from services.supervisor import PartFailed, Supervisor
 from services.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
@@ -49,7 +52,7 @@ def train(config: Config, run: RunDirectory, view: Progress, *, resume: bool = F
     """Run to `learner.max_steps`, or until asked to stop.
 
     Args:
-        config: of the run; with `resume`, the one it was started with plus overrides.
+        config: of the run; with `resume`, its own plus overrides, which are kept (services/resuming.py).
         run: its directory.
         view: told everything a person wants to see.
         resume: go on from the newest complete checkpoint.
@@ -61,6 +64,8 @@ def train(config: Config, run: RunDirectory, view: Progress, *, resume: bool = F
     configure_logging("driver", run.root, run=run.name, stream_level=None)
     with ExitStack() as stack:
         stack.enter_context(run.locked())
+        if resume:
+            reconfigure(run, config)
         view.activity("starting Ray")
         own_ray = stack.enter_context(ray_cluster(config))
         # After ray.init, which replaces the handlers that were there before it.
@@ -90,14 +95,18 @@ def train(config: Config, run: RunDirectory, view: Progress, *, resume: bool = F
             )
         )
         text = context.model_dump_json()
-        evaluator = _actor(Evaluator, context, "evaluator", num_cpus=0).remote(text, store)
+        reserved = {"num_cpus": config.eval.num_cpus, "num_gpus": config.eval.num_gpus}
+        evaluator = _actor(Evaluator, context, "evaluator", **reserved).remote(text, store)
+
+        def worker_died(part: str, why: str) -> None:
+            queue.release_worker(part, why)
+            view.row(telemetry.event("worker died", f"{part}: {why}", level="warning"))
+
         supervisor = Supervisor(
             spawn=lambda index: _spawn(context, text, index, store),
             count=config.rollout.workers,
             max_restarts=config.rollout.max_restarts,
-            on_restart=lambda part, why: view.row(
-                telemetry.event("worker restarted", f"{part}: {why}", level="warning")
-            ),
+            on_death=worker_died,
         )
         monitor = Monitor(context, queue, telemetry, view, evaluator, supervisor, learner, signals)
         view.activity("loading the models")
@@ -106,7 +115,10 @@ def train(config: Config, run: RunDirectory, view: Progress, *, resume: bool = F
         stack.callback(monitor.close)
         queue.set_state("running")
         supervisor.start()
-        return monitor.watch()
+        try:
+            return monitor.watch()
+        except redis.ConnectionError as error:
+            raise PartFailed(f"the queue server at {place(queue_url)} was lost: {error}") from error
 
 
 def _tell_the_end(queue: GroupQueue) -> None:

@@ -31,7 +31,8 @@ def evaluate_model(
         weights: `ema` or `policy`, of a checkpoint.
 
     Returns:
-        Means and standard errors by reward, exact rates, diversity and what was evaluated.
+        Means and standard errors by reward, exact rates, diversity (null unless prompts are words) and what
+        was evaluated.
 
     Raises:
         ConfigError: it is none of the three, or there is nothing to evaluate on.
@@ -70,7 +71,7 @@ def evaluate_model(
         "prompts": len(prompts),
         "rewards": {name: estimate.model_dump() for name, estimate in found.rewards.items()},
         "exact": {name: estimate.model_dump() for name, estimate in found.exact.items()},
-        "diversity": found.diversity,
+        "diversity": found.diversity or None,
         "seconds": round(found.seconds, 1),
     }
     screen.print(_table(result))

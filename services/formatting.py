@@ -1,4 +1,4 @@
-"""Numbers as people read them, the same in the terminal and in the report.
+"""Numbers and errors as people read them, the same in the terminal and in the report.
 
 Promises
 - Pure text, no markup: callers escape and colour.
@@ -54,5 +54,25 @@ def size(count: int) -> str:
     return f"{value:.2f} GB"
 
 
+def reason(error: BaseException) -> str:
+    """What failed first, in one line: kind and last line of an error, of its cause where Ray wraps one.
+
+    >>> reason(ValueError("no such step"))
+    'ValueError: no such step'
+    """
+    cause = getattr(error, "cause", None) or error.__cause__ or error
+    lines = [line.strip() for line in str(cause).strip().splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {lines[-1] if lines else 'no message'}"
+
+
 def number(value: float | None, digits: int = 3) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def estimate(mean: float | None, error: float | None) -> str:
+    """A mean and its standard error, which one prompt alone does not have.
+
+    >>> estimate(0.5, 0.01), estimate(0.5, None), estimate(None, None)
+    ('0.500 ± 0.010', '0.500', '-')
+    """
+    return number(mean) + (f" ± {number(error)}" if mean is not None and error is not None else "")

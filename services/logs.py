@@ -12,9 +12,6 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +27,6 @@ OWN_PACKAGES = (
     "benchmarks",
 )
 """Whose records below WARNING are kept; other libraries write a line a request or a step."""
-
-_log_fields: ContextVar[dict[str, object] | None] = ContextVar("log_fields", default=None)
 
 
 def configure_logging(
@@ -76,19 +71,6 @@ def configure_logging(
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
-@contextmanager
-def log_fields(**fields: object) -> Iterator[None]:
-    """Records made inside carry these fields (of LOG_FIELDS), in this thread or task only."""
-    unknown = set(fields) - set(LOG_FIELDS)
-    if unknown:
-        raise ValueError(f"log fields {sorted(unknown)} are unknown; valid: {', '.join(LOG_FIELDS)}")
-    token = _log_fields.set({**(_log_fields.get() or {}), **fields})
-    try:
-        yield
-    finally:
-        _log_fields.reset(token)
-
-
 class LineFormatter(logging.Formatter):
     """`time level logger message key=value ...`, always one line: line breaks become a literal \\n."""
 
@@ -101,7 +83,7 @@ class LineFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         given = {name: getattr(record, name) for name in LOG_FIELDS if hasattr(record, name)}
-        fields = {**self._fields, **(_log_fields.get() or {}), **given}
+        fields = {**self._fields, **given}
         shown = "".join(f" {name}={fields[name]}" for name in LOG_FIELDS if fields.get(name) is not None)
         message, line_break, trace = super().format(record).partition("\n")
         return (message + shown + line_break + trace).replace("\r", "").replace("\n", "\\n")

@@ -41,16 +41,6 @@ class PolicyVersion(Message):
     def __str__(self) -> str:
         return f"{self.epoch}.{self.step}"
 
-    @classmethod
-    def parse(cls, text: str) -> PolicyVersion:
-        """Inverse of `str`.
-
-        >>> PolicyVersion.parse("1.40")
-        PolicyVersion(epoch=1, step=40)
-        """
-        epoch, step = text.split(".")
-        return cls(epoch=int(epoch), step=int(step))
-
 
 class Prompt(Message):
     """What an ordinal asks for: follows from (run seed, ordinal) alone."""
@@ -61,12 +51,7 @@ class Prompt(Message):
 
 
 class GroupTask(Message):
-    """One ordinal, issued to one worker.
-
-    >>> GroupTask(run="demo", ordinal=7, attempt=1, prompt=Prompt(text='a sign that says "K7QX"'),
-    ...           seeds=(11, 12), version=PolicyVersion(epoch=0, step=3)).group_id
-    'demo-7'
-    """
+    """One ordinal, issued to one worker."""
 
     run: str
     ordinal: int = Field(ge=0)
@@ -76,11 +61,7 @@ class GroupTask(Message):
     seeds: tuple[int, ...]
     """One a sample, G in all; each determines the initial noise of its sample."""
     version: PolicyVersion
-    """The policy at the time of issue: sample with it, or with a newer one."""
-
-    @property
-    def group_id(self) -> str:
-        return f"{self.run}-{self.ordinal}"
+    """The weights it is sampled with: those at the time of issue, or newer ones."""
 
 
 class GroupHeader(Message):

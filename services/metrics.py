@@ -88,6 +88,8 @@ class UpdateRow(Row):
     """Before clipping."""
     group_weight: Number = None
     """Mean of sigmoid(beta * S_g) over groups and timesteps."""
+    group_score: Number = None
+    """Mean of S_g over groups and timesteps."""
     clip_fraction: Number = None
     """Share of (sample, timestep) pairs whose DSM error was clipped."""
     kl: Number = None
@@ -95,17 +97,22 @@ class UpdateRow(Row):
     phases: dict[str, float] = Field(default_factory=dict)
     """Seconds of this update by phase of the learner: wait_s, codec_s, forward_backward_s, publish_s,
     commit_s, checkpoint_s."""
+    update: dict[str, float] = Field(default_factory=dict)
+    """What forward_backward_s consists of: reference_s, forward_s, backward_s, optimizer_s, ema_s."""
     rollout: dict[str, float] = Field(default_factory=dict)
-    """Mean seconds a group: sample_s, reward_s."""
+    """Mean seconds a group: sample_s, reward_s, overhead_s."""
     rss_bytes: int = 0
     """Peak resident memory of the learner."""
+
+
+When = Literal["before", "during", "after"]
 
 
 class EvalRow(Row):
     """One evaluation of the EMA weights on held-out prompts."""
 
     kind: Literal["eval"] = "eval"
-    when: Literal["before", "during", "after"] = "during"
+    when: When = "during"
     """Before the first update, between updates, or after the last one."""
     epoch: int = Field(ge=0)
     step: int = Field(ge=0)
@@ -116,7 +123,7 @@ class EvalRow(Row):
     exact: dict[str, Estimate] = Field(default_factory=dict)
     """By reward name: the rate of exact matches, for scorers that tell."""
     diversity: dict[str, Number] = Field(default_factory=dict)
-    """By measure: how much the images differ."""
+    """By measure: how much the images differ; empty where it was not measured."""
     seconds: float = Field(default=0.0, ge=0)
 
 
@@ -126,7 +133,7 @@ class EventRow(Row):
     kind: Literal["event"] = "event"
     level: Literal["info", "warning", "error"] = "info"
     what: str
-    """A few words: "worker restarted", "dead letter", "resumed"."""
+    """A few words: "worker died", "dead letter", "resumed"."""
     detail: str = ""
     """Why, in a sentence; shown escaped."""
     step: int | None = None

@@ -3,8 +3,7 @@
 Promises
 - A failure of any part ends `watch` with an exception that names it; the end of the work ends it normally.
 - Nothing is waited for in silence: a part without a heartbeat is named, with what it was doing last.
-- The evaluations before and after training always happen (where held-out prompts exist); those in between are
-  skipped rather than queued up when the evaluator is behind.
+- Evaluations happen when services/evaluation_schedule.py says; a run that is done has the one after training.
 """
 
 from __future__ import annotations
@@ -16,16 +15,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import ray
 from pydantic import TypeAdapter
 
+from learner.ray_train import LearnerFailed
 from services.context import RunContext
+from services.evaluation_schedule import EvaluationSchedule
+from services.formatting import reason
 from services.group_queue import GroupQueue, RunState
 from services.memory import peak_memory
 from services.messages import Heartbeat, PolicyVersion, WeightsAnnouncement
-from services.metrics import AnyRow, EvalRow, MemoryRow
+from services.metrics import AnyRow, MemoryRow
 from services.progress import Progress
-from services.prompts import prompt_source
 from services.run_directory import RunDirectory
 from services.stop_signals import StopSignals
 from services.supervisor import PartFailed, Supervisor
@@ -34,8 +34,7 @@ from services.telemetry import Telemetry, read_metrics
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.5
-EVALUATION_DEADLINE_S = 1800.0
-SILENT_S = 60.0
+DEAD_LETTER = "dead letter"
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,8 @@ class Outcome:
     interrupted: bool
     version: PolicyVersion
     weights_digest: str
-    """Of the policy (not the EMA) behind the last step."""
+    """Of the weights announced for rollouts behind the last step: the policy's, or the EMA reference's after
+    `objective.switch_step`."""
     seconds: float
     """From the start of the learner to its end, model loading included."""
 
@@ -91,40 +91,45 @@ class Monitor:
         self._queue = queue
         self._telemetry = telemetry
         self._view = view
-        self._evaluator = evaluator
         self._supervisor = supervisor
         self._learner = learner
         self._signals = signals
         self._rows: TypeAdapter[AnyRow] = TypeAdapter(AnyRow)
-        self._last_row_id = "0-0"
-        self._dead_seen = 0
+        # A resumed run's server may remember what the driver before this one has written down.
+        self._last_row_id = queue.last_written_metrics()
+        self._dead_told = {
+            row.ordinal for row in read_metrics(context.directory).events if row.what == DEAD_LETTER
+        }
         self._draining = False
-        self._evaluating: Any = None
-        self._evaluated: set[int] = {row.step for row in read_metrics(context.directory).evals}
+        self._evaluations = EvaluationSchedule(
+            context.config,
+            evaluator,
+            {row.step for row in read_metrics(context.directory).evals},
+            on_row=self._write,
+            on_gone=self._put_off,
+        )
         self._beats: dict[str, Heartbeat] = {}
         self._silent: set[str] = set()
         self._ending: RunState = "failed"
-        source, settings = prompt_source(context.config), context.config.eval
-        self._evaluates = bool(source.heldout(settings.seed, 1))
 
     def watch(self) -> Outcome:
         """Returns when the run is done or drained; raises when it failed."""
-        started = time.monotonic()
         while self._learner.running():
             self._turn()
         self._turn()
         if self._learner.error is not None:
-            raise PartFailed(
-                f"the learner failed: {_reason(self._learner.error)}; its log: "
-                f"{self._context.run_directory.logs / 'learner-0.log'}"
-            ) from self._learner.error
-        seconds = time.monotonic() - started
+            error = self._learner.error
+            why = str(error) if isinstance(error, LearnerFailed) else reason(error)
+            log = self._context.run_directory.logs / "learner-0.log"
+            raise PartFailed(f"the learner failed: {why}; its log: {log}") from error
+        seconds = time.monotonic() - self._learner.started
         policy = self._latest("policy")
         interrupted = self._draining and policy.version.step < self._context.config.learner.max_steps
         self._ending = "draining" if interrupted else "done"
         self._queue.set_state(self._ending)
-        if not interrupted:
-            self._final_evaluation()
+        if not interrupted and self._evaluations.possible:
+            self._view.activity("evaluating the trained model on held-out prompts")
+            self._evaluations.finish(self._latest("ema"), self._evaluator_state)
         self._telemetry.write(MemoryRow(time=time.time(), parts=peak_memory(self._beats.values())))
         return Outcome(
             run=self._context.run_directory,
@@ -150,13 +155,14 @@ class Monitor:
         self._move_metrics()
         self._watch_heartbeats()
         self._count_dead_letters()
-        self._collect_evaluation(wait_s=0.0)
-        self._order_evaluation()
+        self._evaluations.poll(self._queue.latest("ema"))
 
     def _move_metrics(self) -> None:
-        for row_id, row in self._queue.read_metrics(self._last_row_id):
-            self._last_row_id = row_id
-            self._write(self._rows.validate_python(row))
+        while rows := self._queue.read_metrics(self._last_row_id):
+            for row_id, row in rows:
+                self._last_row_id = row_id
+                self._write(self._rows.validate_python(row))
+            self._queue.metrics_written(self._last_row_id)
 
     def _write(self, row: AnyRow) -> None:
         self._telemetry.write(row)
@@ -165,7 +171,7 @@ class Monitor:
     def _watch_heartbeats(self) -> None:
         alive = self._move_heartbeats()
         silent = set(self._beats) - set(alive)
-        for part in silent - self._silent:
+        for part in () if self._draining else silent - self._silent:
             last = self._beats[part]
             detail = f"{part}: last seen {last.state!r} since {time.time() - last.since:.0f} s"
             self._view.row(self._telemetry.event("no heartbeat", detail, level="warning"))
@@ -179,11 +185,12 @@ class Monitor:
 
     def _count_dead_letters(self) -> None:
         letters = self._queue.dead_letters()
-        for letter in letters[self._dead_seen :]:
-            self._view.row(
-                self._telemetry.event("dead letter", letter.reason, level="warning", ordinal=letter.ordinal)
-            )
-        self._dead_seen = len(letters)
+        for letter in letters:
+            if letter.ordinal not in self._dead_told:
+                self._dead_told.add(letter.ordinal)
+                self._view.row(
+                    self._telemetry.event(DEAD_LETTER, letter.reason, level="warning", ordinal=letter.ordinal)
+                )
         if len(letters) > self._context.config.queue.max_dead:
             raise PartFailed(
                 f"{len(letters)} ordinals were given up (queue.max_dead "
@@ -191,56 +198,20 @@ class Monitor:
                 f"{letters[-1].reason}"
             )
 
-    def _order_evaluation(self) -> None:
-        if not self._evaluates or self._evaluating is not None:
-            return
-        announced = self._queue.latest("ema")
-        if announced is not None and announced.version.step not in self._evaluated:
-            self._evaluate(announced)
-
-    def _evaluate(self, announced: WeightsAnnouncement) -> None:
+    def _put_off(self, announced: WeightsAnnouncement, when: str) -> None:
         step = announced.version.step
-        self._evaluated.add(step)
-        last = self._context.config.learner.max_steps
-        when = "before" if step == 0 else "after" if step == last else "during"
-        self._evaluating = self._evaluator.evaluate.remote(announced.model_dump_json(), when)
+        detail = f"{when} training, step {step}: nobody has the weights {announced.version} any more"
+        self._view.row(self._telemetry.event("evaluation put off", detail, level="warning", step=step))
 
-    def _collect_evaluation(self, *, wait_s: float) -> None:
-        if self._evaluating is None:
-            return
-        ready, _ = ray.wait([self._evaluating], timeout=wait_s)
-        if not ready:
-            return
-        self._evaluating = None
-        try:
-            row = ray.get(ready[0])
-        except ray.exceptions.RayError as error:
-            raise PartFailed(f"the evaluator failed: {_reason(error)}") from error
-        if row is not None:
-            self._write(EvalRow.model_validate_json(row))
-
-    def _final_evaluation(self) -> None:
-        if not self._evaluates:
-            return
-        self._view.activity("evaluating the trained model on held-out prompts")
-        deadline = time.monotonic() + EVALUATION_DEADLINE_S
-        announced = self._latest("ema")
-        while self._evaluating is not None or announced.version.step not in self._evaluated:
-            if self._evaluating is None:
-                self._evaluate(announced)
-            self._collect_evaluation(wait_s=POLL_S)
-            self._move_heartbeats()
-            if time.monotonic() > deadline:
-                raise PartFailed(f"the evaluator did not end within {EVALUATION_DEADLINE_S:.0f} s")
+    def _evaluator_state(self) -> str:
+        self._move_heartbeats()
+        beat = self._beats.get("evaluator")
+        if beat is None:
+            return "the evaluator has not started: has Ray room for eval.num_cpus and eval.num_gpus?"
+        return f"the evaluator was last seen {beat.state!r}; its log: logs/evaluator.log in the run directory"
 
     def _latest(self, kind: str) -> WeightsAnnouncement:
         announced = self._queue.latest(kind)
         if announced is None:
             raise PartFailed(f"the learner ended without announcing {kind} weights")
         return announced
-
-
-def _reason(error: BaseException) -> str:
-    cause = getattr(error, "cause", None) or error.__cause__ or error
-    lines = [line.strip() for line in str(cause).strip().splitlines() if line.strip()]
-    return f"{type(cause).__name__}: {lines[-1] if lines else 'no message'}"

@@ -282,12 +282,11 @@ def _from_checkpoint(
     run_directory: Path, announcement: WeightsAnnouncement
 ) -> dict[str, torch.Tensor] | None:
     folder = run_directory / "checkpoints" / f"step-{announcement.version.step}"
-    named = folder / f"{announcement.kind}.safetensors"
-    # Rollouts may run on the EMA reference: then the policy's announcement matches another file's digest.
-    others = sorted(path for path in folder.glob("*.safetensors") if path != named)
-    for path in [named, *others]:
+    # Rollouts may run on the EMA reference: then the policy's announcement matches that file's digest.
+    for part in (announcement.kind, "reference"):
         try:
-            return _proven(_readable(np.fromfile(path, dtype=np.uint8), announcement), announcement)
+            stored = np.fromfile(folder / f"{part}.safetensors", dtype=np.uint8)
+            return _proven(_readable(stored, announcement), announcement)
         except (OSError, WeightsMismatch):
             continue
     return None

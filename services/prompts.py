@@ -3,7 +3,7 @@
 Promises
 - Everything here is a pure function of (configuration, run seed, ordinal): no state, no order, no epoch.
   A worker on any machine, before or after any crash, derives the same group task.
-- Training and held-out prompts of one source never overlap.
+- Training and held-out prompts of one source never overlap; fewer held-out ones begin the list of more.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ class PromptSource(Protocol):
         ...
 
     def heldout(self, seed: int, count: int) -> list[Prompt]:
-        """Up to `count` prompts that `training` never returns; empty if the source has none."""
+        """Up to `count` prompts that `training` never returns; empty if the source has none.
+
+        A shorter list is the beginning of a longer one, so that evaluations are paired.
+        """
         ...
 
 
@@ -62,8 +65,9 @@ class FilePrompts:
         return self._prompts[_pass_order(seed, turn, len(self._prompts))[place]]
 
     def heldout(self, seed: int, count: int) -> list[Prompt]:
-        chosen = _random(seed, "heldout", 0).sample(self._heldout, min(count, len(self._heldout)))
-        return list(chosen)
+        shuffled = list(self._heldout)
+        _random(seed, "heldout", 0).shuffle(shuffled)
+        return shuffled[:count]
 
 
 def read_prompts(path: Path) -> list[Prompt]:

@@ -8,12 +8,11 @@ Promises
 from __future__ import annotations
 
 import json
-import math
 from typing import Any, get_args
 
 from services.messages import DeadLetter, Heartbeat, PolicyVersion, WeightsAnnouncement
 from services.queue_types import Frontier, HeldLease, QueueStatus, RunState
-from services.queue_worker import BLOCK_S, QueueWorker
+from services.queue_worker import QueueWorker
 
 METRICS_ROWS = 4096
 HEARTBEAT_TTL_S = 15.0
@@ -100,43 +99,30 @@ class QueueBoard(QueueWorker):
             for part, text in zip(parts, found, strict=True)
         }
 
-    def forget_part(self, part: str) -> None:
-        """A part that ended on purpose is not missed."""
-        self._client.srem(self._keys.key("parts"), part)
-        self._client.delete(self._keys.key(f"hb:{part}"))
-
     def latest(self, kind: str = "policy") -> WeightsAnnouncement | None:
         """The newest announced weights of a kind."""
         found = self._client.hget(self._keys.key("latest"), kind)
         return WeightsAnnouncement.model_validate_json(found) if found is not None else None
-
-    def announcements(
-        self, after_id: str = "0-0", block_s: float = 0.0
-    ) -> list[tuple[str, WeightsAnnouncement]]:
-        """Announced weights since an id, oldest first; the ids to go on from. At most the last 16."""
-        return [
-            (entry, WeightsAnnouncement.model_validate_json(fields[b"announcement"]))
-            for entry, fields in self._since("weights", after_id, block_s, count=16)
-        ]
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """One row for whoever watches the run; the durable record is metrics.jsonl in the run directory."""
         text = json.dumps(row, allow_nan=True)
         self._client.xadd(self._keys.key("metrics"), {"row": text}, maxlen=METRICS_ROWS, approximate=True)
 
-    def read_metrics(
-        self, after_id: str = "0-0", block_s: float = 0.0, count: int = 256
-    ) -> list[tuple[str, dict[str, Any]]]:
+    def read_metrics(self, after_id: str = "0-0", count: int = 256) -> list[tuple[str, dict[str, Any]]]:
         """Rows since an id, oldest first; the ids to go on from."""
-        return [
-            (entry, json.loads(fields[b"row"]))
-            for entry, fields in self._since("metrics", after_id, block_s, count)
-        ]
+        answer = self._client.xread({self._keys.key("metrics"): after_id}, count=count)
+        entries = answer[0][1] if answer else []
+        return [(entry.decode(), json.loads(fields[b"row"])) for entry, fields in entries]
 
-    def _since(self, name: str, after_id: str, block_s: float, count: int) -> list[Any]:
-        block_ms = math.ceil(min(block_s, BLOCK_S) * 1000) or None
-        answer = self._client.xread({self._keys.key(name): after_id}, count=count, block=block_ms)
-        return [(entry.decode(), fields) for entry, fields in answer[0][1]] if answer else []
+    def metrics_written(self, row_id: str) -> None:
+        """Rows up to this one are in the run directory. Kept where the rows are: lost together, if at all."""
+        self._client.hset(self._keys.key("policy"), "metrics_written", row_id)
+
+    def last_written_metrics(self) -> str:
+        """The id to go on from; that of no row when none was written."""
+        found = self._client.hget(self._keys.key("policy"), "metrics_written")
+        return found.decode() if found is not None else "0-0"
 
 
 def _state(text: str | None) -> RunState | None:

@@ -4,8 +4,8 @@ Promises
 - A wrong address, a refused login or a server that does not answer raises `QueueUnreachable`, which names
   host, port and what failed, and never the password.
 - `redis://`, `rediss://` (TLS) and `unix://` addresses and ACL users (`redis://worker@host/0`) work alike.
-- A command that meets a lost connection is sent again for about `RECONNECT_S`: the scripts of the queue bear
-  being run twice.
+- A command that meets a lost connection is sent again, for about 20 s: the scripts of the queue bear being
+  run twice. A server that takes commands and does not answer is given `SOCKET_TIMEOUT_S` each time.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ import redis
 from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
 from redis.retry import Retry
 
-SOCKET_TIMEOUT_S = 15.0
+SOCKET_TIMEOUT_S = 10.0
 """No command may block longer; blocking reads stay well below it."""
-RECONNECT_S = 20.0
 SCHEMES = ("redis", "rediss", "unix")
 
 
@@ -64,7 +63,7 @@ def connect(url: str, password: str | None = None, *, deadline_s: float = 5.0) -
         _ping(probe, where, give_up)
     finally:
         probe.close()
-    # 0.05, 0.1, ... capped at 2 s: the number of retries that together last about RECONNECT_S.
+    # 0.05, 0.1, ... capped at 2 s: together about 20 s.
     retry = Retry(ExponentialWithJitterBackoff(base=0.05, cap=2.0), 16)
     return _client(url, password, retry, timeout_s=SOCKET_TIMEOUT_S)
 

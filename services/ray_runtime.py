@@ -17,17 +17,19 @@ from contextlib import contextmanager
 from tenacity import retry, stop_after_attempt
 
 from services.config import Config
+from services.config_file import ConfigError
 
 NAMESPACE = "dgpo"
 STARTS = 3
 
 
 def cpus_needed(config: Config) -> float:
-    """Ray CPUs that the parts of a run reserve together; controllers and the evaluator reserve none."""
+    """Ray CPUs that the parts of a run reserve together; controllers reserve none."""
     rewards = sum(r.num_cpus * r.replicas for r in config.rewards if r.app is not None)
     return (
         config.learner.num_cpus * config.learner.ranks
         + config.rollout.num_cpus * config.rollout.workers
+        + config.eval.num_cpus
         + rewards
     )
 
@@ -39,6 +41,9 @@ def ray_cluster(config: Config) -> Iterator[bool]:
     Uses the Ray that this process has already initialised, and leaves it; else joins `cluster.address` or
     RAY_ADDRESS; without either, starts Ray on this machine with as many CPUs as it has, or as the run
     reserves if that is more (a laptop may be oversubscribed, a cluster may not).
+
+    Raises:
+        ConfigError: the cluster has several nodes, and the run would start parts that they cannot reach.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -47,9 +52,16 @@ def ray_cluster(config: Config) -> Iterator[bool]:
     if ray.is_initialized():
         yield False
         return
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    address = cluster_address(config)
     if address:
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
+        nodes = sum(node["Alive"] for node in ray.nodes())
+        if nodes > 1 and (local := loopback_parts(config)):
+            ray.shutdown()
+            raise ConfigError(
+                f"the Ray cluster at {address} has {nodes} nodes, and these would listen on loopback of one of "
+                f"them only: {', '.join(local)}; give the run their addresses (queue.url, rewards[].url)"
+            )
     else:
         # Ray starts its workers at nice 15: beside anything else on two cores they would starve.
         os.environ.setdefault("RAY_worker_niceness", "0")
@@ -60,6 +72,18 @@ def ray_cluster(config: Config) -> Iterator[bool]:
         yield not address
     finally:
         ray.shutdown()
+
+
+def cluster_address(config: Config) -> str | None:
+    """The Ray cluster to join; None to start Ray on this machine."""
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    return None if address == "local" else address or None
+
+
+def loopback_parts(config: Config) -> list[str]:
+    """What this run would start where only the driver's own machine reaches it."""
+    rewards = [f"reward {reward.name}" for reward in config.rewards if reward.app is not None]
+    return (["the queue"] if config.queue.url is None else []) + rewards
 
 
 @retry(stop=stop_after_attempt(STARTS), before_sleep=lambda _: _clean_up(), reraise=True)

@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from services.config import Config
+from services.formatting import estimate
 from services.metrics import EvalRow, UpdateRow
 from services.monitor import Outcome
 from services.telemetry import read_metrics
@@ -39,8 +40,8 @@ def summary(config: Config, outcome: Outcome) -> dict[str, Any]:
         "overhead_fraction": _overhead(config, updates),
         "max_staleness_seen": max((row.staleness_max for row in updates), default=0),
         "weights_digest": outcome.weights_digest,
-        "diversity_before": getattr(metrics.evaluation("before"), "diversity", None),
-        "diversity_after": getattr(metrics.evaluation("after"), "diversity", None),
+        "diversity_before": getattr(metrics.evaluation("before"), "diversity", None) or None,
+        "diversity_after": getattr(metrics.evaluation("after"), "diversity", None) or None,
         "peak_memory_bytes": metrics.memory.parts if metrics.memory else None,
     }
 
@@ -96,4 +97,4 @@ def _cell(result: dict[str, Any], key: str) -> str:
     mean, error = result.get(key), result.get(f"{key}_se")
     if mean is None:
         return ""
-    return f"{mean:.3f}" + (f" ± {error:.3f}" if error is not None else "")
+    return estimate(mean, error)

@@ -1,8 +1,8 @@
 """Keeps the rollout workers of a run alive, within a budget.
 
 Promises
-- A worker that dies is made anew after a pause that doubles each time; its lease expires or is re-issued by
-  the queue, so nothing it held is lost.
+- A worker that dies is made anew after a pause that doubles each time; `on_death` lets what it held be issued
+  again at once.
 - A worker that dies more often than its budget ends the run with its last error.
 - A worker that returns has seen the end of the run: it is not made anew.
 
@@ -47,13 +47,13 @@ class Supervisor:
         spawn: index -> (actor handle, reference to its endless `run` call).
         count: workers to keep.
         max_restarts: of one worker.
-        on_restart: told (part name, its error) at each death.
+        on_death: told (part name, its error) when it is dead for certain.
     """
 
     spawn: Callable[[int], tuple[Any, Any]]
     count: int
     max_restarts: int
-    on_restart: Callable[[str, str], None]
+    on_death: Callable[[str, str], None]
     _workers: list[_Worker] = field(default_factory=list)
 
     def start(self) -> None:
@@ -97,8 +97,8 @@ class Supervisor:
         else:
             logger.info("%s has ended with the run", name)
             return
-        self.on_restart(name, worker.last_error)
         ray.kill(worker.actor)
+        self.on_death(name, worker.last_error)
         if worker.restarts >= self.max_restarts:
             raise PartFailed(
                 f"{name} died {worker.restarts + 1} times (rollout.max_restarts {self.max_restarts}); "

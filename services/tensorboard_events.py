@@ -22,6 +22,7 @@ _TRAIN = (
     "dsm",
     "grad_norm",
     "group_weight",
+    "group_score",
     "clip_fraction",
     "kl",
     "learning_rate",
@@ -75,5 +76,6 @@ def scalars(row: UpdateRow | EvalRow) -> dict[str, float | None]:
         **{f"reward/{name}": value.mean for name, value in row.rewards.items()},
         **{f"reward/{name}_std": value.std for name, value in row.rewards.items()},
         **{f"time/{name}": value for name, value in row.phases.items()},
+        **{f"time/update_{name}": value for name, value in row.update.items()},
         **{f"time/rollout_{name}": value for name, value in row.rollout.items()},
     }

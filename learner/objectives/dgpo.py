@@ -41,13 +41,10 @@ class NoisedBatch:
     """()."""
     conditions: Sequence[Condition]
     """Each shared by equally many consecutive samples."""
-    negative: Condition | None
 
     def part(self, samples: slice) -> NoisedBatch:
         """Some of the samples of a batch that has one condition."""
-        return NoisedBatch(
-            self.x[samples], self.target[samples], self.timestep, self.conditions, self.negative
-        )
+        return NoisedBatch(self.x[samples], self.target[samples], self.timestep, self.conditions)
 
 
 @dataclass(frozen=True)
@@ -205,7 +202,6 @@ class Dgpo(Objective):
             target=noise - x0,
             timestep=self.schedule.timesteps[index],
             conditions=[group.condition for group in groups],
-            negative=groups[0].negative,
         )
 
     def _noise(self, group: LiveGroup, index: int, step: int) -> Tensor:
@@ -231,7 +227,7 @@ class Dgpo(Objective):
                         batch.timestep,
                         batch.conditions,
                         guidance=self._objective.kl_cfg,
-                        negative=self._negative(batch),
+                        negative=self.policy.negative() if self._objective.kl_cfg > 1 else None,
                     )
                 base_dsm = dsm_error(base_velocity, batch.target)
         # Inference tensors may not be saved for a backward; copies made out here may.
@@ -240,11 +236,6 @@ class Dgpo(Objective):
             reference_dsm=_clone(base_dsm if self._objective.reference == "frozen" else old),
             base_velocity=_clone(base_velocity) if self._objective.kl > 0 else None,
         )
-
-    def _negative(self, batch: NoisedBatch) -> Condition | None:
-        if self._objective.kl_cfg == 1 or batch.negative is not None:
-            return batch.negative
-        return self.policy.negative()
 
     def _errors(self, batch: NoisedBatch) -> Tensor:
         return dsm_error(self.policy.velocity(batch.x, batch.timestep, batch.conditions), batch.target)

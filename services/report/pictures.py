@@ -120,8 +120,6 @@ def shown_groups(run_dir: Path, config: Config | None) -> tuple[ShownGroup, ...]
 def _scored(
     sample: GroupSample, config: Config | None
 ) -> tuple[GroupSample, list[float], list[float]] | None:
-    if sample.total is not None and sample.advantages is not None:
-        return sample, sample.total, sample.advantages
     if config is None:
         return None
     from learner.advantages import group_advantages, total_rewards

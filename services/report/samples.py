@@ -44,10 +44,6 @@ class GroupSample(Sample):
     version: str
     """Policy version that sampled it, `epoch.step`."""
     rewards: dict[str, list[float]]
-    staleness: int | None = None
-    total: list[float] | None = None
-    """Weighted combination that was trained on, where the writer knew it."""
-    advantages: list[float] | None = None
     details: dict[str, list[dict[str, Any]]] = {}
     """Reward name -> what the scorer said: `text`, `exact`."""
 
@@ -60,8 +56,6 @@ class GroupSample(Sample):
         if not self.rewards:
             raise ValueError("a group without rewards")
         lengths = {
-            "total": self.size if self.total is None else len(self.total),
-            "advantages": self.size if self.advantages is None else len(self.advantages),
             **{name: len(scores) for name, scores in self.rewards.items()},
             **{name: len(said) for name, said in self.details.items() if said},
         }

@@ -20,7 +20,7 @@ def beat(part: str, state: str = "sampling") -> Heartbeat:
     return Heartbeat(part=part, state=state, since=1.0, version=version(0, 1), pid=7, groups=3)
 
 
-def test_a_part_that_falls_silent_is_missed_until_it_is_forgotten(run: Run) -> None:
+def test_a_part_that_falls_silent_is_missed(run: Run) -> None:
     run.worker.beat(beat("rollout-0"))
     run.worker.beat(beat("rollout-1"))
     run.worker.beat(beat("rollout-1", "scoring"))
@@ -30,8 +30,6 @@ def test_a_part_that_falls_silent_is_missed_until_it_is_forgotten(run: Run) -> N
     }
     run.worker._client.delete(run.raw("hb:rollout-0"))
     assert run.learner.heartbeats()["rollout-0"] is None
-    run.learner.forget_part("rollout-0")
-    assert list(run.learner.heartbeats()) == ["rollout-1"]
 
 
 def test_a_heartbeat_has_a_time_to_live(run: Run) -> None:
@@ -39,25 +37,20 @@ def test_a_heartbeat_has_a_time_to_live(run: Run) -> None:
     assert 0 < run.worker._client.pttl(run.raw("hb:rollout-0")) <= 20_000
 
 
-def test_announcements_are_read_in_order_from_where_one_was(run: Run) -> None:
+def test_the_newest_announcement_of_each_kind_is_kept(run: Run) -> None:
     run.begin()
     run.learner.announce(weights(version(0, 0), "ema"))
-    (first, policy), (second, ema) = run.worker.announcements()
-    assert (policy.kind, ema.kind) == ("policy", "ema")
     run.fill()
     run.step()
-    ((_, later),) = run.worker.announcements(second)
-    assert later == weights(version(0, 1))
-    assert len(run.worker.announcements(first)) == 2
     assert run.worker.latest("ema") == weights(version(0, 0), "ema")
     assert run.worker.latest("policy") == weights(version(0, 1))
 
 
-def test_announcements_stay_few_and_the_newest_of_each_kind_is_kept(run: Run) -> None:
+def test_announcements_stay_few(run: Run) -> None:
     run.begin()
     for _ in range(20):
         run.learner.announce(weights(version(0, 0), "ema"))
-    assert len(run.worker.announcements()) == 16
+    assert run.worker._client.xlen(run.raw("weights")) == 16
     assert run.worker.latest("policy") == weights(version(0, 0))
 
 
@@ -67,7 +60,16 @@ def test_metrics_are_read_on_from_an_id(run: Run) -> None:
     rows = run.worker.read_metrics()
     assert [row["step"] for _, row in rows] == [0, 1, 2]
     assert [row["step"] for _, row in run.worker.read_metrics(rows[1][0])] == [2]
-    assert run.worker.read_metrics(rows[2][0], block_s=0.01) == []
+    assert run.worker.read_metrics(rows[2][0]) == []
+
+
+def test_who_comes_later_goes_on_behind_the_metrics_that_were_written_down(run: Run) -> None:
+    assert run.learner.last_written_metrics() == "0-0"
+    run.learner.append_metrics({"step": 0})
+    ((row_id, _),) = run.learner.read_metrics()
+    run.learner.metrics_written(row_id)
+    run.learner.append_metrics({"step": 1})
+    assert [row["step"] for _, row in run.worker.read_metrics(run.worker.last_written_metrics())] == [1]
 
 
 def test_status_shows_who_holds_what(run: Run) -> None:

@@ -29,7 +29,7 @@ TOKEN = "a-token-for-tests-only"
 REWARDS = (
     RewardConfig(name="words", app="ocr", num_cpus=0.1),
     RewardConfig(name="tesseract", app="ocr_tesseract", heldout=True, num_cpus=0.1),
-    RewardConfig(name="elsewhere", url="http://127.0.0.1:9/", num_cpus=0.1),
+    RewardConfig(name="elsewhere", url="http://127.0.0.1:9/"),
 )
 DEADLINE_S = 240.0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -149,8 +150,12 @@ def test_weights_that_do_not_bind_end_the_loop(run: Run) -> None:
     assert run.learner.status().depth == 0
 
 
-def test_weights_that_are_gone_cost_no_attempt(run: Run) -> None:
-    thread, _ = in_background(loop(run, Sampler(install=[WeightsGone("owner died")]), Scorer()))
+def test_weights_that_are_gone_cost_no_attempt_and_no_spinning(run: Run) -> None:
+    sampler = Sampler(install=[WeightsGone("owner died") for _ in range(1000)])
+    thread, _ = in_background(loop(run, sampler, Scorer()))
+    time.sleep(0.5)
+    assert len(sampler._install) > 900
+    sampler._install.clear()
     taken = run.learner.take(2, deadline_s=20)
     assert [group.header.attempt for group in taken] == [1, 1]
     run.learner.set_state("done")

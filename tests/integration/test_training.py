@@ -6,6 +6,7 @@ undisturbed run is what every disturbed one is held against.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -133,7 +134,8 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(recipe: Callable[..., Co
     assert not second.interrupted
     assert (second.version.epoch, second.version.step) == (1, STEPS)
     assert second.weights_digest == digest
-    assert [row.step for row in read_metrics(directory.root).updates] == list(range(1, STEPS + 1))
+    written = [json.loads(line) for line in (directory.root / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in written if row["kind"] == "update"] == list(range(1, STEPS + 1))
 
 
 def test_a_killed_worker_is_replaced_and_nothing_is_lost(recipe: Callable[..., Config], digest: str) -> None:
@@ -145,10 +147,11 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(recipe: Callable[..., C
                 killed.append(beat.pid)
                 os.kill(beat.pid, signal.SIGKILL)
 
-    outcome = run(recipe("rollout.workers=1", "queue.lease_s=2"), Watching(at_beats=kill))
+    # Nobody waits for the lease of the dead to run out.
+    outcome = run(recipe("rollout.workers=1", "queue.lease_s=900"), Watching(at_beats=kill))
     assert killed
     assert outcome.weights_digest == digest
-    assert [e.what for e in read_metrics(outcome.run.root).events if e.what == "worker restarted"]
+    assert [e.what for e in read_metrics(outcome.run.root).events if e.what == "worker died"]
 
 
 def test_a_killed_learner_goes_back_to_its_checkpoint(recipe: Callable[..., Config], digest: str) -> None:

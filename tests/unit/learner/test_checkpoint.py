@@ -25,9 +25,10 @@ def state(value: float) -> dict[str, dict[str, torch.Tensor]]:
     }
 
 
-def write(run: Path, step: int, *, keep: int = 10, value: float | None = None) -> Path:
+def write(run: Path, step: int, *, keep: int = 10, value: float | None = None, epoch: int = 2) -> Path:
     value = float(step) if value is None else value
-    return write_checkpoint(run, step, state(value), {"epoch": 2, "frontier": {"resolved": step}}, keep=keep)
+    manifest = {"epoch": epoch, "frontier": {"resolved": step}}
+    return write_checkpoint(run, step, state(value), manifest, keep=keep)
 
 
 def newest(run: Path) -> tuple[int, float]:
@@ -59,6 +60,23 @@ def test_newest_is_by_number_and_old_ones_go(tmp_path: Path) -> None:
         write(tmp_path, step, keep=2)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-10", "step-100"]
     assert newest(tmp_path) == (100, 100.0)
+
+
+@pytest.mark.parametrize("damaged", [True, False])
+def test_the_one_just_written_outlives_a_dead_lineage(tmp_path: Path, damaged: bool) -> None:
+    """A learner that went back behind step 20, of which the manifest alone may be whole."""
+    dead = write(tmp_path, 20, epoch=0)
+    if damaged:
+        (dead / "policy.safetensors").unlink()
+    assert write(tmp_path, 12, keep=1, epoch=1).is_dir()
+    assert newest(tmp_path) == (12, 12.0)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-12"]
+
+
+def test_a_replaced_learner_removes_nothing_of_its_successor(tmp_path: Path) -> None:
+    write(tmp_path, 20, epoch=3)
+    write(tmp_path, 19, keep=1, epoch=2)
+    assert newest(tmp_path) == (20, 20.0)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "file", "manifest", "json", "format", "outside"])

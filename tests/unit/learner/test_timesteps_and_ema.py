@@ -73,7 +73,14 @@ def test_ema_closed_form() -> None:
 def test_decays() -> None:
     config = ObjectiveConfig(reference_decay=0.3, reference_ramp=0.001)
     assert [reference_decay(config, step) for step in (0, 100, 300, 900)] == [0.0, 0.1, 0.3, 0.3]
-    learner = LearnerConfig(ema_decay=0.9, ema_every=8)
+    learner = LearnerConfig(ema_decay=0.9, ema_every=8, max_steps=800)
     assert [evaluation_decay(learner, step) for step in (0, 6, 8)] == [None, None, None]
     assert evaluation_decay(learner, 7) == 8 / 17
     assert evaluation_decay(learner, 799) == 0.9
+
+
+@pytest.mark.parametrize(("every", "steps"), [(8, 3), (8, 8), (8, 20), (1, 5)])
+def test_the_last_update_is_in_the_evaluated_ema(every: int, steps: int) -> None:
+    learner = LearnerConfig(ema_every=every, max_steps=steps)
+    folded = [step + 1 for step in range(steps) if evaluation_decay(learner, step) is not None]
+    assert folded == sorted({*range(every, steps + 1, every), steps})

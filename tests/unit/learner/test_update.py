@@ -63,7 +63,7 @@ def test_an_update_is_the_formula_then_adamw(objective: dict[str, Any]) -> None:
         totals = torch.stack([total_rewards(g.rewards, config.trained_rewards) for g in groups])
         values = group_advantages(totals, config.advantage).values
         live = [
-            LiveGroup(g.ordinal, g.latents.double(), a, g.condition, None)
+            LiveGroup(g.ordinal, g.latents.double(), a, g.condition)
             for g, a in zip(groups, values, strict=True)
         ]
         (part,) = training_timesteps(config.objective.timesteps, seed=0, step=step, optimizer_steps=1)

@@ -122,7 +122,6 @@ def live_groups(count: int = 2, seed: int = 0, dtype: torch.dtype = torch.float6
                 latents=group.latents.to(dtype),
                 advantages=advantages - advantages.mean(),
                 condition=group.condition,
-                negative=None,
             )
         )
     return live

@@ -31,6 +31,12 @@ async def running(scorer: Any, **settings: Any) -> AsyncIterator[ScoringEngine]:
         await engine.stop()
 
 
+async def ask(engine: ScoringEngine, call: ScoreCall) -> list[Any]:
+    """As the application does."""
+    with engine.admitted():
+        return await engine.score(call)
+
+
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(20):
         while not condition():  # noqa: ASYNC110 (what it waits for has no event)
@@ -39,11 +45,11 @@ async def until(condition: Callable[[], bool]) -> None:
 
 async def waiting_behind_a_hang(engine: ScoringEngine, *calls: ScoreCall) -> list[asyncio.Task[Any]]:
     """Tasks of `calls`, all queued while the scorer is busy with another."""
-    busy = asyncio.create_task(engine.score(call("hang")))
+    busy = asyncio.create_task(ask(engine, call("hang")))
     await until(engine.scorer.entered.is_set)  # type: ignore[attr-defined]
     tasks = [busy]
     for each in calls:
-        tasks.append(asyncio.create_task(engine.score(each)))
+        tasks.append(asyncio.create_task(ask(engine, each)))
         await asyncio.sleep(0)
     return tasks
 
@@ -55,7 +61,7 @@ async def test_it_is_warm_when_it_starts(fake: Any) -> None:
 
 async def test_scores_in_order(fake: Any) -> None:
     async with running(fake) as engine:
-        items = await engine.score(call(*"abcdef"))
+        items = await ask(engine, call(*"abcdef"))
     assert [item.score for item in items] == [0, 1, 2, 3, 4, 5]
     assert fake.calls == [list("abcd"), list("ef")], "no more than max_batch at once"
 
@@ -84,7 +90,7 @@ async def test_a_request_that_raises_fails_alone(fake: Any) -> None:
         tasks = await waiting_behind_a_hang(engine, call("a"), call("raise"), call("b"))
         fake.released.set()
         _, first, failed, last = await asyncio.gather(*tasks, return_exceptions=True)
-        assert (await engine.score(call("after")))[0].score == 0
+        assert (await ask(engine, call("after")))[0].score == 0
     assert (first[0].score, last[0].score) == (0, 0)
     assert isinstance(failed, ProtocolError) and failed.status == 500
     assert "ArithmeticError: asked to raise" in failed.detail
@@ -92,7 +98,7 @@ async def test_a_request_that_raises_fails_alone(fake: Any) -> None:
 
 async def test_a_score_that_is_not_finite_is_an_error(fake: Any) -> None:
     async with running(fake) as engine:
-        good, nan, error = await engine.score(call("a", "nan", "error"))
+        good, nan, error = await ask(engine, call("a", "nan", "error"))
     assert (good.score, good.error) == (0, None)
     assert nan.score is None and "nan" in (nan.error or "")
     assert (error.score, error.error) == (None, "asked for an error")
@@ -101,31 +107,48 @@ async def test_a_score_that_is_not_finite_is_an_error(fake: Any) -> None:
 async def test_too_few_scores_fail_the_request(fake: Any) -> None:
     async with running(fake) as engine:
         with pytest.raises(ProtocolError, match="1 scores for 2 images"):
-            await engine.score(call("few", "a"))
+            await ask(engine, call("few", "a"))
 
 
 async def test_more_than_max_pending_are_refused_and_the_others_answered(fake: Any) -> None:
     async with running(fake, max_pending=2) as engine:
         tasks = await waiting_behind_a_hang(engine, call("a"))
         with pytest.raises(ProtocolError) as caught:
-            await engine.score(call("b"))
+            await ask(engine, call("b"))
         fake.released.set()
         await asyncio.gather(*tasks)
-        await engine.score(call("c"))
+        await ask(engine, call("c"))
     assert caught.value.status == 429
     assert caught.value.retry_after_s is not None
+
+
+async def test_a_place_is_held_from_admission_to_the_end_whatever_happens(fake: Any) -> None:
+    async with running(fake, max_pending=1) as engine:
+        with engine.admitted(), pytest.raises(ProtocolError) as caught:
+            await ask(engine, call("a"))
+        assert caught.value.status == 429, "nothing was scored yet, but the place was taken"
+        with pytest.raises(LookupError), engine.admitted():
+            raise LookupError("the body cannot be read")
+        with pytest.raises(ProtocolError, match="asked to raise"):
+            await ask(engine, call("raise"))
+        left = asyncio.create_task(ask(engine, call("hang")))
+        await until(fake.entered.is_set)
+        left.cancel()
+        await asyncio.gather(left, return_exceptions=True)
+        fake.released.set()
+        assert (await ask(engine, call("b")))[0].score == 0
 
 
 async def test_a_hang_meets_the_deadline_and_is_reported(fake: Any) -> None:
     async with running(fake, deadline_s=0.05) as engine:
         with pytest.raises(ProtocolError) as caught:
-            await engine.score(call("hang"))
+            await ask(engine, call("hang"))
         await until(lambda: engine.stalled is not None)
         with pytest.raises(ProtocolError) as refused:
-            await engine.score(call("a"))
+            await ask(engine, call("a"))
         fake.released.set()
         await until(lambda: engine.stalled is None)
-        assert (await engine.score(call("b")))[0].score == 0, "it goes on when the scorer does"
+        assert (await ask(engine, call("b")))[0].score == 0, "it goes on when the scorer does"
     assert (caught.value.status, refused.value.status) == (504, 503)
     assert "'fake'" in refused.value.detail
 

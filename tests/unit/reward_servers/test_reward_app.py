@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from reward_servers.client import RewardClient
 from reward_servers.protocol import JSON_TYPE, TENSOR_TYPE, ErrorBody, ScoreResponse, ServerInfo
 from reward_servers.wire import encode_json, encode_tensors
 
@@ -85,7 +86,8 @@ def test_health_needs_no_token(serve_fake: Serve) -> None:
 def test_bad_requests_leave_it_alive(
     serve_fake: Serve, token: str, images: Images, body: bytes, kind: str, status: int, says: str
 ) -> None:
-    url = serve_fake(limits={"max_images": 3, "max_body_bytes": 1500})
+    # One place: a refused request that kept it would leave none.
+    url = serve_fake(limits={"max_images": 3, "max_body_bytes": 1500}, max_pending=1)
     refused(post(url, body, token, kind), status, says)
     assert post(url, encode_tensors(images[:2], "p"), token).status_code == 200
 
@@ -101,6 +103,41 @@ def test_a_body_without_a_length_is_cut_off(serve_fake: Serve, token: str) -> No
         assert connection.recv(4096).startswith(b"HTTP/1.1 413")
 
 
+def beginning_a_body(url: str, token: str) -> socket.socket:
+    """A request whose body is being waited for."""
+    host, port = url.removeprefix("http://").split(":")
+    head = f"POST /v1/score HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nContent-Length: 1000\r\n"
+    connection = socket.create_connection((host, int(port)), timeout=20)
+    connection.sendall(f"{head}Content-Type: {TENSOR_TYPE}\r\nExpect: 100-continue\r\n\r\n".encode())
+    assert connection.recv(4096).startswith(b"HTTP/1.1 100"), "said when the body is asked for"
+    return connection
+
+
+def scores_in_the_end(url: str, token: str, images: Images) -> bool:
+    """Asks until there is a place, for 20 s."""
+    client = RewardClient("words", url, token, 20)
+    try:
+        return len(client.score(images[:1], "p").scores) == 1
+    finally:
+        client.close()
+
+
+def test_a_body_that_is_being_read_has_a_place_until_it_breaks_off(
+    serve_fake: Serve, token: str, images: Images
+) -> None:
+    url = serve_fake(max_pending=1)
+    with beginning_a_body(url, token):
+        refused(post(url, encode_tensors(images[:1], "p"), token), 429, "at most 1")
+    assert scores_in_the_end(url, token, images), "the server has seen it leave"
+
+
+def test_a_body_that_does_not_come_loses_its_place(serve_fake: Serve, token: str, images: Images) -> None:
+    url = serve_fake(max_pending=1, deadline_s=0.5)
+    with beginning_a_body(url, token) as connection:
+        assert connection.recv(4096).startswith(b"HTTP/1.1 408")
+        assert scores_in_the_end(url, token, images)
+
+
 def test_a_failed_item_is_null_and_named(serve_fake: Serve, token: str, images: Images) -> None:
     response = post(serve_fake(), encode_tensors(images[:3], ["a", "nan", "error"]), token)
     answer = ScoreResponse.model_validate_json(response.content)
@@ -113,8 +150,8 @@ def test_a_failed_item_is_null_and_named(serve_fake: Serve, token: str, images: 
 def test_a_hanging_scorer_is_a_504_and_then_unhealthy(
     serve_fake: Serve, token: str, images: Images, fake: Any
 ) -> None:
-    url = serve_fake(deadline_s=0.1)
-    refused(post(url, encode_tensors(images[:1], "hang"), token), 504, "0.1 s")
+    url = serve_fake(deadline_s=0.5)
+    refused(post(url, encode_tensors(images[:1], "hang"), token), 504, "0.5 s")
     health = httpx.get(url + "/healthz", trust_env=False)
     refused(health, 503, "has not answered")
     assert int(health.headers["retry-after"]) >= 1

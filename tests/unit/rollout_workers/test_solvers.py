@@ -12,7 +12,7 @@ from diffusers import StableDiffusion3Pipeline
 from policy import Policy, load_policy
 from policy.schedule import make_schedule, make_scheduler
 from rollout_workers.sampling import sample
-from rollout_workers.solvers import make_solver
+from rollout_workers.solvers import solve
 from services.config import ModelConfig, RolloutConfig
 
 PROMPT = 'a sign that says "K7QX"'
@@ -84,7 +84,7 @@ def test_the_schedule_is_what_the_solver_visits(solver: Literal["dpmsolver++", "
         visited.append(float(timestep))
         return torch.zeros_like(x)
 
-    make_solver(rollout).solve(velocity, torch.zeros(1, 1, 2, 2))
+    solve(rollout, velocity, torch.zeros(1, 1, 2, 2))
     schedule = make_schedule(rollout)
     assert visited == schedule.timesteps.tolist()
     assert len(schedule) == 7
@@ -101,5 +101,5 @@ def test_a_straight_flow_is_solved_exactly(solver: Literal["dpmsolver++", "euler
     rollout = RolloutConfig(solver=solver, steps=5)
     sigma = float(make_schedule(rollout).sigmas[0])
     start = (1 - sigma) * x0 + sigma * noise
-    end = make_solver(rollout).solve(lambda x, timestep: noise - x0, start)
+    end = solve(rollout, lambda x, timestep: noise - x0, start)
     torch.testing.assert_close(end, x0, rtol=0, atol=1e-5)

@@ -59,6 +59,56 @@ def test_a_malformed_override_is_named(override: str) -> None:
         load_config("quickstart", [override])
 
 
+ELSEWHERE = "rewards=[{name: ocr, url: 'http://127.0.0.1:1', %s}]"
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["args: {width: 320}", "batching: dynamic", "replicas: 2", "threads: 2", "num_cpus: 1", "num_gpus: 0.5"],
+)
+def test_settings_of_an_app_are_refused_for_a_reward_that_is_elsewhere(given: str) -> None:
+    with pytest.raises(ConfigError, match=f"rewards.0: .*'ocr': {given.split(':')[0]} would do nothing"):
+        load_config("quickstart", [ELSEWHERE % given])
+
+
+def test_a_reward_that_is_elsewhere_round_trips_through_the_run_directory() -> None:
+    config = load_config("quickstart", [ELSEWHERE % "token_env: TOKEN, num_cpus: 0.5"])
+    assert parse_config(yaml.safe_load(dump_config(config)), source="dump") == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["rewards.0.token_env=TOKEN"], "token_env is for url"),
+        (["queue.password_env=PASSWORD"], "password_env is for url"),
+    ],
+)
+def test_a_secret_that_nobody_asks_for_is_refused(overrides: list[str], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        load_config("quickstart", overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("rewards=[{name: ocr, url: 'https://worker:hunter2@rewards/ocr'}]", "token_env"),
+        ("rewards=[{name: ocr, url: 'https://hunter2@rewards/ocr'}]", "token_env"),
+        ("queue.url=rediss://worker:hunter2@db:6380/0", "password_env"),
+        ("queue.url=redis://:hunter2@db", "password_env"),
+        ("queue.url=redis://db?password=hunter2", "password_env"),
+    ],
+)
+def test_credentials_in_an_address_are_refused_and_not_shown(override: str, named: str) -> None:
+    with pytest.raises(ConfigError, match=named) as refused:
+        load_config("quickstart", [override])
+    assert "hunter2" not in str(refused.value)
+
+
+def test_the_address_of_the_queue_may_name_an_acl_user() -> None:
+    config = load_config("quickstart", ["queue.url=rediss://worker@db:6380/0", "queue.password_env=PASSWORD"])
+    assert config.queue.url == "rediss://worker@db:6380/0"
+
+
 def test_an_unknown_recipe_lists_the_shipped_ones() -> None:
     with pytest.raises(ConfigError, match="quickstart"):
         load_config("quickstrat")

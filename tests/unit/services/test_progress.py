@@ -58,7 +58,7 @@ def panel(width: int, workers: int = 2) -> list[str]:
     for step in range(1, 61):
         progress.update_row(update(step))
     progress.eval_row(evaluation(60, 0.81))
-    progress.event_row(EventRow(time=0, level="warning", what="worker restarted", detail="[bold]x[/] " * 30))
+    progress.event_row(EventRow(time=0, level="warning", what="worker died", detail="[bold]x[/] " * 30))
     progress.heartbeats(
         [
             Heartbeat(

@@ -54,6 +54,22 @@ def test_a_file_is_passed_through_whole_before_it_repeats(tmp_path: Path) -> Non
     assert source.heldout(0, 5) == []
 
 
+def test_fewer_held_out_prompts_of_a_file_begin_the_list_of_more(tmp_path: Path) -> None:
+    train, heldout = tmp_path / "train.txt", tmp_path / "heldout.txt"
+    train.write_text("one\n")
+    heldout.write_text("\n".join(f"prompt {place}" for place in range(1000)))
+    config = load_config(
+        "quickstart", ["prompts.source=file", f"prompts.path={train}", f"eval.path={heldout}"]
+    )
+    source = prompt_source(config)
+    longest = source.heldout(99, 1000)
+    assert len({prompt.text for prompt in longest}) == 1000
+    for count in (64, 320, 400, 500):
+        assert source.heldout(99, count) == longest[:count]
+    assert source.heldout(99, 2000) == longest
+    assert source.heldout(98, 1000) != longest
+
+
 def test_jsonl_metadata_travels_with_the_prompt(tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text(

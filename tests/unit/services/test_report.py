@@ -279,9 +279,22 @@ def test_a_group_is_whole_or_not_shown() -> None:
         GroupSample(ordinal=0, prompt="", version="0.0", rewards={"ocr": [0.1, 0.2], "tesseract": [0.1]})
 
 
+def test_diversity_that_was_not_measured_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(dump_config(load_config("quickstart")))
+    rows = [evaluation(0, "before", 0.5), update(1, last=1), evaluation(1, "after", 0.9)]
+    unmeasured = [
+        row.model_copy(update={"diversity": {}}) if isinstance(row, EvalRow) else row for row in rows
+    ]
+    write_rows(tmp_path, unmeasured)
+    text = read(tmp_path)
+    assert "0.900" in text
+    assert "Diversity" not in text
+
+
 def test_credentials_in_addresses_are_blanked(tmp_path: Path) -> None:
-    config = load_config("quickstart", ["queue.url=redis://user:hunter2@db:6380/0"])
-    (tmp_path / "config.yaml").write_text(dump_config(config))
+    """Such a configuration is refused, but one may have been written by hand."""
+    written = dump_config(load_config("quickstart", ["queue.url=redis://db:6380/0"]))
+    (tmp_path / "config.yaml").write_text(written.replace("redis://", "redis://user:hunter2@"))
     text = read(tmp_path)
     assert "hunter2" not in text
     assert "redis://***@db:6380/0" in text

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import stat
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,19 @@ def test_the_configuration_is_kept(config: Config) -> None:
     run = RunDirectory.create(config)
     assert RunDirectory.open(run.root).config() == config
     assert (run.root / "environment.json").is_file()
+
+
+def test_an_environment_without_git_and_package_is_recorded_as_unknown(
+    config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def absent(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    monkeypatch.setattr(metadata, "version", absent)
+    found = json.loads((RunDirectory.create(config).root / "environment.json").read_text())
+    assert (found["git"], found["dgpo-cluster"], found["packages"]["torch"]) == (None, None, None)
+    assert found["python"]
 
 
 def test_two_runs_never_share_a_directory(config: Config) -> None:

@@ -1,0 +1,77 @@
+"""How many groups a learner asks the queue for, wherever it starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from learner.loop import LearnerLoop, Start
+from services.config import Config
+from services.config_file import load_config
+from services.group_queue import Frontier, Stopped
+from services.heartbeat import Pulse
+from services.messages import PolicyVersion, WeightsAnnouncement
+
+
+class Trainer:
+    """Publishes nothing, trains nothing."""
+
+    def __init__(self) -> None:
+        self.checkpoints: list[int] = []
+
+    def publish(self, version: PolicyVersion, *, kind: str) -> WeightsAnnouncement:
+        return WeightsAnnouncement.model_validate(
+            {"version": version, "kind": kind, "digest": "none", "tensors": 1, "bytes": 4}
+        )
+
+    def update(self, groups: Any, step: int) -> dict[str, Any]:
+        raise AssertionError("there is nothing to train on")
+
+    def checkpoint(self, version: PolicyVersion, frontier: Frontier) -> None:
+        self.checkpoints.append(version.step)
+
+
+class Queue:
+    """Remembers how the epoch began, then drains."""
+
+    opening_s = 0.0
+
+    def begin_epoch(self, announce: Any, **began: Any) -> PolicyVersion:
+        self.began = began
+        checkpoint = began["checkpoint"]
+        version = PolicyVersion(epoch=1, step=checkpoint.step if checkpoint else 0)
+        announce(version)
+        return version
+
+    def announce(self, announcement: WeightsAnnouncement) -> None:
+        pass
+
+    def take(self, count: int, *, deadline_s: float) -> list[Any]:
+        raise Stopped("draining")
+
+    def frontier(self) -> Frontier:
+        return Frontier()
+
+
+def limit(config: Config, start: Start) -> int:
+    queue: Any = Queue()
+    LearnerLoop(config, queue, Trainer(), Pulse("learner-0", lambda beat: None)).run(start)
+    found: int = queue.began["limit"]
+    return found
+
+
+@pytest.mark.parametrize("groups_per_step", [2, 4, 16])
+def test_a_resume_with_other_steps_gets_the_groups_it_needs(groups_per_step: int) -> None:
+    """Six steps of four groups are behind it, one ordinal was given up."""
+    config = load_config("quickstart", ["learner.max_steps=10", f"learner.groups_per_step={groups_per_step}"])
+    frontier = Frontier(below=25, dead=(3,))
+    start = Start(version=PolicyVersion(epoch=0, step=6), frontier=frontier)
+    assert limit(config, start) == 24 + 4 * groups_per_step
+    assert limit(config, Start()) == 10 * groups_per_step
+
+
+def test_a_run_that_is_already_further_asks_for_nothing() -> None:
+    config = load_config("quickstart", ["learner.max_steps=2"])
+    start = Start(version=PolicyVersion(epoch=0, step=6), frontier=Frontier(below=48))
+    assert limit(config, start) == 48

@@ -1,0 +1,103 @@
+"""Which failures of the learner are restarted, and which end the run with their own words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from learner import ray_train
+from learner.ray_train import LearnerFailed, fit, train_rank
+from learner.update import UpdateError
+from policy.errors import PolicyError
+from services.config_file import ConfigError, load_config
+from services.context import RunContext
+from services.group_queue import Fenced, QueueTimeout, QueueUnreachable, StateLost
+
+
+@pytest.fixture
+def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunContext:
+    queue = SimpleNamespace(beat=lambda beat, ttl: None)
+    monkeypatch.setattr(RunContext, "open_queue", lambda self: queue)
+    config = load_config("quickstart", ["cluster.start_deadline_s=7"])
+    return RunContext(run="test", directory=tmp_path, config=config, queue_url="redis://nowhere")
+
+
+def fail_with(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trainer(context: RunContext, store: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(ray_train, "PolicyTrainer", trainer)
+
+
+def settings(context: RunContext) -> dict[str, Any]:
+    return {"context": context.model_dump_json(), "store": None}
+
+
+@pytest.mark.parametrize("kind", [Fenced, QueueTimeout, PolicyError, ConfigError, UpdateError, ValueError])
+def test_what_a_restart_cannot_mend_is_told_and_not_raised(
+    kind: type[Exception], context: RunContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_with(kind("step 3 is wrong"), monkeypatch)
+    assert train_rank(settings(context)) == f"{kind.__name__}: step 3 is wrong"
+    assert "step 3 is wrong" in (context.directory / "logs" / "learner-0.log").read_text()
+
+
+@pytest.mark.parametrize("kind", [ConnectionError, QueueUnreachable, StateLost, RuntimeError, OSError])
+def test_what_a_restart_may_mend_is_raised(
+    kind: type[Exception], context: RunContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_with(kind("gone"), monkeypatch)
+    with pytest.raises(kind, match="gone"):
+        train_rank(settings(context))
+
+
+def test_a_secret_that_is_not_there_is_told(context: RunContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_secret(self: RunContext) -> None:
+        raise ConfigError("the environment variable REDIS_PASSWORD is not set")
+
+    monkeypatch.setattr(RunContext, "open_queue", no_secret)
+    told = train_rank(settings(context))
+    assert told is not None
+    assert "REDIS_PASSWORD" in told
+
+
+class Fitted:
+    """In the place of TorchTrainer; its `fit` does what the test says."""
+
+    outcome: Any = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        Fitted.run_config = kwargs["run_config"]
+
+    def fit(self) -> Any:
+        if isinstance(Fitted.outcome, Exception):
+            raise Fitted.outcome
+        return SimpleNamespace(return_value=Fitted.outcome)
+
+
+@pytest.fixture
+def fitted(monkeypatch: pytest.MonkeyPatch) -> type[Fitted]:
+    monkeypatch.setattr("ray.train.torch.TorchTrainer", Fitted)
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60")
+    return Fitted
+
+
+def test_the_told_reason_ends_the_run(context: RunContext, fitted: type[Fitted]) -> None:
+    fitted.outcome = None
+    fit(context, None)
+    fitted.outcome = "Fenced: epoch 2 has begun"
+    with pytest.raises(LearnerFailed, match=r"^Fenced: epoch 2 has begun$"):
+        fit(context, None)
+
+
+def test_another_error_of_the_controller_keeps_its_own_text(
+    context: RunContext, fitted: type[Fitted]
+) -> None:
+    from ray.train import ControllerError
+
+    fitted.outcome = ControllerError(OSError("storage path is read-only"))
+    with pytest.raises(ControllerError, match="read-only"):
+        fit(context, None)

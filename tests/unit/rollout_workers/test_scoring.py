@@ -1,0 +1,77 @@
+"""Which rewards a group may do without, and that an evaluation may do without none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from reward_servers.client import RewardError, RewardUnavailable, Scored
+from rollout_workers.scoring import RewardServers
+from services.config import RewardConfig
+
+IMAGES = np.zeros((2, 4, 4, 3), dtype=np.uint8)
+ALL = {"trained", "optional", "heldout"}
+
+
+class Client:
+    """In place of a RewardClient: scores 0.5, or is down."""
+
+    def __init__(self, name: str, down: set[str]) -> None:
+        self._name, self._down = name, down
+
+    def score(self, images: NDArray[np.uint8], prompts: Sequence[str], metadata: Sequence[Any]) -> Scored:
+        if self._name in self._down:
+            raise RewardUnavailable(self._name, "http://127.0.0.1:1", "no scores within 1 s")
+        return Scored((0.5,) * len(images), ({},) * len(images), "model", "1")
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def down() -> set[str]:
+    """Names of the rewards that are down."""
+    return set()
+
+
+@pytest.fixture
+def servers(down: set[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[RewardServers]:
+    monkeypatch.setattr("rollout_workers.scoring.RewardClient", lambda name, *args, **kw: Client(name, down))
+    url = "http://127.0.0.1:1"
+    rewards = [
+        RewardConfig(name="trained", url=url),
+        RewardConfig(name="optional", url=url, required=False),
+        RewardConfig(name="heldout", url=url, heldout=True, every=8),
+    ]
+    made = RewardServers(rewards, dict.fromkeys(ALL, url), dict.fromkeys(ALL))
+    yield made
+    made.close()
+
+
+def scored(servers: RewardServers, ordinal: int | None) -> set[str]:
+    return set(servers.score(IMAGES, ["a", "b"], [{}, {}], ordinal=ordinal).rewards)
+
+
+def test_held_out_rewards_are_asked_for_now_and_then_and_in_every_evaluation(servers: RewardServers) -> None:
+    assert scored(servers, 8) == scored(servers, None) == ALL
+    assert scored(servers, 9) == {"trained", "optional"}
+
+
+@pytest.mark.parametrize("name", ["optional", "heldout"])
+def test_a_group_does_without_what_an_evaluation_needs(
+    servers: RewardServers, down: set[str], name: str
+) -> None:
+    down.add(name)
+    assert scored(servers, 8) == ALL - {name}
+    with pytest.raises(RewardError, match=f"'{name}'"):
+        scored(servers, None)
+
+
+def test_a_group_needs_the_required_rewards(servers: RewardServers, down: set[str]) -> None:
+    down.add("trained")
+    with pytest.raises(RewardError, match="'trained'"):
+        scored(servers, 8)

@@ -1,0 +1,93 @@
+"""An export says what it is, and only a run's own one is ever replaced."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from learner.checkpoint import write_checkpoint
+from policy import load_policy
+from services.config_file import ConfigError, load_config
+from services.exporting import export_into, export_run
+from services.metrics import Estimate, EvalRow
+from services.run_directory import RunDirectory
+from services.telemetry import Telemetry
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny_sd3: Path) -> RunDirectory:
+    config = load_config("quickstart", [f"run.directory={tmp_path}", f"model.path={tiny_sd3}"])
+    run = RunDirectory.create(config)
+    checkpoint(run, 3)
+    evaluation(run, 3)
+    return run
+
+
+def checkpoint(run: RunDirectory, step: int) -> None:
+    policy = load_policy(run.config().model, text_encoders=False, vae=False, base=False, seed=0)
+    weights = {name: parameter.detach() for name, parameter in policy.trainable().items()}
+    write_checkpoint(run.root, step, {"policy": weights, "ema": weights}, {"epoch": 0}, keep=2)
+
+
+def evaluation(run: RunDirectory, step: int) -> None:
+    row = EvalRow(
+        time=time.time(),
+        when="after",
+        epoch=0,
+        step=step,
+        prompts=1,
+        rewards={"ocr": Estimate(mean=0.5), "tesseract": Estimate(mean=0.25, se=0.125)},
+    )
+    with Telemetry(run.root, tensorboard=False) as telemetry:
+        telemetry.write(row)
+
+
+def card(folder: Path) -> str:
+    return (folder / "pipeline" / "README.md").read_text()
+
+
+def test_a_later_export_of_the_run_replaces_the_earlier(run: RunDirectory) -> None:
+    assert export_into(run) == run.root / "export"
+    (run.root / "export" / "pipeline" / "left over").touch()
+    checkpoint(run, 5)
+    export_into(run)
+    assert "- step: 5\n" in card(run.root / "export")
+    assert not (run.root / "export" / "pipeline" / "left over").exists()
+    assert [path.name for path in run.root.iterdir() if "export" in path.name] == ["export"]
+
+
+def test_a_failed_export_leaves_the_earlier(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    export_into(run)
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("policy.export.export_policy", full)
+    with pytest.raises(OSError, match="no space"):
+        export_into(run)
+    assert "- step: 3\n" in card(run.root / "export")
+
+
+@pytest.mark.parametrize("what", ["file", "filled"])
+def test_a_target_of_the_user_s_is_refused(run: RunDirectory, tmp_path: Path, what: str) -> None:
+    out = tmp_path / "out"
+    if what == "filled":
+        out.mkdir()
+        (out / "precious").touch()
+    else:
+        out.touch()
+    with pytest.raises(ConfigError, match="--out"):
+        export_run(run.root, out, "ema")
+
+
+def test_scores_are_on_the_card_of_the_weights_they_are_of(run: RunDirectory, tmp_path: Path) -> None:
+    export_run(run.root, tmp_path / "ema", "ema")
+    export_run(run.root, tmp_path / "policy", "policy")
+    assert "held-out ocr: 0.500 (1 prompts)" in card(tmp_path / "ema")
+    assert "held-out tesseract: 0.250 ± 0.125 (1 prompts)" in card(tmp_path / "ema")
+    assert "held-out" not in card(tmp_path / "policy")
+    checkpoint(run, 5)
+    export_run(run.root, tmp_path / "later", "ema")
+    assert "held-out" not in card(tmp_path / "later")

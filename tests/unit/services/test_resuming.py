@@ -1,0 +1,88 @@
+"""A resumed run goes on with what it was told, if what it has made so far stays valid."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from services.config_file import ConfigError
+from services.config_file import load_config as load
+from services.resuming import reconfigure
+from services.run_directory import RunDirectory
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    return RunDirectory.create(load("quickstart", [f"run.directory={tmp_path}"]))
+
+
+def formers(run: RunDirectory) -> list[str]:
+    return sorted(path.name for path in run.root.glob("config.yaml*"))
+
+
+def test_overrides_are_kept_and_so_is_what_was_before(run: RunDirectory) -> None:
+    start = run.config()
+    for steps in (200, 300):
+        reconfigure(run, run.config((f"learner.max_steps={steps}", "learner.groups_per_step=4")))
+        assert RunDirectory.open(run.root).config().learner.max_steps == steps
+    assert RunDirectory.open(run.root).config().learner.groups_per_step == 4
+    assert formers(run) == ["config.yaml", "config.yaml.before-1", "config.yaml.before-2"]
+    former = run.root / "config.yaml.before-1"
+    former.rename(former.with_suffix(".yaml"))
+    assert load(former.with_suffix(".yaml")) == start
+
+
+def test_nothing_is_written_where_nothing_changes(run: RunDirectory) -> None:
+    reconfigure(run, run.config())
+    assert formers(run) == ["config.yaml"]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "run.name=other",
+        "run.seed=1",
+        "run.directory=elsewhere",
+        "model.path=quickstart/other",
+        "model.train=lora",
+        "model.lora.rank=8",
+        "model.height=64",
+        "prompts={source: file, path: prompts.txt}",
+        "rollout.group_size=32",
+        "rollout.steps=12",
+        "rollout.guidance=2.0",
+        "rewards.0.name=other",
+        "rewards.1.required=false",
+        "objective.reference=frozen",
+        "objective.clip_range=null",
+        "eval.seed=1",
+        "eval.path=heldout.txt",
+    ],
+)
+def test_what_the_run_depends_on_is_refused_by_name(run: RunDirectory, override: str) -> None:
+    name = override.partition("=")[0].replace(".0.", "[].").replace(".1.", "[].")
+    before = run.config_file.read_bytes()
+    with pytest.raises(ConfigError) as caught:
+        reconfigure(run, run.config((override, "learner.max_steps=300")))
+    assert f"  {name}" in str(caught.value)
+    assert "the run has" in str(caught.value)
+    assert "max_steps" not in str(caught.value)
+    assert run.config_file.read_bytes() == before
+    assert formers(run) == ["config.yaml"]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.device=cpu",
+        "rewards.0.weight=2",
+        "objective.clip_range=1e-3",
+        "queue.max_staleness=0",
+        "rollout.workers=1",
+    ],
+)
+def test_what_may_change_may(run: RunDirectory, override: str) -> None:
+    config = run.config((override,))
+    reconfigure(run, config)
+    assert run.config() == config
