@@ -5,6 +5,8 @@ Promises
   is written last and holds the digest of every file.
 - `newest_checkpoint` returns the newest one whose digests are right; others are skipped with a warning.
 - A write that fails, for want of space or by a kill at any moment, leaves the former checkpoints usable.
+- The one just written stays. Those of higher steps go: their lineage ended when a learner went back behind
+  them. Only a learner that a newer epoch has replaced and that does not know it yet finds living ones there.
 
     checkpoints/step-20/policy.safetensors      trained parameters
                        ema.safetensors         the EMA that is evaluated
@@ -79,11 +81,11 @@ def write_checkpoint(
     *,
     keep: int,
 ) -> Path:
-    """Write `checkpoints/step-N/`, then remove all but the newest `keep`.
+    """Write `checkpoints/step-N/`, then remove all but the newest `keep`, and those of a dead lineage.
 
     Args:
         state: part -> tensors; a part becomes one safetensors file.
-        manifest: JSON values to keep with it (epoch, frontier, config digest, ...).
+        manifest: JSON values to keep with it; `epoch`, where there is one, tells lineages apart.
         keep: complete checkpoints that stay, this one included.
 
     Raises:
@@ -110,7 +112,7 @@ def write_checkpoint(
         raise CheckpointError(
             f"{final}: not written: {error}; former checkpoints are as they were"
         ) from error
-    _prune(folder, keep)
+    _prune(folder, keep, step, manifest.get("epoch", 0))
     return final
 
 
@@ -169,20 +171,34 @@ def _verified(path: Path) -> Checkpoint:
 
 
 def _candidates(folder: Path) -> Iterator[Path]:
-    found = [(path, COMPLETE_NAME.fullmatch(path.name)) for path in folder.glob("step-*")]
-    ranked = [(int(match[1]), match[2] is None, path) for path, match in found if match is not None]
-    for _, _, path in sorted(ranked, reverse=True):
-        yield path
+    found = [path for path in folder.glob("step-*") if COMPLETE_NAME.fullmatch(path.name)]
+    yield from sorted(found, key=lambda path: (_step(path), path.suffix == ""), reverse=True)
 
 
-def _prune(folder: Path, keep: int) -> None:
+def _prune(folder: Path, keep: int, step: int, epoch: int) -> None:
     kept = 0
     for path in _candidates(folder):
+        if _step(path) > step:
+            if _epoch(path) <= epoch:
+                shutil.rmtree(path, ignore_errors=True)
         # Only what has a manifest counts: a broken directory must not push out a good one.
-        if kept >= keep:
+        elif kept >= keep:
             shutil.rmtree(path, ignore_errors=True)
         elif (path / MANIFEST).is_file():
             kept += 1
+
+
+def _step(path: Path) -> int:
+    match = COMPLETE_NAME.fullmatch(path.name)
+    return int(match[1]) if match is not None else -1
+
+
+def _epoch(path: Path) -> int:
+    """Of its writer; -1 for what nobody can resume from."""
+    try:
+        return int(json.loads((path / MANIFEST).read_text()).get("epoch", 0))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return -1
 
 
 def _digest(file: Path) -> str:

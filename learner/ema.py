@@ -43,8 +43,10 @@ def reference_decay(config: ObjectiveConfig, step: int) -> float:
 def evaluation_decay(config: LearnerConfig, step: int) -> float | None:
     """Decay with which the policy after update `step` enters the evaluated EMA; None: not at this update.
 
-    The warm-up (1 + step) / (10 + step) keeps the base model from lingering in a short run.
+    The warm-up (1 + step) / (10 + step) keeps the base model from lingering in a short run. The last update
+    always counts: what is exported has seen it, also where `ema_every` exceeds `max_steps`.
     """
-    if (step + 1) % config.ema_every:
+    done = step + 1
+    if done % config.ema_every and done != config.max_steps:
         return None
     return min(config.ema_decay, (1 + step) / (10 + step))

@@ -62,6 +62,11 @@ class Start:
     def step(self) -> int:
         return self.version.step if self.version is not None else 0
 
+    @property
+    def trained(self) -> int:
+        """Groups trained so far; not a multiple of `groups_per_step` where a resume changed that."""
+        return self.frontier.trained if self.frontier is not None else 0
+
 
 class LearnerLoop:
     """One run of the loop, from `start` to the end or to the drain."""
@@ -87,7 +92,7 @@ class LearnerLoop:
         settings = self._config.learner
         epoch = self._begin(start)
         step = start.step
-        groups_done = step * settings.groups_per_step
+        groups_done = start.trained
         last = time.monotonic()
         try:
             while step < settings.max_steps:
@@ -122,7 +127,7 @@ class LearnerLoop:
         self._pulse.enter("publishing the first weights")
         version = self._queue.begin_epoch(
             lambda version: self._trainer.publish(version, kind="policy"),
-            limit=settings.max_steps * settings.groups_per_step,
+            limit=start.trained + max(0, settings.max_steps - start.step) * settings.groups_per_step,
             window=(queue.max_staleness + 1) * settings.groups_per_step,
             checkpoint=start.version,
             frontier=start.frontier,

@@ -5,6 +5,8 @@ Promises
   directory, in a new epoch.
 - The state lives in the run directory, not in Ray Train's own checkpoints (docs/decisions says why); Ray
   Train restarts ranks and shows the run in the Ray dashboard.
+- Crashes and lost connections are restarted `learner.max_restarts` times. What a restart cannot mend, and a
+  learner that gets no place in the cluster within `cluster.start_deadline_s`, ends the run with its text.
 """
 
 from __future__ import annotations
@@ -19,11 +21,12 @@ import torch
 
 from learner.checkpoint import newest_checkpoint, write_checkpoint
 from learner.loop import LearnerLoop, Start
-from learner.update import TrainingGroup, Updater
+from learner.update import TrainingGroup, UpdateError, Updater
 from policy import load_policy
 from services.codec import Group
+from services.config import ClusterConfig, LearnerConfig
 from services.context import RunContext
-from services.group_queue import Frontier
+from services.group_queue import Fenced, Frontier, QueueTimeout
 from services.heartbeat import Pulse
 from services.logs import configure_logging
 from services.messages import PolicyVersion, WeightsAnnouncement
@@ -32,6 +35,17 @@ from services.policy_store import publish
 logger = logging.getLogger(__name__)
 
 BEATS_TO_LIVE = 5
+
+# A replaced learner that starts again fences its successor; workers that made no groups in time make none in
+# as much time again. ConfigError, PolicyError and a checkpoint of another model are ValueErrors.
+LASTING = (Fenced, QueueTimeout, UpdateError, ValueError)
+
+# Kinds of ControllerError.controller_failure; they are internal to Ray Train, hence by name.
+NOT_PLACED = ("WorkerGroupStartupTimeoutError", "InsufficientClusterResourcesError")
+
+
+class LearnerFailed(RuntimeError):
+    """The learner has ended and was not restarted: the text says why."""
 
 
 class PolicyTrainer:
@@ -81,19 +95,22 @@ class PolicyTrainer:
         )
 
 
-def train_rank(settings: dict[str, Any]) -> None:
+def train_rank(settings: dict[str, Any]) -> str | None:
     """What Ray Train runs on a rank.
 
     Args:
         settings: `context` (RunContext as JSON) and `store` (handle of the PolicyStore actor).
+
+    Returns:
+        Why the run must end, or None when it was trained to its end. Ray Train would restart whatever raises.
     """
 
     context = RunContext.model_validate_json(settings["context"])
     configure_logging("learner-0", context.directory, run=context.run)
     config = context.config
-    queue = context.open_queue()
     ttl = BEATS_TO_LIVE * config.telemetry.heartbeat_s
     try:
+        queue = context.open_queue()
         with Pulse(
             "learner-0", lambda beat: queue.beat(beat, ttl), every_s=config.telemetry.heartbeat_s
         ) as pulse:
@@ -103,24 +120,29 @@ def train_rank(settings: dict[str, Any]) -> None:
             logger.info("starts at step %d", start.step)
             loop = LearnerLoop(config, queue, trainer, pulse, on_step=_report)
             loop.run(start)
+    except LASTING as error:
+        logger.exception("learner-0 failed for good")
+        return f"{type(error).__name__}: {error}"
     except Exception:
         logger.exception("learner-0 failed")
         raise
+    return None
 
 
 def fit(context: RunContext, store: Any) -> None:
     """Run the learner to its end; called by the driver, in a thread of its own.
 
     Raises:
+        LearnerFailed: it got no place in the cluster, or failed in a way that a restart cannot mend.
         ray.train.TrainingFailedError: the restarts of `learner.max_restarts` did not help.
     """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    settings = context.config.learner
-    resources = {"CPU": settings.num_cpus}
-    if settings.num_gpus:
-        resources["GPU"] = settings.num_gpus
+    settings, cluster = context.config.learner, context.config.cluster
+    resources = _resources(settings)
+    # Ray Train hands this variable of the driver on to its controller, on a joined cluster too.
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.start_deadline_s)
     trainer = TorchTrainer(
         train_rank,
         train_loop_config={"context": context.model_dump_json(), "store": store},
@@ -130,10 +152,39 @@ def fit(context: RunContext, store: Any) -> None:
         run_config=RunConfig(
             name=context.run,
             storage_path=str(context.directory / "ray_train"),
-            failure_config=FailureConfig(max_failures=settings.max_restarts),
+            # Ray Train's own default is to look for a place again and again, for ever.
+            failure_config=FailureConfig(max_failures=settings.max_restarts, controller_failure_limit=0),
         ),
     )
-    trainer.fit()
+    try:
+        result = trainer.fit()
+    except ControllerError as error:
+        if type(error.controller_failure).__name__ not in NOT_PLACED:
+            raise
+        raise LearnerFailed(_not_placed(settings, cluster)) from None
+    if result.return_value is not None:
+        raise LearnerFailed(result.return_value)
+
+
+def _resources(settings: LearnerConfig) -> dict[str, float]:
+    resources = {"CPU": settings.num_cpus}
+    if settings.num_gpus:
+        resources["GPU"] = settings.num_gpus
+    return resources
+
+
+def _not_placed(settings: LearnerConfig, cluster: ClusterConfig) -> str:
+    asked = _resources(settings)
+    there = ray.cluster_resources()
+    return (
+        f"it could not be placed: a rank asks for {_amounts(asked)} (learner.num_cpus, learner.num_gpus), "
+        f"and no node had that free within {cluster.start_deadline_s:g} s (cluster.start_deadline_s); "
+        f"the whole cluster has {_amounts({name: there.get(name, 0.0) for name in asked})}"
+    )
+
+
+def _amounts(resources: dict[str, float]) -> str:
+    return " and ".join(f"{amount:g} {name}" for name, amount in resources.items())
 
 
 def _report(row: dict[str, Any]) -> None:

@@ -277,7 +277,7 @@ class LearnerConfig(Section):
     num_gpus: float = Field(default=0.0, ge=0)
     """Ray GPUs a rank reserves."""
     max_restarts: int = Field(default=3, ge=0)
-    """Restarts of the learner by Ray Train before the run fails."""
+    """Restarts of the learner by Ray Train before the run fails; what a restart cannot mend fails at once."""
 
 
 class QueueConfig(Section):

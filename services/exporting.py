@@ -3,16 +3,24 @@
 Promises
 - A pipeline directory that plain `from_pretrained` loads; of a LoRA run also a directory that plain
   `load_lora_weights` loads. No code and no argument of ours is needed to use them.
-- Nothing is overwritten: an existing target is refused.
+- Nothing of the user's is overwritten: an existing target is refused. Only the run's own `export/` follows
+  the run; the former one stays until the new one is whole.
+- Scores on a model card are those of the exported weights.
 """
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from services.config_file import ConfigError
+from services.formatting import estimate
 from services.run_directory import RunDirectory
 from services.telemetry import read_metrics
+
+if TYPE_CHECKING:
+    from learner.checkpoint import Checkpoint
 
 
 def export_run(run_dir: Path, out: Path, weights: str) -> list[Path]:
@@ -37,8 +45,8 @@ def export_run(run_dir: Path, out: Path, weights: str) -> list[Path]:
     config = run.config()
     if weights not in ("ema", "policy"):
         raise ConfigError(f"--weights {weights!r}: ema or policy")
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"--out {out}: exists and is not empty; give a new directory")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(f"--out {out}: exists and is not an empty directory; give a new one")
     checkpoint = newest_checkpoint(run.root)
     if checkpoint is None:
         raise ConfigError(f"{run_dir}: the run has no complete checkpoint to export")
@@ -46,9 +54,35 @@ def export_run(run_dir: Path, out: Path, weights: str) -> list[Path]:
     model = config.model.model_copy(update={"device": "cpu"})
     policy = load_policy(model, text_encoders=True, vae=True, base=False, seed=config.run.seed)
     policy.install(checkpoint.state[weights])
-    facts = {"run": run.name, "step": checkpoint.step, "weights": weights}
-    after = read_metrics(run.root).evaluation("after")
-    if after is not None:
-        for name, score in after.rewards.items():
-            facts[f"held-out {name}"] = f"{score.mean:.3f} ± {score.se:.3f} ({after.prompts} prompts)"
+    facts = _facts(run, checkpoint, weights)
     return export_policy(policy, out, rollout=config.rollout, facts=facts)
+
+
+def export_into(run: RunDirectory) -> Path:
+    """Export the EMA weights of a run into its own `export/`, in place of an earlier export.
+
+    Returns:
+        The directory.
+
+    Raises:
+        ConfigError: the run has no checkpoint.
+    """
+    final, partial, former = (run.root / name for name in ("export", ".export.partial", ".export.former"))
+    shutil.rmtree(partial, ignore_errors=True)
+    export_run(run.root, partial, "ema")
+    shutil.rmtree(former, ignore_errors=True)
+    if final.exists():
+        final.rename(former)
+    partial.rename(final)
+    shutil.rmtree(former, ignore_errors=True)
+    return final
+
+
+def _facts(run: RunDirectory, checkpoint: Checkpoint, weights: str) -> dict[str, object]:
+    facts: dict[str, object] = {"run": run.name, "step": checkpoint.step, "weights": weights}
+    # Evaluations inside a run are of the EMA, each of one step.
+    rows = [row for row in read_metrics(run.root).evals if row.step == checkpoint.step]
+    if weights == "ema" and rows:
+        for name, score in rows[-1].rewards.items():
+            facts[f"held-out {name}"] = f"{estimate(score.mean, score.se)} ({rows[-1].prompts} prompts)"
+    return facts

@@ -55,7 +55,7 @@ class QueueLearner(QueueIntake):
         Args:
             announce: makes the weights fetchable under the version it is given and says so; called before
                 any worker hears of that version.
-            limit: groups the run trains in all, max_steps x groups_per_step.
+            limit: groups the run trains in all: those of the checkpoint and those of the steps still to make.
             window: ordinals that may be outstanding, (max_staleness + 1) x groups_per_step.
             checkpoint: version of the checkpoint that was loaded; None for a run that starts at step 0.
             frontier: what is resolved according to that checkpoint.

@@ -59,8 +59,8 @@ def ray_cluster(config: Config) -> Iterator[bool]:
         if nodes > 1 and (local := loopback_parts(config)):
             ray.shutdown()
             raise ConfigError(
-                f"the Ray cluster at {address} has {nodes} nodes, and these would listen on loopback of one of "
-                f"them only: {', '.join(local)}; give the run their addresses (queue.url, rewards[].url)"
+                f"the Ray cluster at {address} has {nodes} nodes, and these would listen on the loopback of one "
+                f"only: {', '.join(local)}; give the run their addresses (queue.url, rewards[].url)"
             )
     else:
         # Ray starts its workers at nice 15: beside anything else on two cores they would starve.

@@ -1,7 +1,7 @@
 """The run directory: everything that outlives the processes of a run.
 
 Layout
-    config.yaml        the resolved configuration
+    config.yaml        the resolved configuration; former ones of a resumed run: config.yaml.before-N
     environment.json   versions, git revision, machine
     metrics.jsonl      one row an update, an evaluation, an event
     tensorboard/       the same as event files
@@ -10,11 +10,13 @@ Layout
     queue/             the embedded Valkey's append-only file
     secrets/           tokens, readable by the owner alone; never copied into a report
     logs/              one file a part
+    export/            the trained model, for stock diffusers
     report.html
 
 Promises
 - One driver at a time: a second one on the same directory is refused (an flock that dies with its holder).
 - `create` never reuses a directory; `open` refuses one that is not a run.
+- What this machine cannot tell about itself (no git, code shipped without its package) is null.
 """
 
 from __future__ import annotations
@@ -102,7 +104,7 @@ class RunDirectory:
         return self.root / "secrets"
 
     def config(self, overrides: tuple[str, ...] = ()) -> Config:
-        """The configuration the run was started with."""
+        """The configuration of the run: that of its start, or of its last resume (services/resuming.py)."""
         return load_config(self.config_file, overrides)
 
     def secret(self, name: str) -> Path:
@@ -139,19 +141,27 @@ class RunDirectory:
 
 def environment() -> dict[str, object]:
     """Versions, git revision and machine, for whoever wants to reproduce the run."""
-    versions = {name: metadata.version(name) for name in _PACKAGES}
-    git = subprocess.run(
-        ["git", "-C", str(PROJECT_ROOT), "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=10,
-    )
     return {
-        "dgpo-cluster": metadata.version("dgpo-cluster"),
-        "git": git.stdout.strip() or None,
+        "dgpo-cluster": _version("dgpo-cluster"),
+        "git": _git_revision(),
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cpus": os.cpu_count(),
-        "packages": versions,
+        "packages": {name: _version(name) for name in _PACKAGES},
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    command = ["git", "-C", str(PROJECT_ROOT), "describe", "--always", "--dirty"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None

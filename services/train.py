@@ -37,7 +37,7 @@ def run_training(config: Config, directory: RunDirectory, *, resume: bool, scree
         services/results.py `summary`.
     """
     from services.driver import train
-    from services.exporting import export_run
+    from services.exporting import export_into
     from services.progress import Progress
     from services.results import closing_table, summary
 
@@ -53,7 +53,7 @@ def run_training(config: Config, directory: RunDirectory, *, resume: bool, scree
         outcome = train(config, directory, progress, resume=resume)
         if not outcome.interrupted:
             progress.activity("exporting the model")
-            export_run(directory.root, directory.root / "export", "ema")
+            export_into(directory)
         progress.activity("writing the report")
         page = _report(directory)
     result = summary(config, outcome)

@@ -28,6 +28,7 @@ from services.progress import Progress
 from services.run_directory import RunDirectory
 from services.supervisor import PartFailed
 from services.telemetry import read_metrics
+from services.train import run_training
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_local"), pytest.mark.timeout(600)]
 
@@ -136,6 +137,20 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(recipe: Callable[..., Co
     assert second.weights_digest == digest
     written = [json.loads(line) for line in (directory.root / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in written if row["kind"] == "update"] == list(range(1, STEPS + 1))
+
+
+def test_a_finished_run_goes_on_with_more_and_larger_steps(recipe: Callable[..., Config]) -> None:
+    directory = RunDirectory.create(recipe("rollout.workers=2", "learner.max_steps=1"))
+    screen = Console(stderr=True, quiet=True)
+    first = run_training(directory.config(), directory, resume=False, screen=screen)
+    further = directory.config(("learner.max_steps=3", "learner.groups_per_step=3"))
+    second = run_training(further, directory, resume=True, screen=screen)
+    assert (first["steps"], first["groups"]) == (1, 2)
+    assert (second["steps"], second["groups"]) == (3, 2 + 2 * 3)
+    assert RunDirectory.open(directory.root).config() == further
+    card = (directory.root / "export" / "pipeline" / "README.md").read_text()
+    assert "- step: 3\n" in card
+    assert "held-out ocr" in card
 
 
 def test_a_killed_worker_is_replaced_and_nothing_is_lost(recipe: Callable[..., Config], digest: str) -> None:

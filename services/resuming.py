@@ -1,0 +1,76 @@
+"""Going on with a run under other settings: `dgpo train --resume RUN_DIR --set ...`.
+
+Promises
+- What the run has made so far stays valid: settings that its checkpoints, its queued groups or its scores
+  depend on are refused, all at once and each with its former value. Everything else may change.
+- config.yaml says what the run goes on with, so that the next resume, eval, export and report agree; the
+  former one is kept beside it as `config.yaml.before-N`, N counting up.
+"""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+from services.config import Config
+from services.config_file import ConfigError, dump_config
+from services.run_directory import RunDirectory
+
+
+def reconfigure(run: RunDirectory, config: Config) -> None:
+    """Make `config` that of a run; call it while holding the run (`RunDirectory.locked`).
+
+    Raises:
+        ConfigError: it changes what must stay; nothing was written.
+    """
+    former = run.config()
+    if config == former:
+        return
+    before, after = fixed_settings(former), fixed_settings(config)
+    changed = [
+        f"  {path}: {after[path]!r}; the run has {was!r}"
+        for path, was in before.items()
+        if after[path] != was
+    ]
+    if changed:
+        raise ConfigError(
+            f"{run.root}: a run cannot go on with other values of these: leave them out, or start a new run\n"
+            + "\n".join(changed)
+        )
+    number = 1 + len(list(run.root.glob(f"{run.config_file.name}.before-*")))
+    shutil.copyfile(run.config_file, run.root / f"{run.config_file.name}.before-{number}")
+    partial = run.root / f".{run.config_file.name}.partial"
+    partial.write_text(dump_config(config))
+    partial.replace(run.config_file)
+
+
+def fixed_settings(config: Config) -> dict[str, Any]:
+    """What a run keeps from its start to its end, by path in the YAML."""
+    raw = config.model_dump(mode="json")
+    return {
+        # Names, prompts and noise follow from them.
+        **_flat("run", raw["run"]),
+        # The checkpoint's shapes and the base it belongs to; another machine may have another device.
+        **_flat("model", {key: value for key, value in raw["model"].items() if key != "device"}),
+        # What an ordinal means, and how the groups that still wait in the queue were made.
+        **_flat("prompts", raw["prompts"]),
+        **{
+            f"rollout.{key}": raw["rollout"][key]
+            for key in ("group_size", "solver", "steps", "shift", "guidance")
+        },
+        **{
+            f"rewards[].{key}": [reward[key] for reward in raw["rewards"]]
+            for key in ("name", "heldout", "required")
+        },
+        # Whether checkpoints hold an EMA reference.
+        "objective.reference": raw["objective"]["reference"],
+        "objective.clip_range is null": raw["objective"]["clip_range"] is None,
+        # Scores before and after are of the same prompts and noise.
+        **{f"eval.{key}": raw["eval"][key] for key in ("seed", "path")},
+    }
+
+
+def _flat(path: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {path: value}
+    return {name: leaf for key, part in value.items() for name, leaf in _flat(f"{path}.{key}", part).items()}
