@@ -24,7 +24,7 @@ from quickstart.pretrain_vae import encode, render_batch
 from quickstart.words import CHARACTERS, prompt_of, train_word
 
 IMAGES: Final = 12_000
-WRONG_CHARACTERS: Final = 0.12
+WRONG_CHARACTERS: Final = 0.27
 """Share of the characters in captions that are replaced by a random one."""
 CONDITION_DROPOUT: Final = 0.1
 BATCH_SIZE: Final = 96

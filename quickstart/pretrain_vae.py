@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import trange
 
@@ -94,15 +93,3 @@ def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
     means = [vae.encode(to_pixels(part)).latent_dist.mean for part in torch.split(images, 100)]
     latents: Tensor = (torch.cat(means) - vae.config.shift_factor) * vae.config.scaling_factor
     return latents
-
-
-@torch.inference_mode()
-def decode(vae: AutoencoderKL, latents: Tensor) -> NDArray[np.uint8]:
-    """uint8 images (N, H, W, 3) of normalised `latents`, rounded as diffusers' image processor does."""
-    parts = [
-        vae.decode(part / vae.config.scaling_factor + vae.config.shift_factor).sample
-        for part in torch.split(latents, 16)
-    ]
-    pixels = (torch.cat(parts) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
-    images: NDArray[np.uint8] = (pixels * 255).round().to(torch.uint8).contiguous().numpy()
-    return images

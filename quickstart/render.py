@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 HEIGHT: Final = 32
 WIDTH: Final = 64
 FONT_SIZES: Final = (20, 21, 22, 23)
-MIN_CONTRAST: Final = 120.0
+MIN_CONTRAST: Final = 150.0
 """Least difference of luminance between background and text, in units of 0..255."""
 MARGIN: Final = 2.0
 MAX_SHIFT: Final = (2.0, 2.0)
@@ -55,7 +55,7 @@ def luminance(color: Color) -> float:
 def _colors(rng: random.Random) -> tuple[Color, Color]:
     """A light background and a dark ink, hues independent of each other."""
     while True:
-        background = _hsv(rng.random(), rng.uniform(0.05, 0.5), rng.uniform(0.85, 1.0))
+        background = _hsv(rng.random(), rng.uniform(0.05, 0.35), rng.uniform(0.88, 1.0))
         ink = _hsv(rng.random(), rng.uniform(0.3, 1.0), rng.uniform(0.05, 0.45))
         if luminance(background) - luminance(ink) >= MIN_CONTRAST:
             return background, ink

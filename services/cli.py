@@ -49,7 +49,7 @@ def quickstart(
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Train the shipped tiny SD3 model to spell, on this machine: about 12 minutes on two cores."""
+    """Train the shipped tiny SD3 model to spell, on this machine: under 10 minutes on two cores."""
     train("quickstart", overrides=overrides, as_json=as_json)
 
 

@@ -4,14 +4,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from PIL import Image
 
 import quickstart
 from quickstart.base_model import UNCONDITIONAL_PROMPT, encode_prompts, new_pipeline, new_transformer
 from quickstart.pretrain_vae import new_vae
+from quickstart.render import render
 from quickstart.text_encoders import JOINT_WIDTH, POOLED_WIDTH, PROMPT_TOKENS, new_clip_tokenizer
 from quickstart.words import CHARACTERS, TEMPLATE_PREFIX, heldout_words, prompt_of
+from reward_servers.scorers import ocr
+from reward_servers.wire import ScoreCall
 
 SHIPPED = Path(quickstart.__file__).parent / "model"
 SIZE_LIMIT = 10_000_000
@@ -97,3 +100,16 @@ def test_the_shipped_model_is_small_loads_plainly_and_has_colours() -> None:
     pixels = np.stack([np.asarray(image, dtype=np.float64) for image in images])
     assert pixels.shape == (8, 32, 64, 3)
     assert pixels.mean(axis=(1, 2)).std(axis=0).min() > 8.0
+
+
+def test_the_shipped_autoencoder_keeps_words_readable() -> None:
+    vae = AutoencoderKL.from_pretrained(SHIPPED, subfolder="vae")
+    words, rng = heldout_words(64, seed=0), random.Random(0)
+    pixels = torch.from_numpy(np.stack([render(word, rng) for word in words])).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.inference_mode():
+        decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample
+    images = ((decoded + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    call = ScoreCall(list(images), [prompt_of(word) for word in words], [{} for _ in words])
+    read = ocr.create({}, 1).score(call)
+    assert np.mean([item.score for item in read]) >= 0.98
+    assert np.mean([item.details["exact"] for item in read]) >= 0.95
