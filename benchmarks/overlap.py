@@ -1,8 +1,9 @@
 """How much of rollout and learning overlaps: the real queue, worker loops and learner loop, with the model
 work replaced by waits of a measured length (so that two cores can show what eight GPUs would do).
 
-At `max_staleness: 0` a step takes about rollout + learner; from 1 on it should take the longer of the two.
-The floor is stated beside each figure: nothing can be faster than max(rollout, learner).
+At `max_staleness: 0` a step takes about rollout + scores + learner; from 1 on it should take the longer of
+rollout and learner. Nothing can be faster than that, nor than (rollout + last scores + learner) /
+(max_staleness + 1): an ordinal is issued at most that many steps before it is trained.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def run_overlap_bench(
     screen: Console | None = None,
     *,
     sample_s: float = 0.5,
-    reward_s: float = 0.2,
+    reward_s: float = 0.1,
     learner_s: float = 1.0,
     workers: int = 2,
     groups_per_step: int = 4,

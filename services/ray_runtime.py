@@ -59,7 +59,7 @@ def ray_cluster(config: Config) -> Iterator[bool]:
         if nodes > 1 and (local := loopback_parts(config)):
             ray.shutdown()
             raise ConfigError(
-                f"the Ray cluster at {address} has {nodes} nodes, and these would listen on the loopback of one "
+                f"the Ray cluster at {address} has {nodes} nodes, and these would listen on one loopback "
                 f"only: {', '.join(local)}; give the run their addresses (queue.url, rewards[].url)"
             )
     else:
