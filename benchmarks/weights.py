@@ -1,10 +1,9 @@
 """What proven weights cost over bare copies: LoRA tensors from a learner to several workers of one node.
 
 Bare: one copy of each tensor into a buffer, `ray.put`, and in each worker `ray.get` and a copy into its own
-tensors. Ours: `publish` (encode, digest, put, store) and in each worker `install` (store, get, copy into its
-own parameters, number of tensors, digest of what the parameters then hold). In turns; the figure is the
-median of the ratios. Ray's round trips are in both. Parameters and buffers are reused on both sides:
-first-touch page faults would drown the rest, and no worker allocates its policy anew for an install.
+tensors. Ours: `publish` (encode, digest, put, store) and in each worker `install` (store, get, number of
+tensors, digest, parameters bound to the proven memory). In turns; the figure is the median of the ratios.
+Ray's round trips are in both. Buffers are reused on both sides: first-touch page faults would drown the rest.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ class BenchWorker:
         torch._foreach_copy_(list(self._parameters.values()), [tensors[name] for name in self._parameters])
 
     def install(self, store: Any, announcement: str) -> int:
-        """Ours: into the parameters, and proven there."""
+        """Ours: proven, then bound to the parameters."""
         return install(store, WeightsAnnouncement.model_validate_json(announcement), self._parameters)
 
 

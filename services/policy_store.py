@@ -8,7 +8,7 @@ Promises
   checkpoint of that step, and takes the file whose digest is the announced one.
 - Every wait has a deadline.
 
-Fetched tensors share memory with the object store: copy them into parameters, do not write to them.
+Fetched tensors share memory with the object store: nobody may write to them.
 The only module of `services` beside the driver's that knows Ray.
 """
 
@@ -27,11 +27,13 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 
 from services.codec import WeightsDigest, decode_weights, encode_weights, weights_digest
 from services.messages import PolicyVersion, WeightsAnnouncement
-from services.safetensors_layout import BadLayout, Bytes, tensor_bytes
+from services.safetensors_layout import BadLayout, Bytes
 
 KEPT_VERSIONS = 4
 """Of each kind; a worker asks for the newest, so it may lag this many updates behind between asking and
 fetching."""
+ALIGNMENT_BYTES = 64
+"""Of memory that torch allocates."""
 KEPT_BUFFER_BYTES = 256 * 1024**2
 """A publish buffer up to this size is kept for the next publish: fresh pages cost more than the copy."""
 DEADLINE_S = 180.0
@@ -171,36 +173,35 @@ def install(
     parameters: Mapping[str, torch.Tensor],
     run_directory: Path | None = None,
 ) -> int:
-    """Fetch and copy into `parameters`; what is proven is what the parameters then hold.
+    """Fetch, prove, and bind to `parameters`, which nobody may write to from then on.
 
-    Faster than `fetch` and a copy for parameters on the CPU: bytes are read from memory once, copied, and
-    hashed while they are in the cache. Parameters elsewhere, or of another dtype, are filled after the proof.
+    A parameter on the CPU becomes a view of what was proven, in the memory that all processes of the node
+    share; it costs one reading of the bytes, and no memory. One elsewhere, of another dtype or misaligned
+    gets a copy.
 
     Returns:
         How many tensors were bound: all of them.
 
     Raises:
-        WeightsMismatch: names, shapes or number differ: nothing was changed. Or the digest differs: the
-            parameters hold no published version and must not be used.
+        WeightsMismatch: names, shapes, number or digest differ; nothing was changed.
         WeightsGone, TimeoutError: as `fetch`; nothing was changed.
     """
     tensors = _receive(store, announcement, run_directory)
     _check_fit(tensors, announcement, parameters)
-    alike = all(
-        parameter.is_cpu and parameter.is_contiguous() and parameter.dtype == tensors[name].dtype
-        for name, parameter in parameters.items()
-    )
-    if not alike:
-        tensors = _proven(tensors, announcement)
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(tensors[name])
-        return len(parameters)
-    digest = WeightsDigest()
+    tensors = _proven(tensors, announcement)
     for name, parameter in parameters.items():
-        digest.copy(name, tensors[name], tensor_bytes(parameter))
-    _check_digest(digest.hexdigest(), announcement)
+        parameter.data = _alike(tensors[name], parameter)
     return len(parameters)
+
+
+def _alike(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """The values of `tensor` as `parameter` has them: device, dtype and alignment.
+
+    Kernels for misaligned memory may add up in another order: results would no longer be the same to the bit.
+    """
+    if parameter.is_cpu and parameter.dtype == tensor.dtype and tensor.data_ptr() % ALIGNMENT_BYTES == 0:
+        return tensor
+    return tensor.to(parameter, copy=True)
 
 
 def _transport(store: Any) -> WeightsTransport:

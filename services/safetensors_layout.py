@@ -84,7 +84,8 @@ def _plan(signature: Signature) -> tuple[bytes, tuple[str, ...], int]:
         entries[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    # The data begins at a multiple of 64 bytes of the file, as kernels like it.
+    text += b" " * (-(len(text) + 8) % 64)
     return len(text).to_bytes(8, "little") + text, tuple(name for name, _, _ in order), begin
 
 

@@ -165,6 +165,21 @@ def test_an_install_binds_every_published_tensor(store: Any) -> None:
     bound = parameters()
     assert install(store, announcement, bound) == 2
     assert weights_digest(bound) == announcement.digest
+    other = parameters()
+    install(store, announcement, other)
+    assert other["a.weight"].data_ptr() == bound["a.weight"].data_ptr(), "a copy where a view would do"
+
+
+def test_misaligned_weights_are_copied_to_where_kernels_find_them_as_ever() -> None:
+    box, bound = Box(None), parameters()
+    announcement = publish(box, tensors(4.0), version(1))
+    assert box.payload is not None
+    roomy = np.zeros(box.payload.size + 64, dtype=np.uint8)
+    begin = (8 - roomy.ctypes.data) % 64
+    roomy[begin : begin + box.payload.size] = box.payload
+    install(Box(roomy[begin : begin + box.payload.size]), announcement, bound)
+    assert weights_digest(bound) == announcement.digest
+    assert all(parameter.data_ptr() % 64 == 0 for parameter in bound.values())
 
 
 def test_an_install_into_another_dtype_is_proven_before_it_binds() -> None:
@@ -203,5 +218,7 @@ def test_an_install_of_damaged_weights_is_an_error() -> None:
     box = Box(None)
     announcement = publish(box, tensors(4.0), version(1))
     assert box.payload is not None
+    own = parameters()
     with pytest.raises(WeightsMismatch, match="digest"):
-        install(Box(changed(box.payload)), announcement, parameters())
+        install(Box(changed(box.payload)), announcement, own)
+    assert not any(tensor.any() for tensor in own.values())
