@@ -118,6 +118,7 @@ def resigned(run: Run, ordinal: int, payload: bytes | None = None, at: int = 0) 
     ("fields", "says"),
     [
         (lambda run: {"payload": b"\x08"}, "truncated or tampered"),
+        (lambda run: {"payload": b""}, "has no payload"),
         (lambda run: {"sha256": b"00"}, "truncated or tampered"),
         (lambda run: {"header": b"{}"}, "truncated or tampered"),
         (lambda run: resigned(run, 1), "header says it is group"),

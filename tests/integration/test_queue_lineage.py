@@ -239,6 +239,13 @@ def test_a_server_that_lost_everything_is_noticed_and_refilled_from_the_checkpoi
     assert run.step() == [4, 5]
 
 
+def test_a_server_that_lost_the_stream_of_groups_is_noticed(run: Run, valkey: EmbeddedValkey) -> None:
+    run.begin()
+    connect(valkey.url, valkey.password).delete(run.raw("groups"))
+    with pytest.raises(StateLost, match=r"no longer knows the learner at 0\.0"):
+        run.learner.take(2, deadline_s=10)
+
+
 def test_a_server_that_lost_the_last_commit_is_noticed(run: Run, valkey: EmbeddedValkey) -> None:
     run.begin()
     steps(run, 2)
