@@ -43,7 +43,14 @@ from reward_servers.answer import (
     Transient,
     scored,
 )
-from reward_servers.protocol import JSON_TYPE, SCORE_PATH, TENSOR_TYPE, Metadata
+from reward_servers.protocol import (
+    INFO_PATH,
+    JSON_TYPE,
+    SCORE_PATH,
+    TENSOR_TYPE,
+    Metadata,
+    ServerInfo,
+)
 from reward_servers.wire import encode_tensors
 
 __all__ = ["RewardClient", "RewardError", "RewardInvalid", "RewardRefused", "RewardUnavailable", "Scored"]
@@ -150,6 +157,14 @@ class RewardClient:
         if self._async is not None:
             await self._async.aclose()
             self._async = None
+
+    def info(self, seconds: float = 5.0) -> ServerInfo | None:
+        """What the server says of itself; None if it does not say so in time."""
+        try:
+            answer = self._sync.get(self.url + INFO_PATH, timeout=seconds)
+            return ServerInfo.model_validate_json(answer.content) if answer.status_code == 200 else None
+        except (httpx.HTTPError, ValueError):
+            return None
 
     def _policy(self, failures: list[str]) -> dict[str, Any]:
         def note(state: RetryCallState) -> None:

@@ -122,7 +122,7 @@ def _login(url: str) -> tuple[str | None, str | None]:
     return parts.username or query.get("username"), parts.password or query.get("password")
 
 
-_FOR_APP = ("args", "batching", "replicas", "threads", "num_cpus", "num_gpus")
+_FOR_APP = ("args", "replicas", "threads", "num_cpus", "num_gpus")
 """Settings of a reward that only a server started by the driver heeds."""
 
 
@@ -147,7 +147,8 @@ class RewardConfig(Section):
     every: int = Field(default=1, ge=1)
     """For a held-out reward: score the groups of every so many ordinals only, to save its time."""
     batching: Literal["request", "dynamic"] = "request"
-    """`request`: a request is scored as a unit; `dynamic`: requests may be merged, for `app`."""
+    """`request`: a request is scored as a unit, or by a batch-invariant scorer; `dynamic`: requests may be
+    merged. A server at `url` decides for itself: with `request` one that breaks this is refused."""
     deadline_s: float = Field(default=60.0, gt=0)
     """Seconds for one group's scores, retries included."""
     replicas: int = Field(default=1, ge=1)

@@ -23,10 +23,12 @@ import redis
 
 from learner.checkpoint import newest_checkpoint
 from learner.ray_train import fit
+from reward_servers.client import RewardClient
 from reward_servers.launch import start_rewards, stop_rewards
 from rollout_workers.evaluator import Evaluator
 from rollout_workers.worker import RolloutWorker
 from services.config import Config
+from services.config_file import ConfigError
 from services.context import RewardPlace, RunContext, SecretPlace
 from services.embedded import EmbeddedValkey
 from services.group_queue import GroupQueue
@@ -153,6 +155,9 @@ def reward_places(config: Config, run: RunDirectory, own_ray: bool) -> Iterator[
         for reward in config.rewards
         if reward.url is not None
     }
+    for reward in config.rewards:
+        if reward.url is not None and reward.batching == "request":
+            _refuse_merging(reward.name, places[reward.name])
     if not own:
         yield places
         return
@@ -167,6 +172,18 @@ def reward_places(config: Config, run: RunDirectory, own_ray: bool) -> Iterator[
     finally:
         if not own_ray:
             stop_rewards()
+
+
+def _refuse_merging(name: str, place: RewardPlace) -> None:
+    """A server that does not answer now is left to the requests that follow, which name it."""
+    client = RewardClient(name, place.url, place.token.read())
+    info = client.info()
+    client.close()
+    if info is not None and info.batching == "dynamic" and not info.batch_invariant:
+        raise ConfigError(
+            f"reward {name!r}: the server at {place.url} merges requests, and its scores depend on what they "
+            "are merged with; start it with batching 'request', or accept it: rewards[].batching: dynamic"
+        )
 
 
 def _actor(kind: type, context: RunContext, part: str, **resources: float) -> Any:

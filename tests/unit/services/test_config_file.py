@@ -64,7 +64,7 @@ ELSEWHERE = "rewards=[{name: ocr, url: 'http://127.0.0.1:1', %s}]"
 
 @pytest.mark.parametrize(
     "given",
-    ["args: {width: 320}", "batching: dynamic", "replicas: 2", "threads: 2", "num_cpus: 1", "num_gpus: 0.5"],
+    ["args: {width: 320}", "replicas: 2", "threads: 2", "num_cpus: 1", "num_gpus: 0.5"],
 )
 def test_settings_of_an_app_are_refused_for_a_reward_that_is_elsewhere(given: str) -> None:
     with pytest.raises(ConfigError, match=f"rewards.0: .*'ocr': {given.split(':')[0]} would do nothing"):
