@@ -85,6 +85,8 @@ def train(config: Config, run: RunDirectory, view: Progress, *, resume: bool = F
         queue.set_state("starting")
         stack.callback(_tell_the_end, queue)
         store = _actor(PolicyStore, context, "policy-store", num_cpus=0).remote()
+        # By hand: an actor lives as long as anything refers to it, and its name with it.
+        stack.callback(ray.kill, store)
         # The learner takes longest to start and needs no rewards until the first groups are there.
         learner = LearnerThread(partial(fit, context, store))
         learner.start()
@@ -99,6 +101,7 @@ def train(config: Config, run: RunDirectory, view: Progress, *, resume: bool = F
         text = context.model_dump_json()
         reserved = {"num_cpus": config.eval.num_cpus, "num_gpus": config.eval.num_gpus}
         evaluator = _actor(Evaluator, context, "evaluator", **reserved).remote(text, store)
+        stack.callback(ray.kill, evaluator)
 
         def worker_died(part: str, why: str) -> None:
             queue.release_worker(part, why)
