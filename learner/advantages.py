@@ -16,6 +16,9 @@ from torch import Tensor
 
 from services.config import AdvantageConfig, RewardConfig
 
+LARGEST_TOTAL = 1e100
+"""Its square is still a number: the standard deviation needs it."""
+
 
 @dataclass(frozen=True)
 class Advantages:
@@ -58,6 +61,10 @@ def total_rewards(rewards: Mapping[str, Sequence[float]], trained: Sequence[Rewa
         if not bool(torch.isfinite(column).all()):
             raise ValueError(f"reward {reward.name} has a score that is not finite: {column.tolist()}")
         total = total + reward.weight * column
+    if not bool((total.abs() < LARGEST_TOTAL).all()):
+        raise ValueError(
+            f"a total reward is beyond {LARGEST_TOTAL:g}: {total.tolist()}; check rewards[].weight"
+        )
     return total
 
 

@@ -158,6 +158,8 @@ def _verified(path: Path) -> Checkpoint:
         step, version = int(manifest["step"]), manifest["format"]
         if version != FORMAT:
             raise CheckpointError(f"{path}: format {version}, this version reads format {FORMAT}")
+        if not files:
+            raise CheckpointError(f"{path}: the manifest names no file")
         for name, entry in files.items():
             if Path(name).name != name:
                 raise CheckpointError(f"{path}: the manifest names a file outside the checkpoint: {name!r}")

@@ -60,8 +60,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     file = recipe_path(str(path))
     try:
-        raw = yaml.safe_load(file.read_text())
-    except yaml.YAMLError as error:
+        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
         raise ConfigError(f"{file}: not valid YAML: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{file}: expected a mapping of sections, found {type(raw).__name__}")
@@ -91,7 +91,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override!r}: expected section.key=value")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"--set {override!r}: the value is not valid YAML: {error}") from error
     node: Any = raw
     for depth, part in enumerate(parts[:-1]):
@@ -116,7 +116,7 @@ def _child(node: Any, part: str, path: str, override: str) -> Any:
 
 
 def _index(node: list[Any], part: str, override: str) -> int:
-    if not part.isdigit() or int(part) >= len(node):
+    if not (part.isascii() and part.isdigit()) or int(part) >= len(node):
         raise ConfigError(f"--set {override!r}: {part!r} is not an index of a list of {len(node)}")
     return int(part)
 

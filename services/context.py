@@ -39,9 +39,11 @@ class SecretPlace(Message):
             ConfigError: the variable is not set, or the file cannot be read.
         """
         if self.env is not None:
-            value = os.environ.get(self.env)
+            value = os.environ.get(self.env, "").strip()
             if not value:
                 raise ConfigError(f"the environment variable {self.env} is not set: it must hold a secret")
+            if not (value.isascii() and value.isprintable()):
+                raise ConfigError(f"the environment variable {self.env} holds more than printable ASCII")
             return value
         if self.file is None:
             return None

@@ -15,6 +15,7 @@ from urllib.parse import urlparse
 
 import httpx
 import psutil
+import redis
 from pydantic import BaseModel
 from rich.table import Table
 
@@ -132,7 +133,7 @@ def _queue(config: Config) -> list[Finding]:
         policy = client.config_get("maxmemory-policy").get("maxmemory-policy", "unknown")
     except QueueUnreachable as error:
         return [Finding(what="queue", ok=False, found=str(error), remedy="start it, or mend queue.url")]
-    except Exception as error:  # CONFIG may be forbidden to this user: that is no fault
+    except redis.ResponseError as error:  # CONFIG may be forbidden to this user: that is no fault
         return [Finding(what="queue", ok=True, found=f"reachable; maxmemory-policy not readable: {error}")]
     ok = policy == "noeviction"
     remedy = "" if ok else "set maxmemory-policy noeviction: an evicted group is a lost group"

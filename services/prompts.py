@@ -77,9 +77,12 @@ def read_prompts(path: Path) -> list[Prompt]:
         ConfigError: no such file, an empty one, or a line that is not a prompt (with its number).
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: it also splits at characters that JSON allows inside a text.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"prompts {path}: cannot be read: {error}") from error
+    if path.suffix not in (".txt", ".jsonl"):
+        raise ConfigError(f"prompts {path}: expected a .txt or a .jsonl file, the ending is {path.suffix!r}")
     prompts: list[Prompt] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -88,8 +91,11 @@ def read_prompts(path: Path) -> list[Prompt]:
             prompts.append(Prompt(text=line.strip()))
             continue
         try:
-            record = json.loads(line)
-            prompts.append(Prompt(text=record.pop("prompt"), metadata=record))
+            record = json.loads(line, parse_constant=_refuse_constant)
+            prompts.append(Prompt(text=record.pop("prompt").strip(), metadata=record))
+            prompts[-1].text.encode()
+            if not prompts[-1].text:
+                raise ValueError("the prompt is empty")
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise ConfigError(
                 f"{path}, line {number}: expected a JSON object with a 'prompt' text: {error}"
@@ -97,6 +103,10 @@ def read_prompts(path: Path) -> list[Prompt]:
     if not prompts:
         raise ConfigError(f"prompts {path}: holds no prompt")
     return prompts
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
 
 
 def prompt_source(config: Config) -> PromptSource:

@@ -11,6 +11,7 @@ Promises
 from __future__ import annotations
 
 import time
+from typing import Any
 from urllib.parse import urlsplit
 
 import redis
@@ -56,7 +57,7 @@ def connect(url: str, password: str | None = None, *, deadline_s: float = 5.0) -
     where = place(url)
     try:
         probe = _client(url, password, Retry(NoBackoff(), 0), timeout_s=min(deadline_s, SOCKET_TIMEOUT_S))
-    except (ValueError, redis.RedisError) as error:
+    except (ValueError, TypeError, redis.RedisError) as error:
         raise QueueUnreachable(f"queue address for {where}: {error}") from None
     give_up = time.monotonic() + deadline_s
     try:
@@ -69,7 +70,9 @@ def connect(url: str, password: str | None = None, *, deadline_s: float = 5.0) -
 
 
 def _client(url: str, password: str | None, retry: Retry, *, timeout_s: float) -> redis.Redis:
-    options = {"password": password} if password is not None else {}
+    options: dict[str, Any] = {"password": password} if password is not None else {}
+    if urlsplit(url).scheme != "unix":
+        options["socket_keepalive"] = True
     client: redis.Redis = redis.Redis.from_url(
         url,
         **options,
@@ -77,7 +80,6 @@ def _client(url: str, password: str | None, retry: Retry, *, timeout_s: float) -
         decode_responses=False,
         socket_timeout=timeout_s,
         socket_connect_timeout=timeout_s,
-        socket_keepalive=urlsplit(url).scheme != "unix",
         health_check_interval=0,
         retry=retry,
     )

@@ -76,3 +76,8 @@ def test_constants_and_permutations(groups: list[list[float]], constant: int, or
     permuted = group_advantages(totals[:, order], config).values
     torch.testing.assert_close(permuted, found.values[:, order])
     torch.testing.assert_close(found.values.sum(dim=1), torch.zeros(len(groups), dtype=torch.float64))
+
+
+def test_a_total_too_large_to_be_squared_is_an_error() -> None:
+    with pytest.raises(ValueError, match="beyond 1e"):
+        total_rewards({"ocr": [1e308, 0.0], "taste": [0.0, 0.0]}, [OCR, TASTE])

@@ -180,3 +180,10 @@ def test_no_room_on_the_disk_leaves_the_former_checkpoint(tmp_path: Path) -> Non
     assert "former checkpoints are as they were" in answer.get()
     assert newest(tmp_path) == (4, 4.0)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-4"]
+
+
+def test_a_manifest_that_names_no_file_hides_no_checkpoint(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    empty = write(tmp_path, 2)
+    (empty / "manifest.json").write_text('{"format": 1, "step": 2, "files": {}}')
+    assert newest(tmp_path) == (1, 1.0)

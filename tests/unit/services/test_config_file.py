@@ -119,6 +119,12 @@ def test_yaml_that_is_none_is_refused(tmp_path: Path) -> None:
     broken.write_text("run: [")
     with pytest.raises(ConfigError, match="not valid YAML"):
         load_config(broken)
+    broken.write_bytes(b"run: \xff\xfe")
+    with pytest.raises(ConfigError, match=r"broken.yaml: not valid YAML"):
+        load_config(broken)
+    broken.write_text("run: {name: 2024-13-45}")
+    with pytest.raises(ConfigError, match=r"broken.yaml: not valid YAML"):
+        load_config(broken)
     broken.write_text("- a list")
     with pytest.raises(ConfigError, match="mapping of sections"):
         load_config(broken)

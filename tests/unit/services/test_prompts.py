@@ -105,3 +105,25 @@ def test_held_out_prompts_that_are_trained_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match="'two'"):
         prompt_source(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("p.jsonl", b'{"prompt": "  "}', "line 1: .*empty"),
+        ("p.jsonl", b'{"prompt": "a", "x": NaN}', "line 1: .*NaN"),
+        ("p.jsonl", b'{"prompt": "\\ud800"}', "line 1: .*surrogates"),
+        ("p.csv", b"a,b", r"a .txt or a .jsonl file, the ending is '.csv'"),
+    ],
+)
+def test_what_would_be_misread_is_refused(tmp_path: Path, name: str, content: bytes, says: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=says):
+        read_prompts(tmp_path / name)
+
+
+def test_a_byte_order_mark_and_blanks_hide_no_overlap(tmp_path: Path) -> None:
+    (tmp_path / "bom.txt").write_bytes("\ufeffa cat\r\n".encode())
+    (tmp_path / "blank.jsonl").write_text('{"prompt": " a cat\u2028 "}')
+    assert [prompt.text for prompt in read_prompts(tmp_path / "bom.txt")] == ["a cat"]
+    assert [prompt.text for prompt in read_prompts(tmp_path / "blank.jsonl")] == ["a cat"]
