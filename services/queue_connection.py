@@ -96,6 +96,9 @@ def _ping(client: redis.Redis, where: str, give_up: float) -> None:
                 f"queue server at {where} refused the login: {_first_line(error)}; "
                 "check user and password (queue.password_env)"
             ) from None
+        except TypeError as error:
+            # redis-py hands the options of an address on as they are, and only when it connects.
+            raise QueueUnreachable(f"queue address for {where}: {error}") from None
         except redis.BusyLoadingError:
             failed = "it is still loading its data"
         except (redis.ConnectionError, redis.TimeoutError) as error:

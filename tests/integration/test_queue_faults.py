@@ -242,6 +242,8 @@ def test_an_observer_without_a_learner_sees_an_empty_queue(run: Run) -> None:
         ("http://127.0.0.1:1", "scheme is http"),
         ("127.0.0.1", "must begin with redis://"),
         ("redis://127.0.0.1:99999", "port"),
+        ("redis://127.0.0.1:1?foo=bar", "127.0.0.1:1: .*'foo'"),
+        ("unix:///no/such/socket", "/no/such/socket cannot be reached"),
         ("redis://127.0.0.1:1/0", "127.0.0.1:1 cannot be reached"),
         ("redis://no.such.host.invalid:6390", "no.such.host.invalid:6390 cannot be reached"),
     ],
