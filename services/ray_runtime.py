@@ -1,7 +1,8 @@
 """Joining a Ray cluster, or starting one on loopback for a single machine.
 
 Promises
-- A Ray that this run starts listens on loopback and is shut down with the run.
+- A Ray that this run starts is shut down with it. Its dashboard listens on loopback; its other processes bind
+  every interface, as Ray has them do.
 - It asks every client for a token: Ray's own default, which RAY_AUTH_MODE=disabled would switch off.
 - Usage statistics stay off: nothing is sent anywhere.
 """
