@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import parse_qsl, urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 RunName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 RewardName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
@@ -42,7 +42,7 @@ class LoraConfig(Section):
     """Rank of each adapter."""
     alpha: float = Field(default=128.0, gt=0)
     """Scale of each adapter is alpha / rank."""
-    targets: tuple[str, ...] = (
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = (
         "attn.to_q",
         "attn.to_k",
         "attn.to_v",
@@ -279,6 +279,13 @@ class LearnerConfig(Section):
     """Ray GPUs a rank reserves."""
     max_restarts: int = Field(default=3, ge=0)
     """Restarts of the learner by Ray Train before the run fails; what a restart cannot mend fails at once."""
+
+    @field_validator("betas")
+    @classmethod
+    def _decays(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"each of {betas} must be at least 0 and less than 1")
+        return betas
 
 
 class QueueConfig(Section):

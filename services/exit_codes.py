@@ -12,6 +12,8 @@ from rich.text import Text
 from services.config_file import ConfigError
 
 logger = logging.getLogger(__name__)
+# The traceback is for a log file; where none is configured, Python's last resort would print it.
+logger.addHandler(logging.NullHandler())
 
 FAILED = 1
 WRONG_USAGE = 2

@@ -29,6 +29,8 @@ def test_every_shipped_recipe_is_valid_and_round_trips(recipe: Path) -> None:
         ("rollout.group_size=many", ["rollout.group_size", "valid integer", "'many'"]),
         ("learner.micro_batch=24", ["micro_batch 24", "group_size 16"]),
         ("objective.timesteps.per_update=9", ["per_update 9 exceeds first 8"]),
+        ("learner.betas=[0.9, 1]", ["learner.betas", "less than 1"]),
+        ("model.lora.targets=[]", ["model.lora.targets", "at least 1"]),
         ("learner.optimizer_steps=3", ["optimizer_steps 3 must divide", "per_update 4"]),
         ("learner.ranks=2", ["learner.ranks", "less than or equal to 1"]),
         ("objective.switch_step=5", ["objective"]),
