@@ -154,16 +154,20 @@ def test_a_finished_run_goes_on_with_more_and_larger_steps(recipe: Callable[...,
 
 
 def test_a_killed_worker_is_replaced_and_nothing_is_lost(recipe: Callable[..., Config], digest: str) -> None:
+    pids: list[int] = []
+
+    def remember(beats: list[Heartbeat]) -> None:
+        pids[:] = [beat.pid for beat in beats if beat.part == "rollout-0"]
+
     killed: list[int] = []
 
-    def kill(beats: list[Heartbeat]) -> None:
-        for beat in beats:
-            if beat.part == "rollout-0" and beat.state == "sampling" and not killed:
-                killed.append(beat.pid)
-                os.kill(beat.pid, signal.SIGKILL)
+    def kill(row: UpdateRow) -> None:
+        if row.step == 1 and not killed and pids:
+            killed.append(pids[0])
+            os.kill(pids[0], signal.SIGKILL)
 
     # Nobody waits for the lease of the dead to run out.
-    outcome = run(recipe("rollout.workers=1", "queue.lease_s=900"), Watching(at_beats=kill))
+    outcome = run(recipe("rollout.workers=1", "queue.lease_s=900"), Watching(at_row=kill, at_beats=remember))
     assert killed
     assert outcome.weights_digest == digest
     assert [e.what for e in read_metrics(outcome.run.root).events if e.what == "worker died"]
