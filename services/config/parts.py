@@ -1,0 +1,181 @@
+"""The sections that say with whom and where a run works: rewards, queue, checkpoints, evaluation, cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import parse_qsl, urlsplit
+
+from pydantic import Field, StringConstraints, model_validator
+
+from services.config.section import Section
+
+RunName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+RewardName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
+
+
+class RunConfig(Section):
+    name: RunName = "run"
+    """Names the run in Redis keys, Ray actors and dashboards."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """Prompts, initial noise, timesteps and training noise follow from it."""
+    directory: Path = Path("runs")
+    """Run directories are made in here, as `<name>-<UTC time>`."""
+
+
+_FOR_APP = ("args", "replicas", "threads", "num_cpus", "num_gpus")
+"""Settings of a reward that only a server started by the driver heeds."""
+
+
+class RewardConfig(Section):
+    name: RewardName
+    """Names the reward in metrics and groups."""
+    app: str | None = None
+    """A scorer of reward_servers/scorers that the driver serves itself (`ocr`, `ocr_tesseract`)."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of that scorer, for `app`."""
+    url: str | None = None
+    """Or: the address of a running reward server, up to and without /v1."""
+    token_env: str | None = None
+    """Environment variable that holds the bearer token for `url`."""
+    weight: float = 1.0
+    """Weight in the total reward."""
+    required: bool = True
+    """A required reward that fails dead-letters the group; an optional one drops its term for the group.
+    Evaluations require every reward."""
+    heldout: bool = False
+    """Scored and reported, never trained."""
+    every: int = Field(default=1, ge=1)
+    """For a held-out reward: score the groups of every so many ordinals only, to save its time."""
+    batching: Literal["request", "dynamic"] = "request"
+    """`request`: a request is scored as a unit, or by a batch-invariant scorer; `dynamic`: requests may be
+    merged. A server at `url` decides for itself: with `request` one that breaks this is refused."""
+    deadline_s: float = Field(default=60.0, gt=0)
+    """Seconds for one group's scores, retries included."""
+    replicas: int = Field(default=1, ge=1)
+    """Serve replicas, for `app`."""
+    threads: int = Field(default=1, ge=1)
+    """CPU threads of one replica, for `app`."""
+    num_cpus: float = Field(default=0.5, ge=0)
+    """Ray CPUs a replica reserves, for `app`."""
+    num_gpus: float = Field(default=0.0, ge=0)
+    """Ray GPUs a replica reserves, for `app`."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> RewardConfig:
+        if (self.app is None) == (self.url is None):
+            raise ValueError(f"reward {self.name!r} needs either app or url, and not both")
+        if self.every > 1 and not self.heldout:
+            raise ValueError(f"reward {self.name!r}: every > 1 is for held-out rewards only")
+        if self.url is None:
+            if self.token_env is not None:
+                raise ValueError(
+                    f"reward {self.name!r}: token_env is for url; leave it out: app gets a token from the run"
+                )
+            return self
+        if any(_login(self.url)):
+            raise ValueError(
+                f"reward {self.name!r}: url holds a user or a password, which config.yaml and logs would "
+                "show; leave them out and name the variable that holds a bearer token in token_env"
+            )
+        if not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"reward {self.name!r}: url {self.url!r} must begin with http:// or https://")
+        # config.yaml of a run holds every key: what is there at its default was asked for by nobody.
+        defaults = RewardConfig.model_construct(name=self.name)
+        ignored = [name for name in _FOR_APP if getattr(self, name) != getattr(defaults, name)]
+        if ignored:
+            raise ValueError(
+                f"reward {self.name!r}: {', '.join(ignored)} would do nothing for a server at url, only for "
+                "one that the driver starts (app); leave out, or keep at the default"
+            )
+        return self
+
+
+class QueueConfig(Section):
+    url: str | None = None
+    """redis:// or rediss:// address, with an ACL user (`rediss://worker@host`) but never a password; null
+    starts an embedded Valkey server on loopback."""
+    password_env: str | None = None
+    """Environment variable that holds the password for `url`."""
+    max_staleness: int = Field(default=1, ge=0)
+    """Updates a group may lag behind; 0 is synchronous and bit-reproducible."""
+    lease_s: float = Field(default=120.0, gt=0)
+    """Seconds a worker may hold an ordinal between two renewals before it is issued again."""
+    max_attempts: int = Field(default=3, ge=1)
+    """Issues of one ordinal before it goes to the dead-letter stream."""
+    max_dead: int = Field(default=8, ge=0)
+    """Dead letters a run bears before it fails."""
+    max_groups: int = Field(default=1024, ge=1)
+    """Groups the queue holds at most."""
+    max_bytes: int = Field(default=2 * 1024**3, ge=1024)
+    """Payload bytes the queue holds at most."""
+    take_deadline_s: float = Field(default=600.0, gt=0)
+    """Seconds the learner waits for the groups of a step before it fails and names what is missing."""
+
+    @model_validator(mode="after")
+    def _no_password(self) -> QueueConfig:
+        if self.url is None and self.password_env is not None:
+            raise ValueError("password_env is for url; leave it out: the embedded server makes a password")
+        if self.url is not None and _login(self.url)[1]:
+            raise ValueError(
+                "url holds a password, which config.yaml and logs would show; leave it out and name the "
+                "variable that holds it in password_env"
+            )
+        return self
+
+
+class CheckpointConfig(Section):
+    every_steps: int = Field(default=10, ge=1)
+    """Updates between checkpoints; one is always written at the end and when interrupted."""
+    keep: int = Field(default=2, ge=1)
+    """Complete checkpoints kept."""
+
+
+class EvalConfig(Section):
+    every_steps: int = Field(default=0, ge=0)
+    """Updates between evaluations of the EMA weights on held-out prompts; 0: only before and after."""
+    prompts: int = Field(default=64, ge=1)
+    """Held-out prompts of the evaluations during training."""
+    final_prompts: int = Field(default=320, ge=1)
+    """Held-out prompts of the evaluations before and after training."""
+    seed: int = Field(default=99, ge=0)
+    """Held-out prompts and their initial noise follow from it."""
+    path: Path | None = None
+    """Held-out prompts for `prompts.source: file`; null skips evaluation there."""
+    batch: int = Field(default=64, ge=1)
+    """Held-out prompts sampled at once, one image each."""
+    deadline_s: float = Field(default=1800.0, gt=0)
+    """Seconds that the evaluation after training may take, one that still goes on then included."""
+    num_cpus: float = Field(default=0.0, ge=0)
+    """Ray CPUs the evaluator reserves."""
+    num_gpus: float = Field(default=0.0, ge=0)
+    """Ray GPUs the evaluator reserves."""
+
+
+class TelemetryConfig(Section):
+    samples_every: int = Field(default=10, ge=0)
+    """Updates between two groups whose images are kept in samples/; 0 keeps none."""
+    tensorboard: bool = True
+    """Write TensorBoard events into the run directory."""
+    heartbeat_s: float = Field(default=2.0, gt=0)
+    """Seconds between two heartbeats of a part."""
+
+
+class ClusterConfig(Section):
+    address: str | None = None
+    """Ray address to join; null joins RAY_ADDRESS if it is set, else starts Ray on loopback."""
+    dashboard: bool = False
+    """Start the Ray dashboard (loopback) with a Ray that this run starts."""
+    object_store_mb: int = Field(default=256, ge=80)
+    """Object store of a Ray that this run starts, MiB."""
+    serve_port: int = Field(default=0, ge=0, le=65535)
+    """Port of the reward servers that this run starts; 0 takes a free one."""
+    start_deadline_s: float = Field(default=180.0, gt=0)
+    """Seconds for each part to become ready."""
+
+
+def _login(url: str) -> tuple[str | None, str | None]:
+    """User and password inside an address; Redis clients take them from its query too."""
+    parts = urlsplit(url)
+    query = dict(parse_qsl(parts.query))
+    return parts.username or query.get("username"), parts.password or query.get("password")
