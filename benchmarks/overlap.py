@@ -31,7 +31,7 @@ from services.config_file import load_config
 from services.embedded import EmbeddedValkey
 from services.group_queue import Frontier, GroupQueue, connect
 from services.heartbeat import Pulse
-from services.messages import GroupTask, PolicyVersion, WeightsAnnouncement
+from services.messages import GroupTask, PolicyVersion, Prompt, WeightsAnnouncement
 from services.prompts import group_task, prompt_source
 
 WARM_UP_STEPS = 2
@@ -62,12 +62,7 @@ class TimedScorer:
         self._seconds = seconds
 
     def score(
-        self,
-        images: NDArray[np.uint8],
-        prompts: Sequence[str],
-        metadata: Sequence[dict[str, Any]],
-        *,
-        ordinal: int | None = None,
+        self, images: NDArray[np.uint8], prompts: Sequence[Prompt], *, ordinal: int | None = None
     ) -> GroupScores:
         time.sleep(self._seconds)
         return GroupScores(rewards={"ocr": tuple(float(place % 2) for place in range(len(images)))})

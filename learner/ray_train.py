@@ -27,14 +27,12 @@ from services.codec import Group
 from services.config import ClusterConfig, LearnerConfig
 from services.context import RunContext
 from services.group_queue import Fenced, Frontier, QueueTimeout
-from services.heartbeat import Pulse
+from services.heartbeat import BEATS_TO_LIVE, Pulse
 from services.logs import configure_logging
 from services.messages import PolicyVersion, WeightsAnnouncement
 from services.policy_store import publish
 
 logger = logging.getLogger(__name__)
-
-BEATS_TO_LIVE = 5
 
 # A replaced learner that starts again fences its successor; workers that made no groups in time make none in
 # as much time again. ConfigError, PolicyError and a checkpoint of another model are ValueErrors.

@@ -104,11 +104,7 @@ def _scores(
     scorer: Scorer, images: NDArray[np.uint8], prompts: Sequence[Prompt], size: int
 ) -> list[GroupScores]:
     return [
-        scorer.score(
-            images[start : start + size],
-            [prompt.text for prompt in prompts[start : start + size]],
-            [prompt.metadata for prompt in prompts[start : start + size]],
-        )
+        scorer.score(images[start : start + size], prompts[start : start + size])
         for start in range(0, len(prompts), size)
     ]
 

@@ -11,9 +11,9 @@ import torch
 
 from rollout_workers.evaluation import Evaluation, evaluate
 from rollout_workers.policy_sampler import PolicySampler
-from rollout_workers.worker import BEATS_TO_LIVE, reward_servers
+from rollout_workers.scoring import RewardServers
 from services.context import RunContext
-from services.heartbeat import Pulse
+from services.heartbeat import BEATS_TO_LIVE, Pulse
 from services.images import write_grid
 from services.logs import configure_logging
 from services.messages import WeightsAnnouncement
@@ -48,7 +48,7 @@ class Evaluator:
         self._pulse.__enter__()
         self._pulse.enter("loading the model")
         self._sampler = PolicySampler(self._context.config, self._context.directory, store)
-        self._scorer = reward_servers(self._context)
+        self._scorer = RewardServers(self._context.config.rewards, self._context.rewards)
         self._prompts = prompt_source(self._context.config)
         self._pulse.enter("waiting for weights")
 

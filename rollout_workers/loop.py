@@ -131,9 +131,8 @@ class RolloutLoop:
             # Not `wait_for_work`: what was given back wakes everyone who waits there, this worker too.
             time.sleep(self._poll_s)
             return
-        version = self._installed
-        assert version is not None
-        task = self._task_of(replace(lease, version=version))
+        assert self._installed is not None
+        task = self._task_of(replace(lease, version=self._installed))
         self._overhead_s += time.monotonic() - started
         self._pulse.enter("sampling", ordinal=task.ordinal)
         started = time.monotonic()
@@ -142,7 +141,7 @@ class RolloutLoop:
         if self._scoring is not None and not self._scoring.done():
             self._pulse.enter("waiting for scores", ordinal=task.ordinal)
         self._settle()
-        self._scoring = self._background.submit(self._score_and_admit, task, version, sampled, sample_s)
+        self._scoring = self._background.submit(self._score_and_admit, task, sampled, sample_s)
 
     def _update_weights(self, lease: Lease) -> None:
         if self._installed is not None and self._installed >= lease.version:
@@ -158,18 +157,12 @@ class RolloutLoop:
         self._installed = announcement.version
         self._pulse.version = announcement.version
 
-    def _score_and_admit(
-        self, task: GroupTask, version: PolicyVersion, sampled: SampledGroup, sample_s: float
-    ) -> None:
+    def _score_and_admit(self, task: GroupTask, sampled: SampledGroup, sample_s: float) -> None:
         try:
             started = time.monotonic()
-            size = len(task.seeds)
             try:
                 scores = self._scorer.score(
-                    sampled.images,
-                    [task.prompt.text] * size,
-                    [task.prompt.metadata] * size,
-                    ordinal=task.ordinal,
+                    sampled.images, [task.prompt] * len(task.seeds), ordinal=task.ordinal
                 )
             except RewardError as error:
                 outcome = self._queue.fail(self.worker, task.ordinal, f"{type(error).__name__}: {error}")
@@ -179,7 +172,7 @@ class RolloutLoop:
                 run=task.run,
                 ordinal=task.ordinal,
                 attempt=task.attempt,
-                version=version,
+                version=task.version,
                 prompt=task.prompt,
                 seeds=task.seeds,
                 rewards=scores.rewards,

@@ -10,7 +10,7 @@ Promises
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 from reward_servers.client import RewardClient, RewardError, Scored
 from services.config import RewardConfig
+from services.context import RewardPlace
+from services.messages import Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +38,7 @@ class Scorer(Protocol):
     """Scores images; RewardServers for real, a timed wait in the overlap benchmark."""
 
     def score(
-        self,
-        images: NDArray[np.uint8],
-        prompts: Sequence[str],
-        metadata: Sequence[dict[str, Any]],
-        *,
-        ordinal: int | None = None,
+        self, images: NDArray[np.uint8], prompts: Sequence[Prompt], *, ordinal: int | None = None
     ) -> GroupScores: ...
 
 
@@ -50,22 +47,16 @@ class RewardServers:
 
     Args:
         rewards: the configured rewards.
-        addresses: reward name -> URL of its server.
-        tokens: reward name -> bearer token; None for a server without one.
+        places: reward name -> where its server is, and its token.
     """
 
-    def __init__(
-        self,
-        rewards: Sequence[RewardConfig],
-        addresses: dict[str, str],
-        tokens: dict[str, str | None],
-    ) -> None:
+    def __init__(self, rewards: Sequence[RewardConfig], places: Mapping[str, RewardPlace]) -> None:
         self._rewards = tuple(rewards)
         self._clients = {
             reward.name: RewardClient(
                 reward.name,
-                addresses[reward.name],
-                tokens[reward.name],
+                places[reward.name].url,
+                places[reward.name].token.read(),
                 deadline_s=reward.deadline_s,
                 app=reward.app,
             )
@@ -74,19 +65,13 @@ class RewardServers:
         self._threads = ThreadPoolExecutor(max_workers=len(self._rewards), thread_name_prefix="reward")
 
     def score(
-        self,
-        images: NDArray[np.uint8],
-        prompts: Sequence[str],
-        metadata: Sequence[dict[str, Any]],
-        *,
-        ordinal: int | None = None,
+        self, images: NDArray[np.uint8], prompts: Sequence[Prompt], *, ordinal: int | None = None
     ) -> GroupScores:
         """Scores of every reward that is due.
 
         Args:
             images: (N, H, W, 3) uint8.
-            prompts: one an image.
-            metadata: one an image.
+            prompts: one an image, with its metadata.
             ordinal: of the group; decides which held-out rewards are due. None, an evaluation: all are, and
                 all are required.
 
@@ -94,10 +79,9 @@ class RewardServers:
             RewardError: a required reward could not be had before its deadline.
         """
         due = [r for r in self._rewards if ordinal is None or ordinal % r.every == 0]
+        texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
         pending = {
-            reward.name: self._threads.submit(
-                self._clients[reward.name].score, images, list(prompts), list(metadata)
-            )
+            reward.name: self._threads.submit(self._clients[reward.name].score, images, texts, metadata)
             for reward in due
         }
         scored: dict[str, Scored] = {}

@@ -13,16 +13,13 @@ from rollout_workers.policy_sampler import PolicySampler
 from rollout_workers.scoring import GroupScores, RewardServers
 from services.context import RunContext
 from services.group_queue import Lease
-from services.heartbeat import Pulse
+from services.heartbeat import BEATS_TO_LIVE, Pulse
 from services.images import write_strip
 from services.logs import configure_logging
 from services.messages import GroupTask
 from services.prompts import group_task, prompt_source
 
 logger = logging.getLogger(__name__)
-
-BEATS_TO_LIVE = 5
-"""A heartbeat is kept this many intervals: five missed ones and the part is gone."""
 
 
 class RolloutWorker:
@@ -54,7 +51,7 @@ class RolloutWorker:
         ) as pulse:
             pulse.enter("loading the model")
             sampler = PolicySampler(config, context.directory, self._store)
-            scorer = reward_servers(context)
+            scorer = RewardServers(config.rewards, context.rewards)
             prompts = prompt_source(config)
 
             def task_of(lease: Lease) -> GroupTask:
@@ -70,15 +67,6 @@ class RolloutWorker:
                 raise
             finally:
                 scorer.close()
-
-
-def reward_servers(context: RunContext) -> RewardServers:
-    """Clients of all reward servers of a run."""
-    return RewardServers(
-        context.config.rewards,
-        {name: place.url for name, place in context.rewards.items()},
-        {name: place.token.read() for name, place in context.rewards.items()},
-    )
 
 
 def sample_keeper(context: RunContext) -> KeepImages:

@@ -57,11 +57,7 @@ def evaluate_model(
     with tempfile.TemporaryDirectory() as folder, screen.status("starting the reward servers") as status:
         private = RunDirectory(Path(folder))
         with ray_cluster(config) as own_ray, reward_places(config, private, own_ray) as places:
-            scorer = RewardServers(
-                config.rewards,
-                {name: place.url for name, place in places.items()},
-                {name: place.token.read() for name, place in places.items()},
-            )
+            scorer = RewardServers(config.rewards, places)
             status.update(f"sampling and scoring {len(prompts)} prompts")
             found = evaluate(policy, scorer, config, prompts, with_diversity=True)
             scorer.close()

@@ -22,6 +22,9 @@ from services.messages import Heartbeat, PolicyVersion
 
 logger = logging.getLogger(__name__)
 
+BEATS_TO_LIVE = 5
+"""A heartbeat is kept this many intervals: five missed ones and the part is gone."""
+
 
 def peak_rss_bytes() -> int:
     """Peak resident memory of this process, bytes."""

@@ -3,7 +3,7 @@
 Promises
 - An objective sees whole groups, and says nothing of how they came here.
 - Adding one is adding one file to this folder that declares `OBJECTIVES`, name -> class, and its name to
-  services/config.py `ObjectiveConfig`.
+  services/config/training.py `ObjectiveConfig`.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ from rollout_workers.scoring import GroupScores
 from services.config_file import load_config
 from services.embedded import EmbeddedValkey
 from services.heartbeat import Pulse
-from services.messages import GroupTask, WeightsAnnouncement
+from services.messages import GroupTask, Prompt, WeightsAnnouncement
 from services.policy_store import WeightsGone, WeightsMismatch
 from services.prompts import group_task, prompt_source
 from tests.integration.queue_support import Run, weights
@@ -57,12 +56,7 @@ class Scorer:
         self._failures = list(failures)
 
     def score(
-        self,
-        images: NDArray[np.uint8],
-        prompts: Sequence[str],
-        metadata: Sequence[dict[str, Any]],
-        *,
-        ordinal: int | None = None,
+        self, images: NDArray[np.uint8], prompts: Sequence[Prompt], *, ordinal: int | None = None
     ) -> GroupScores:
         if self._failures:
             raise self._failures.pop(0)

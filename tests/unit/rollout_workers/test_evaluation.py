@@ -17,7 +17,7 @@ from rollout_workers.evaluator import Evaluator
 from rollout_workers.scoring import GroupScores
 from services.config import Config, ModelConfig
 from services.config_file import load_config
-from services.messages import PolicyVersion, WeightsAnnouncement
+from services.messages import PolicyVersion, Prompt, WeightsAnnouncement
 from services.metrics import When
 from services.policy_store import WeightsGone
 from services.prompts import prompt_source
@@ -30,12 +30,7 @@ class Scorer:
         self.counts: list[int] = []
 
     def score(
-        self,
-        images: NDArray[np.uint8],
-        prompts: Sequence[str],
-        metadata: Sequence[dict[str, Any]],
-        *,
-        ordinal: int | None = None,
+        self, images: NDArray[np.uint8], prompts: Sequence[Prompt], *, ordinal: int | None = None
     ) -> GroupScores:
         assert ordinal is None, "an evaluation asks for every reward"
         self.counts.append(len(images))

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from reward_servers.client import RewardError, RewardUnavailable, Scored
 from rollout_workers.scoring import RewardServers
 from services.config import RewardConfig
+from services.context import RewardPlace
+from services.messages import Prompt
 
 IMAGES = np.zeros((2, 4, 4, 3), dtype=np.uint8)
 ALL = {"trained", "optional", "heldout"}
@@ -47,13 +49,13 @@ def servers(down: set[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[RewardS
         RewardConfig(name="optional", url=url, required=False),
         RewardConfig(name="heldout", url=url, heldout=True, every=8),
     ]
-    made = RewardServers(rewards, dict.fromkeys(ALL, url), dict.fromkeys(ALL))
+    made = RewardServers(rewards, dict.fromkeys(ALL, RewardPlace(url=url)))
     yield made
     made.close()
 
 
 def scored(servers: RewardServers, ordinal: int | None) -> set[str]:
-    return set(servers.score(IMAGES, ["a", "b"], [{}, {}], ordinal=ordinal).rewards)
+    return set(servers.score(IMAGES, [Prompt(text="a"), Prompt(text="b")], ordinal=ordinal).rewards)
 
 
 def test_held_out_rewards_are_asked_for_now_and_then_and_in_every_evaluation(servers: RewardServers) -> None:
