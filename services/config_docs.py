@@ -30,7 +30,7 @@ is set on the command line with `--set section.key=value`: the value is YAML, an
 (`--set rewards.0.weight=2`). Unknown keys, wrong types and impossible combinations are refused, with the path
 in the YAML and what would be valid.
 
-_This page is generated from `services/config.py` by `make docs`; change it there._
+_This page is generated from `services/config/` by `make docs`; change it there._
 """
 
 

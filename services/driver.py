@@ -31,13 +31,13 @@ from services.config import Config
 from services.config_file import ConfigError
 from services.context import RewardPlace, RunContext, SecretPlace
 from services.embedded import EmbeddedValkey
+from services.formatting import reason
 from services.group_queue import GroupQueue
 from services.logs import configure_logging
 from services.monitor import LearnerThread, Monitor, Outcome
 from services.policy_store import PolicyStore
 from services.progress import Progress
 from services.queue_connection import place
-from services.queue_types import ENDED
 from services.ray_runtime import NAMESPACE, ray_cluster
 from services.resuming import reconfigure
 from services.run_directory import RunDirectory
@@ -48,6 +48,7 @@ from services.telemetry import Telemetry
 logger = logging.getLogger(__name__)
 
 JOIN_DEADLINE_S = 60.0
+QUEUE_LOST = (redis.ConnectionError, redis.TimeoutError)
 
 
 def train(config: Config, run: RunDirectory, view: Progress, *, resume: bool = False) -> Outcome:
@@ -83,7 +84,7 @@ def train(config: Config, run: RunDirectory, view: Progress, *, resume: bool = F
         )
         queue = context.open_queue()
         queue.set_state("starting")
-        stack.callback(_tell_the_end, queue)
+        stack.push(partial(_tell_failure, queue))
         store = _actor(PolicyStore, context, "policy-store", num_cpus=0).remote()
         # By hand: an actor lives as long as anything refers to it, and its name with it.
         stack.callback(ray.kill, store)
@@ -117,22 +118,25 @@ def train(config: Config, run: RunDirectory, view: Progress, *, resume: bool = F
         view.activity("loading the models")
         # Stopped in reverse order: the state first, so that workers end by themselves.
         stack.callback(supervisor.join, JOIN_DEADLINE_S)
-        stack.callback(monitor.close)
+        stack.push(partial(_tell_failure, queue))
         queue.set_state("running")
         supervisor.start()
         try:
             return monitor.watch()
-        except redis.ConnectionError as error:
+        except QUEUE_LOST as error:
             raise PartFailed(f"the queue server at {place(queue_url)} was lost: {error}") from error
 
 
-def _tell_the_end(queue: GroupQueue) -> None:
-    """Whatever ended the driver: no part may go on without it."""
+def _tell_failure(
+    queue: GroupQueue, kind: type[BaseException] | None, error: BaseException | None, trace: object
+) -> None:
+    """Where an exception ends the driver: no part may go on without it. Every other end is the monitor's."""
+    if error is None or isinstance(error.__cause__, QUEUE_LOST):
+        return  # all is well, or the queue is gone and there is no way to tell anybody
     try:
-        if queue.state() not in ENDED:
-            queue.set_state("failed")
-    except Exception:  # the run may be ending because the queue is gone: that error must not be hidden
-        logger.warning("the parts could not be told that the run is over", exc_info=True)
+        queue.set_state("failed", reason(error))
+    except Exception:  # it must not hide what ended the run
+        logger.warning("the parts could not be told that the run has failed", exc_info=True)
 
 
 @contextmanager

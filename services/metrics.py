@@ -162,3 +162,12 @@ def parse_row(line: str | bytes) -> AnyRow:
         pydantic.ValidationError: the line is not a row.
     """
     return _ROWS.validate_json(line)
+
+
+def row_of(fields: dict[str, Any]) -> AnyRow:
+    """A row as it comes through the queue server.
+
+    Raises:
+        pydantic.ValidationError: the fields are no row.
+    """
+    return _ROWS.validate_python(fields)

@@ -8,30 +8,25 @@ Promises
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import TypeAdapter
-
 from learner.ray_train import LearnerFailed
 from services.context import RunContext
 from services.evaluation_schedule import EvaluationSchedule
 from services.formatting import reason
-from services.group_queue import GroupQueue, RunState
+from services.group_queue import GroupQueue
 from services.memory import peak_memory
 from services.messages import Heartbeat, PolicyVersion, WeightsAnnouncement
-from services.metrics import AnyRow, MemoryRow
+from services.metrics import AnyRow, MemoryRow, row_of
 from services.progress import Progress
 from services.run_directory import RunDirectory
 from services.stop_signals import StopSignals
 from services.supervisor import PartFailed, Supervisor
 from services.telemetry import Telemetry, read_metrics
-
-logger = logging.getLogger(__name__)
 
 POLL_S = 0.5
 DEAD_LETTER = "dead letter"
@@ -74,7 +69,7 @@ class LearnerThread:
 
 
 class Monitor:
-    """Everything between the start and the end of a run; made and closed by the driver."""
+    """Everything between the start and the end of a run; made by the driver."""
 
     def __init__(
         self,
@@ -94,23 +89,20 @@ class Monitor:
         self._supervisor = supervisor
         self._learner = learner
         self._signals = signals
-        self._rows: TypeAdapter[AnyRow] = TypeAdapter(AnyRow)
         # A resumed run's server may remember what the driver before this one has written down.
         self._last_row_id = queue.last_written_metrics()
-        self._dead_told = {
-            row.ordinal for row in read_metrics(context.directory).events if row.what == DEAD_LETTER
-        }
+        written = read_metrics(context.directory)
+        self._dead_told = {row.ordinal for row in written.events if row.what == DEAD_LETTER}
         self._draining = False
         self._evaluations = EvaluationSchedule(
             context.config,
             evaluator,
-            {row.step for row in read_metrics(context.directory).evals},
+            {row.step for row in written.evals},
             on_row=self._write,
             on_gone=self._put_off,
         )
         self._beats: dict[str, Heartbeat] = {}
         self._silent: set[str] = set()
-        self._ending: RunState = "failed"
 
     def watch(self) -> Outcome:
         """Returns when the run is done or drained; raises when it failed."""
@@ -125,8 +117,7 @@ class Monitor:
         seconds = time.monotonic() - self._learner.started
         policy = self._latest("policy")
         interrupted = self._draining and policy.version.step < self._context.config.learner.max_steps
-        self._ending = "draining" if interrupted else "done"
-        self._queue.set_state(self._ending)
+        self._queue.set_state("draining" if interrupted else "done")
         if not interrupted and self._evaluations.possible:
             self._view.activity("evaluating the trained model on held-out prompts")
             self._evaluations.finish(self._latest("ema"), self._evaluator_state)
@@ -138,13 +129,6 @@ class Monitor:
             weights_digest=policy.digest,
             seconds=seconds,
         )
-
-    def close(self) -> None:
-        """Tell every part that the run is over."""
-        try:
-            self._queue.set_state(self._ending)
-        except Exception:  # the run may be ending because the queue is gone: that error must not be hidden
-            logger.warning("the parts could not be told that the run is %s", self._ending, exc_info=True)
 
     def _turn(self) -> None:
         if self._signals.requested.is_set() and not self._draining:
@@ -161,7 +145,7 @@ class Monitor:
         while rows := self._queue.read_metrics(self._last_row_id):
             for row_id, row in rows:
                 self._last_row_id = row_id
-                self._write(self._rows.validate_python(row))
+                self._write(row_of(row))
             self._queue.metrics_written(self._last_row_id)
 
     def _write(self, row: AnyRow) -> None:

@@ -11,7 +11,9 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import psutil
 import pytest
 from rich.console import Console
 
@@ -171,6 +173,23 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(recipe: Callable[..., C
     assert killed
     assert outcome.weights_digest == digest
     assert [e.what for e in read_metrics(outcome.run.root).events if e.what == "worker died"]
+
+
+def test_a_queue_server_that_is_gone_fails_the_run_with_its_name(recipe: Callable[..., Config]) -> None:
+    config = recipe("rollout.workers=1")
+    directory = RunDirectory.create(config)
+
+    def kill(row: UpdateRow) -> None:
+        if row.step == 1:
+            port = urlsplit((directory.queue / "url").read_text().strip()).port
+            (server,) = [child for child in psutil.Process().children() if port in ports(child)]
+            server.kill()
+
+    def ports(process: psutil.Process) -> set[int]:
+        return {socket.laddr.port for socket in process.net_connections() if socket.status == "LISTEN"}
+
+    with pytest.raises(PartFailed, match=r"the queue server at 127.0.0.1:\d+ was lost"):
+        train(config, directory, Watching(at_row=kill))
 
 
 def test_a_killed_learner_goes_back_to_its_checkpoint(recipe: Callable[..., Config], digest: str) -> None:

@@ -11,7 +11,7 @@ from services.config_file import PROJECT_ROOT
 
 def test_the_committed_page_is_up_to_date() -> None:
     committed = (PROJECT_ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    assert committed == reference(), "services/config.py has changed: run `make docs` and commit the page"
+    assert committed == reference(), "services/config/ has changed: run `make docs` and commit the page"
 
 
 def test_every_section_is_there_and_every_key_says_what_it_means() -> None:

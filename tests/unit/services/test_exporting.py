@@ -48,6 +48,17 @@ def card(folder: Path) -> str:
     return (folder / "pipeline" / "README.md").read_text()
 
 
+def test_the_device_of_the_run_need_not_be_here(tmp_path: Path, tiny_sd3: Path) -> None:
+    elsewhere = [f"run.directory={tmp_path}", f"model.path={tiny_sd3}", "model.device=cuda:7"]
+    run = RunDirectory.create(load_config("quickstart", elsewhere))
+    here = load_policy(
+        run.config().model.model_copy(update={"device": "cpu"}), text_encoders=False, vae=False, base=False
+    )
+    weights = {name: parameter.detach() for name, parameter in here.trainable().items()}
+    write_checkpoint(run.root, 1, {"policy": weights, "ema": weights}, {"epoch": 0}, keep=1)
+    assert export_into(run) == run.root / "export"
+
+
 def test_a_later_export_of_the_run_replaces_the_earlier(run: RunDirectory) -> None:
     assert export_into(run) == run.root / "export"
     (run.root / "export" / "pipeline" / "left over").touch()

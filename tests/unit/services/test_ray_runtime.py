@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import ray
 
-from services.config_file import load_config
-from services.ray_runtime import cpus_needed
+from services.config_file import ConfigError, load_config
+from services.ray_runtime import cpus_needed, ray_cluster
 
 
 def test_every_part_that_reserves_cpus_is_counted() -> None:
@@ -17,3 +18,29 @@ def test_every_part_that_reserves_cpus_is_counted() -> None:
         ("eval.num_cpus=2", 2.0),
     ):
         assert cpus_needed(load_config("quickstart", [key])) == pytest.approx(base + more), key
+
+
+ELSEWHERE = [
+    "queue.url=redis://queue.example:6379",
+    "rewards=[{name: ocr, url: 'https://rewards.example/ocr'}]",
+]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "overrides", "refused"),
+    [(1, [], ""), (2, ELSEWHERE, ""), (2, ELSEWHERE[:1], "reward ocr"), (2, ELSEWHERE[1:], "the queue")],
+)
+def test_nothing_listens_on_one_loopback_of_several_nodes(
+    monkeypatch: pytest.MonkeyPatch, nodes: int, overrides: list[str], refused: str
+) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **settings: None)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}] * nodes + [{"Alive": False}])
+    cluster = ray_cluster(load_config("quickstart", ["cluster.address=ray.example:6379", *overrides]))
+    if refused:
+        with pytest.raises(ConfigError, match=f"2 nodes.*{refused}"), cluster:
+            pass
+    else:
+        with cluster as own:
+            assert not own
