@@ -68,17 +68,63 @@ def total_rewards(rewards: Mapping[str, Sequence[float]], trained: Sequence[Rewa
     return total
 
 
+def preferences(
+    rewards: Sequence[Mapping[str, Sequence[float]]], trained: Sequence[RewardConfig], config: AdvantageConfig
+) -> Tensor:
+    """What the samples of each group are ranked by.
+
+    Args:
+        rewards: of each group; `total_rewards` has accepted them.
+
+    Returns:
+        (groups, G) float64: the total rewards, or with `combine: normalized` the weighted sum of rewards that
+        were centred and divided by their standard deviation, of the group or of the step as `std` says.
+    """
+    if config.combine == "sum":
+        return torch.stack([total_rewards(group, trained) for group in rewards])
+    result: Tensor | None = None
+    for reward in trained:
+        having = [place for place, group in enumerate(rewards) if reward.name in group]
+        if not having:
+            continue
+        scores = torch.tensor([rewards[place][reward.name] for place in having], dtype=torch.float64)
+        if result is None:
+            result = scores.new_zeros(len(rewards), scores.shape[1])
+        result[having] += reward.weight * _normalized(scores, config)
+    assert result is not None, "total_rewards refuses groups without a trained reward"
+    return result
+
+
 def group_advantages(totals: Tensor, config: AdvantageConfig) -> Advantages:
     """A_i = (r_i - mean of the group) / (std + epsilon), clamped.
 
+    With `weights: equal` the better ones of a group of which n are better share G / 2 equally, and the worse
+    ones -G / 2: the sum stays zero, as the partition function needs it, and the mean of |A_i| is one.
+
     Args:
-        totals: (groups, G) float64 total rewards.
+        totals: (groups, G) float64, of `preferences`.
         config: std of the group or of all rewards of the step (biased, as published), epsilon, clamp.
     """
-    live = totals.amax(dim=1) > totals.amin(dim=1)
-    centred = totals - totals.mean(dim=1, keepdim=True)
-    std = totals.std(correction=0) if config.std == "step" else totals.std(dim=1, correction=0, keepdim=True)
-    values = (centred / (std + config.epsilon)).clamp(-config.clip, config.clip)
+    values = _normalized(totals, config).clamp(-config.clip, config.clip)
+    if config.weights == "equal":
+        values = _split_evenly(values)
+    return Advantages(values=values, totals=totals, live=_differ(totals))
+
+
+def _differ(scores: Tensor) -> Tensor:
+    return scores.amax(dim=1) > scores.amin(dim=1)
+
+
+def _normalized(scores: Tensor, config: AdvantageConfig) -> Tensor:
+    """(groups, G): centred by group, divided by the deviation."""
+    centred = scores - scores.mean(dim=1, keepdim=True)
+    std = scores.std(correction=0) if config.std == "step" else scores.std(dim=1, correction=0, keepdim=True)
     # The mean of equal numbers may be off by a rounding error: zero means zero.
-    values = torch.where(live[:, None], values, torch.zeros_like(values))
-    return Advantages(values=values, totals=totals, live=live)
+    return torch.where(_differ(scores)[:, None], centred / (std + config.epsilon), torch.zeros_like(scores))
+
+
+def _split_evenly(values: Tensor) -> Tensor:
+    better, worse = (values > 0).to(values), (values < 0).to(values)
+    half = values.shape[1] / 2
+    share = better * (half / better.sum(dim=1, keepdim=True).clamp(min=1))
+    return share - worse * (half / worse.sum(dim=1, keepdim=True).clamp(min=1))

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from services.config import LearnerConfig, ObjectiveConfig
+from services.config import LearnerConfig, WithReference
 
 
 class Ema:
@@ -32,7 +32,7 @@ class Ema:
             torch._foreach_lerp_(averages, new, 1.0 - decay)
 
 
-def reference_decay(config: ObjectiveConfig, step: int) -> float:
+def reference_decay(config: WithReference, step: int) -> float:
     """Decay with which the policy at the start of update `step` enters the reference used in that update.
 
     Source: the published code's `old` adapter, min(0.3, 0.001 * step).

@@ -57,10 +57,10 @@ class PolicyTrainer:
         objective = config.objective
         self.policy = load_policy(
             config.model,
-            # Conditions travel with the groups; only a guided reference needs the empty prompt's as well.
-            text_encoders=objective.kl_cfg > 1,
+            # Conditions travel with the groups; only guidance needs the empty prompt's as well.
+            text_encoders=config.learner_guides,
             vae=False,
-            base=objective.reference == "frozen" or objective.kl > 0,
+            base=objective.needs_base,
             seed=config.run.seed,
         )
         self.updater = Updater(self.policy, config)
@@ -196,6 +196,8 @@ def _training_group(group: Group) -> TrainingGroup:
         latents=group.tensors["latents"],
         rewards=header.rewards,
         condition=_prefixed(group.tensors, "condition."),
+        trajectory=group.tensors.get("trajectory"),
+        log_likelihoods=group.tensors.get("log_likelihoods"),
     )
 
 

@@ -15,18 +15,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from learner.advantages import Advantages, group_advantages, total_rewards
+from learner.advantages import Advantages, group_advantages, preferences, total_rewards
 from learner.ema import Ema, evaluation_decay, reference_decay
 from learner.objectives.base import LiveGroup, Measurements, Phases, TrainingGroup, make_objective
-from learner.timesteps import training_timesteps
+from learner.timesteps import timestep_window, training_timesteps
 from learner.update_metrics import UpdateMetrics, reward_spreads, spread
 from policy.base import Policy
 from policy.schedule import make_schedule
-from services.config import Config, LearnerConfig
+from services.config import Config, LearnerConfig, WithReference
 
 __all__ = ["State", "TrainingGroup", "UpdateError", "UpdateMetrics", "Updater", "learning_rate"]
 
@@ -50,7 +51,9 @@ class Updater:
         self.policy = policy
         self.config = config
         self._parameters = policy.trainable()
-        self._objective = make_objective(policy, config, make_schedule(config.rollout))
+        schedule = make_schedule(config.rollout)
+        self._objective = make_objective(policy, config, schedule)
+        self._window = timestep_window(config.objective.timesteps, schedule.sigmas, config.rollout.shift)
         self._optimizer = torch.optim.AdamW(
             list(self._parameters.values()),
             lr=config.learner.learning_rate,
@@ -66,7 +69,7 @@ class Updater:
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
         self._ema = Ema(self._parameters)
-        wanted = self._objective.uses_reference or config.objective.switch_step is not None
+        wanted = self._objective.uses_reference
         self._reference = Ema(self._parameters) if wanted else None
         self._reference_is_policy = True
 
@@ -90,6 +93,7 @@ class Updater:
         measured, norms = Measurements(), []
         parts = training_timesteps(
             self.config.objective.timesteps,
+            self._window,
             seed=self.config.run.seed,
             step=step,
             optimizer_steps=learner.optimizer_steps,
@@ -121,8 +125,7 @@ class Updater:
 
         Live tensors: read them before the next update.
         """
-        switch = self.config.objective.switch_step
-        if switch is not None and step >= switch and self._reference is not None:
+        if self._reference is not None and self.config.objective.samples_with_reference(step):
             return dict(self._reference.tensors)
         return {name: parameter.detach() for name, parameter in self._parameters.items()}
 
@@ -191,7 +194,10 @@ class Updater:
                     f"group {group.ordinal}: {len(totals[-1])} scores for "
                     f"{self.config.rollout.group_size} samples"
                 )
-        return group_advantages(torch.stack(totals), self.config.advantage)
+        ranked = preferences(
+            [group.rewards for group in groups], self.config.trained_rewards, self.config.advantage
+        )
+        return replace(group_advantages(ranked, self.config.advantage), totals=torch.stack(totals))
 
     def _live(self, groups: Sequence[TrainingGroup], advantages: Advantages) -> list[LiveGroup]:
         device, dtype = self.policy.device, next(iter(self._parameters.values())).dtype
@@ -201,6 +207,10 @@ class Updater:
                 latents=group.latents.to(device=device, dtype=dtype),
                 advantages=values.to(device=device, dtype=dtype),
                 condition={name: tensor.to(device) for name, tensor in group.condition.items()},
+                trajectory=None if group.trajectory is None else group.trajectory.to(device, dtype),
+                log_likelihoods=(
+                    None if group.log_likelihoods is None else group.log_likelihoods.to(device, dtype)
+                ),
             )
             for group, values, live in zip(groups, advantages.values, advantages.live.tolist(), strict=True)
             if live
@@ -225,6 +235,7 @@ class Updater:
         if decay is not None:
             self._ema.fold(self._parameters, decay)
         if self._reference is not None:
+            assert isinstance(self.config.objective, WithReference)
             decay = reference_decay(self.config.objective, step + 1)
             self._reference.fold(self._parameters, decay)
             self._reference_is_policy = decay == 0.0

@@ -142,9 +142,9 @@ def export_lora(
 
 
 def _scheduler_settings(rollout: RolloutConfig) -> tuple[str, ...]:
-    if rollout.solver == "euler":
+    if rollout.solver != "dpmsolver++":
         return ("shift",)
-    return ("prediction_type", "use_flow_sigmas", "flow_shift")
+    return ("prediction_type", "use_flow_sigmas", "flow_shift", "solver_order")
 
 
 def _merged(policy: Policy) -> Any:

@@ -83,6 +83,8 @@ class RewardClient:
         parsed = httpx.URL(url)
         if parsed.scheme not in ("http", "https") or not parsed.host:
             raise ValueError(f"reward {name!r}: {url!r} is no http:// or https:// address")
+        if token is not None and not (token.isascii() and token.isprintable()):
+            raise ValueError(f"reward {name!r}: its token holds more than printable ASCII")
         self.name = name
         self.url = url.rstrip("/")
         self.deadline_s = deadline_s

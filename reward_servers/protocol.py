@@ -14,9 +14,9 @@ Imports neither the web framework nor a scorer: clients need only this.
 
 from __future__ import annotations
 
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, Strict, model_validator
 
 PROTOCOL: Final = "v1"
 SCORE_PATH: Final = "/v1/score"
@@ -101,8 +101,9 @@ class ScoreResponse(ProtocolModel):
     (0.75,)
     """
 
-    scores: tuple[float | None, ...]
-    """One an image, in the order of the request; null where `errors` says why."""
+    scores: tuple[Annotated[float, Strict()] | None, ...]
+    """One an image, in the order of the request; null where `errors` says why. A number in quotes, true and
+    false are no scores."""
     details: tuple[dict[str, Any], ...]
     """What the scorer saw, one an image."""
     errors: tuple[ItemError, ...] = ()

@@ -127,9 +127,10 @@ def _diversity(policy: Policy, config: Config, prompts: Sequence[Prompt]) -> dic
 def _decoded(
     policy: Policy, config: Config, condition: Condition | Sequence[Condition], seeds: Sequence[int]
 ) -> NDArray[np.uint8]:
-    negative = policy.negative() if config.rollout.guidance > 1 else None
-    latents = sample(policy, condition, negative, seeds, config.rollout)
-    return policy.decode(latents, batch=config.rollout.decode_batch)
+    rollout = config.evaluation_rollout
+    negative = policy.negative() if rollout.guidance > 1 else None
+    latents = sample(policy, condition, negative, seeds, rollout)
+    return policy.decode(latents, batch=rollout.decode_batch)
 
 
 def _estimate(values: Sequence[float]) -> Estimate:

@@ -12,7 +12,7 @@ from typing import Any
 
 from policy import Policy, load_policy
 from rollout_workers.loop import SampledGroup
-from rollout_workers.sampling import sample
+from rollout_workers.sampling import sample_trajectory
 from services.config import Config
 from services.messages import GroupTask, WeightsAnnouncement
 from services.policy_store import install
@@ -48,8 +48,12 @@ class PolicySampler:
         rollout = self._config.rollout
         condition = self.policy.encode(task.prompt.text)
         negative = self.policy.negative() if rollout.guidance > 1 else None
-        latents = sample(self.policy, condition, negative, task.seeds, rollout)
+        latents, trajectory = sample_trajectory(self.policy, condition, negative, task.seeds, rollout)
         images = self.policy.decode(latents, batch=rollout.decode_batch)
         tensors = {"latents": latents.contiguous()}
+        if self._config.objective.needs_trajectory:
+            assert trajectory is not None  # Config refuses such an objective with another solver
+            tensors["trajectory"] = trajectory.points.contiguous()
+            tensors["log_likelihoods"] = trajectory.log_likelihoods.contiguous()
         tensors |= {f"condition.{name}": tensor.contiguous() for name, tensor in condition.items()}
         return SampledGroup(tensors=tensors, images=images)

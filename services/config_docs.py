@@ -9,6 +9,7 @@ Promises
 
 from __future__ import annotations
 
+import inspect
 import sys
 import types
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from services.config import Config
+from services.config import OBJECTIVES, Config
 
 _HEAD = """\
 # Configuration
@@ -38,9 +39,9 @@ def reference() -> str:
     """The page, Markdown."""
     parts = [_HEAD]
     for path, model, note in _sections(Config, ""):
-        lines = [f"\n## `{path}`\n"] if path else []
         if not path:
             continue
+        lines = [f"\n## `{path}`\n"]
         if note:
             lines.append(f"{note}\n")
         lines += ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
@@ -54,6 +55,11 @@ def _sections(
 ) -> Iterator[tuple[str, type[BaseModel], str]]:
     yield path, model, note
     for name, field in model.model_fields.items():
+        if name == "objective":
+            for tag, kind in OBJECTIVES.items():
+                said = f"Where `name` is `{tag}`. {inspect.getdoc(kind)}"
+                yield from _sections(kind, "objective", said)
+            continue
         inner = _section(field)
         if inner is None:
             continue

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from services.config import Config
+from services.config import OBJECTIVES, Config
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
@@ -122,9 +122,14 @@ def _index(node: list[Any], part: str, override: str) -> int:
 
 
 def _explain(raw: dict[str, Any], detail: Any) -> str:
-    place = ".".join(str(part) for part in detail["loc"]) or "(whole file)"
+    # Behind `objective` comes the tag that told its models apart, which is no key of the YAML.
+    location = detail["loc"]
+    keys = location if location[:1] != ("objective",) else ("objective", *location[2:])
+    place = ".".join(str(part) for part in keys) or "(whole file)"
+    if detail["type"] == "union_tag_invalid":
+        return f"{place}.name: {detail['ctx']['tag']!r} is none of {detail['ctx']['expected_tags']}"
     if detail["type"] == "extra_forbidden":
-        section = _section_at(detail["loc"][:-1])
+        section = _section_at(location[:-1])
         valid = sorted(section.model_fields) if section else []
         close = difflib.get_close_matches(str(detail["loc"][-1]), valid, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
@@ -140,6 +145,9 @@ def _section_at(location: tuple[int | str, ...]) -> type[BaseModel] | None:
     section: Any = Config
     for part in location:
         if isinstance(part, int):
+            continue
+        if part in OBJECTIVES:
+            section = OBJECTIVES[part]
             continue
         field = section.model_fields.get(part)
         if field is None:

@@ -55,7 +55,7 @@ def export_run(run_dir: Path, out: Path, weights: str) -> list[Path]:
     policy = load_policy(model, text_encoders=True, vae=True, base=False, seed=config.run.seed)
     policy.install(checkpoint.state[weights])
     facts = _facts(run, checkpoint, weights)
-    return export_policy(policy, out, rollout=config.rollout, facts=facts)
+    return export_policy(policy, out, rollout=config.evaluation_rollout, facts=facts)
 
 
 def export_into(run: RunDirectory) -> Path:

@@ -3,7 +3,7 @@
 Promises
 - An objective sees whole groups, and says nothing of how they came here.
 - Adding one is adding one file to this folder that declares `OBJECTIVES`, name -> class, and its name to
-  services/config/training.py `ObjectiveConfig`.
+  services/config/objectives.py `ObjectiveConfig`.
 """
 
 from __future__ import annotations
@@ -36,6 +36,10 @@ class TrainingGroup:
     """Name -> G scores, in the order of the latents; held-out rewards too."""
     condition: Condition
     """Of the group's prompt."""
+    trajectory: Tensor | None = None
+    """(G, steps, C, h, w) where the objective needs it: rollout_workers/solvers.py `Trajectory`."""
+    log_likelihoods: Tensor | None = None
+    """(G, steps - 1) of its steps under the policy that sampled it."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ class LiveGroup:
     advantages: Tensor
     """(G,), the same dtype."""
     condition: Condition
+    trajectory: Tensor | None = None
+    log_likelihoods: Tensor | None = None
 
 
 class Phases:
@@ -97,6 +103,10 @@ class Objective(ABC):
         self.schedule = schedule
         self.phases = Phases()
 
+    def backward(self, loss: Tensor) -> None:
+        with self.phases("backward"):
+            loss.backward()  # type: ignore[no-untyped-call]
+
     @property
     @abstractmethod
     def uses_reference(self) -> bool:
@@ -122,6 +132,11 @@ class Objective(ABC):
                 preference too.
             reference: tensors of the EMA reference; None: it equals the policy as it is now.
         """
+
+
+def slices(count: int, size: int) -> list[slice]:
+    """`count` samples in pieces of `size`."""
+    return [slice(start, start + size) for start in range(0, count, size)]
 
 
 def make_objective(policy: Policy, config: Config, schedule: Schedule) -> Objective:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from learner.objectives.base import LiveGroup, Measurements, Objective
+from learner.objectives.base import LiveGroup, Measurements, Objective, slices
 from learner.objectives.formulas import (
     clipped,
     dsm_error,
@@ -23,28 +23,10 @@ from learner.objectives.formulas import (
     group_weights,
     kl_penalty,
 )
-from learner.seeds import derive_seed
-from policy.base import Condition, Policy
+from learner.objectives.forward_process import NoisedBatch, noised
+from policy.base import Policy
 from policy.schedule import Schedule
-from services.config import Config
-
-
-@dataclass(frozen=True)
-class NoisedBatch:
-    """Some samples at one timestep, as the model sees them."""
-
-    x: Tensor
-    """(N, C, h, w) x_t = (1 - sigma) x0 + sigma noise."""
-    target: Tensor
-    """(N, C, h, w) noise - x0."""
-    timestep: Tensor
-    """()."""
-    conditions: Sequence[Condition]
-    """Each shared by equally many consecutive samples."""
-
-    def part(self, samples: slice) -> NoisedBatch:
-        """Some of the samples of a batch that has one condition."""
-        return NoisedBatch(self.x[samples], self.target[samples], self.timestep, self.conditions)
+from services.config import Config, DgpoConfig
 
 
 @dataclass(frozen=True)
@@ -68,9 +50,10 @@ class Dgpo(Objective):
 
     def __init__(self, policy: Policy, config: Config, schedule: Schedule) -> None:
         super().__init__(policy, config, schedule)
+        assert isinstance(config.objective, DgpoConfig)
         self._objective = config.objective
         self._parameters = list(policy.trainable().values())
-        self._needs_base = config.objective.reference == "frozen" or config.objective.kl > 0
+        self._needs_base = config.objective.needs_base
 
     @property
     def uses_reference(self) -> bool:
@@ -91,7 +74,8 @@ class Dgpo(Objective):
         for index in timesteps:
             for start in range(0, len(groups), at_once):
                 some = groups[start : start + at_once]
-                batch = self._noised(some, index, step)
+                seed, shared = self.config.run.seed, self._objective.shared_noise
+                batch = noised(some, self.schedule, index, seed=seed, step=step, shared=shared)
                 advantages = torch.stack([group.advantages for group in some])
                 if micro_batch >= group_size:
                     self._whole(batch, advantages, scale, reference, measured)
@@ -123,7 +107,7 @@ class Dgpo(Objective):
         kl = self._kl(velocity, compared)
         if kl is not None:
             loss = loss + (self._objective.kl * scale / group_size) * kl.sum()
-        self._backward(loss)
+        self.backward(loss)
         self._measure(measured, now, scores, cut, None if kl is None else kl.detach(), groups)
 
     def _deferred(
@@ -138,13 +122,13 @@ class Dgpo(Objective):
         group_size = advantages.shape[1]
         held = self._take_gradients()
         errors, cuts, references = [], [], []
-        for samples in self._pieces(group_size):
+        for samples in slices(group_size, self.config.learner.micro_batch):
             piece, part = batch.part(samples), advantages[0, samples]
             compared = self._compare(piece, reference)
             _, dsm = self._forward(piece)
             now = dsm.detach()
             cut = self._clipped(now, compared, part)
-            self._backward((part * ~cut * (scale / group_size) * dsm).sum())
+            self.backward((part * ~cut * (scale / group_size) * dsm).sum())
             errors.append(now)
             cuts.append(cut)
             references.append(now if compared.reference_dsm is None else compared.reference_dsm)
@@ -167,7 +151,7 @@ class Dgpo(Objective):
         alone makes it 4.
         """
         group_size = advantages.shape[1]
-        pieces = self._pieces(group_size)
+        pieces = slices(group_size, self.config.learner.micro_batch)
         compared = [self._compare(batch.part(samples), reference) for samples in pieces]
         if compared[0].reference_dsm is None:
             scores = advantages.new_zeros(1)
@@ -187,30 +171,11 @@ class Dgpo(Objective):
             kl = self._kl(velocity, one)
             assert kl is not None
             slope = weight * part * ~cut
-            self._backward((scale / group_size) * ((slope * dsm_part).sum() + self._objective.kl * kl.sum()))
+            self.backward((scale / group_size) * ((slope * dsm_part).sum() + self._objective.kl * kl.sum()))
             errors.append(now)
             cuts.append(cut)
             kls.append(kl.detach())
         self._measure(measured, torch.cat(errors), scores, torch.cat(cuts), torch.cat(kls), 1)
-
-    def _noised(self, groups: Sequence[LiveGroup], index: int, step: int) -> NoisedBatch:
-        x0 = torch.cat([group.latents for group in groups])
-        noise = torch.cat([self._noise(group, index, step) for group in groups])
-        sigma = self.schedule.sigmas[index].to(x0)
-        return NoisedBatch(
-            x=(1 - sigma) * x0 + sigma * noise,
-            target=noise - x0,
-            timestep=self.schedule.timesteps[index],
-            conditions=[group.condition for group in groups],
-        )
-
-    def _noise(self, group: LiveGroup, index: int, step: int) -> Tensor:
-        """(G, C, h, w); drawn on the CPU from (run seed, step, ordinal, timestep) alone."""
-        seed = derive_seed("noise", self.config.run.seed, step, group.ordinal, index)
-        shape = group.latents.shape
-        drawn = (1 if self._objective.shared_noise else shape[0], *shape[1:])
-        noise = torch.randn(drawn, generator=torch.Generator().manual_seed(seed))
-        return noise.to(device=group.latents.device, dtype=group.latents.dtype).expand(shape)
 
     def _compare(self, batch: NoisedBatch, reference: Mapping[str, Tensor] | None) -> Compared:
         old = None
@@ -245,10 +210,6 @@ class Dgpo(Objective):
             velocity = self.policy.velocity(batch.x, batch.timestep, batch.conditions)
             return velocity, dsm_error(velocity, batch.target)
 
-    def _backward(self, loss: Tensor) -> None:
-        with self.phases("backward"):
-            loss.backward()  # type: ignore[no-untyped-call]
-
     def _clipped(self, dsm: Tensor, compared: Compared, advantages: Tensor) -> Tensor:
         old = dsm if compared.old_dsm is None else compared.old_dsm
         return clipped(dsm, old, advantages, self._objective.clip_range)
@@ -259,10 +220,6 @@ class Dgpo(Objective):
 
     def _kl(self, velocity: Tensor, compared: Compared) -> Tensor | None:
         return None if compared.base_velocity is None else kl_penalty(velocity, compared.base_velocity)
-
-    def _pieces(self, group_size: int) -> list[slice]:
-        size = self.config.learner.micro_batch
-        return [slice(start, start + size) for start in range(0, group_size, size)]
 
     def _take_gradients(self) -> list[Tensor | None]:
         held = [parameter.grad for parameter in self._parameters]

@@ -1,4 +1,4 @@
-"""The formulas of DGPO (arXiv 2510.08425), term by term: pure functions, shapes in their docstrings.
+"""The formulas of the objectives, term by term: pure functions, shapes in their docstrings. Those of DGPO:
 
     x_t  = (1 - sigma) x0 + sigma noise         d_i = mean((noise - x0 - v(x_t, t, c))^2)
     S_g  = (1/G) sum_i A_i (d_i - d_i')         loss = softplus(beta * S_g) / beta
@@ -58,3 +58,31 @@ def group_losses(scores: Tensor, beta: float) -> Tensor:
 def kl_penalty(velocity: Tensor, base_velocity: Tensor) -> Tensor:
     """(N,) mean over latent elements of (v - v_base)^2: the KL of two Gaussians up to a factor."""
     return (velocity - base_velocity).square().flatten(1).mean(dim=1)
+
+
+def adaptive_error(prediction: Tensor, x0: Tensor) -> Tensor:
+    """(N,) mean over elements of (prediction - x0)^2, divided by the mean of |prediction - x0| as a constant.
+
+    The adaptive weight of DiffusionNFT's published code; at least 1e-5.
+    """
+    difference = prediction - x0
+    weight = difference.detach().abs().flatten(1).mean(dim=1).clamp(min=1e-5)
+    return difference.square().flatten(1).mean(dim=1) / weight
+
+
+def clipped_surrogate(
+    likelihood: Tensor, old: Tensor, advantages: Tensor, clip_range: float
+) -> tuple[Tensor, Tensor]:
+    """PPO's loss of each sample, and where it is cut.
+
+    Args:
+        likelihood: (N,) log-likelihoods under the policy, with gradient.
+        old: (N,) under the policy that sampled.
+        advantages: (N,).
+
+    Returns:
+        (N,) max(-A ratio, -A clamp(ratio, 1 - c, 1 + c)), and (N,) bool: the clamp holds it, no gradient.
+    """
+    ratio = torch.exp(likelihood - old)
+    free, held = -advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
+    return torch.maximum(free, held), (held > free).detach()

@@ -6,7 +6,8 @@ Promises
 - The model is frozen: a run cannot change its configuration under itself.
 - Secrets are not in here: only the names of environment variables or files that hold them.
 
-Here is the whole; its sections are in training.py (what is trained, and how) and parts.py (with whom, where).
+Here is the whole; its sections are in training.py and objectives.py (what is trained, and how) and parts.py
+(with whom, where).
 Loading, overrides and error text are in services/config_file.py.
 """
 
@@ -14,6 +15,16 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
+from services.config.objectives import (
+    OBJECTIVES,
+    AnyObjective,
+    DgpoConfig,
+    DiffusionNftConfig,
+    FlowGrpoConfig,
+    ObjectiveConfig,
+    TimestepConfig,
+    WithReference,
+)
 from services.config.parts import (
     CheckpointConfig,
     ClusterConfig,
@@ -29,18 +40,21 @@ from services.config.training import (
     LearnerConfig,
     LoraConfig,
     ModelConfig,
-    ObjectiveConfig,
     PromptsConfig,
     RolloutConfig,
-    TimestepConfig,
 )
 
 __all__ = [
+    "OBJECTIVES",
     "AdvantageConfig",
+    "AnyObjective",
     "CheckpointConfig",
     "ClusterConfig",
     "Config",
+    "DgpoConfig",
+    "DiffusionNftConfig",
     "EvalConfig",
+    "FlowGrpoConfig",
     "LearnerConfig",
     "LoraConfig",
     "ModelConfig",
@@ -53,6 +67,7 @@ __all__ = [
     "Section",
     "TelemetryConfig",
     "TimestepConfig",
+    "WithReference",
 ]
 
 
@@ -65,7 +80,7 @@ class Config(Section):
     rollout: RolloutConfig = RolloutConfig()
     rewards: tuple[RewardConfig, ...] = Field(min_length=1)
     advantage: AdvantageConfig = AdvantageConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
+    objective: ObjectiveConfig = DgpoConfig()
     learner: LearnerConfig = LearnerConfig()
     queue: QueueConfig = QueueConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -77,6 +92,19 @@ class Config(Section):
     def trained_rewards(self) -> tuple[RewardConfig, ...]:
         return tuple(reward for reward in self.rewards if not reward.heldout)
 
+    @property
+    def learner_guides(self) -> bool:
+        """Whether the learner evaluates a model under guidance, for which it encodes the empty prompt."""
+        objective = self.objective
+        return objective.guided_base > 1 or (objective.needs_trajectory and self.rollout.guidance > 1)
+
+    @property
+    def evaluation_rollout(self) -> RolloutConfig:
+        """How evaluations and exported pipelines sample: as rollouts do, but never stochastically."""
+        if self.rollout.solver != "sde":
+            return self.rollout
+        return self.rollout.model_copy(update={"solver": "euler", "noise_level": None})
+
     @model_validator(mode="after")
     def _possible(self) -> Config:
         names = [reward.name for reward in self.rewards]
@@ -84,8 +112,13 @@ class Config(Section):
             raise ValueError(f"rewards: names must differ, got {names}")
         if not self.trained_rewards:
             raise ValueError("rewards: every reward is held out; at least one must be trained")
+        idle = [reward.name for reward in self.trained_rewards if reward.weight == 0]
+        if idle:
+            raise ValueError(
+                f"rewards: {', '.join(idle)} has weight 0 and trains nothing; set heldout: true to watch it"
+            )
         steps, picked = self.rollout.steps, self.objective.timesteps
-        if picked.first > steps:
+        if picked.first is not None and picked.first > steps:
             raise ValueError(f"objective.timesteps.first {picked.first} exceeds rollout.steps {steps}")
         if picked.per_update % self.learner.optimizer_steps:
             raise ValueError(
@@ -97,15 +130,43 @@ class Config(Section):
             raise ValueError(
                 f"learner.micro_batch {micro} must divide rollout.group_size {group} or be a multiple of it"
             )
-        guided_reference = self.objective.reference == "frozen" and self.objective.kl_cfg > 1
-        if self.rollout.guidance > 1 and guided_reference:
-            raise ValueError(
-                f"rollout.guidance {self.rollout.guidance} with objective.kl_cfg "
-                f"{self.objective.kl_cfg}: mode 2a is CFG-free, set rollout.guidance to 1"
-            )
+        self._check_objective()
         if self.queue.max_groups < self.learner.groups_per_step * (self.queue.max_staleness + 1):
             raise ValueError(
                 f"queue.max_groups {self.queue.max_groups} cannot hold the "
                 f"{self.queue.max_staleness + 1} x {self.learner.groups_per_step} groups in flight"
             )
         return self
+
+    def _check_objective(self) -> None:
+        """Impossible combinations of the objective and how its groups are sampled."""
+        objective, rollout = self.objective, self.rollout
+        if objective.needs_trajectory:
+            if rollout.solver != "sde":
+                raise ValueError(
+                    f"objective {objective.name!r} needs the likelihoods of stochastic steps: set "
+                    f"rollout.solver to sde (found {rollout.solver!r})"
+                )
+            first = objective.timesteps.first
+            if first is None or first >= rollout.steps:
+                raise ValueError(
+                    f"objective.timesteps.first {first} must be below rollout.steps {rollout.steps}: the "
+                    "last step of the stochastic sampler ends at sigma 0 and has no likelihood to train on"
+                )
+        if not isinstance(objective, DgpoConfig):
+            return
+        guided = rollout.guidance > 1
+        if objective.cfg_free and guided:
+            raise ValueError(
+                "objective.cfg_free trains a model that is sampled without guidance, but rollout.guidance is "
+                f"{rollout.guidance}: samples of a guided model say nothing of what reference "
+                f"{objective.reference!r} with kl_cfg {objective.kl_cfg} is compared with; set "
+                "rollout.guidance to 1, or cfg_free to false (mode 1)"
+            )
+        if objective.cfg_free is False and not guided:
+            raise ValueError("objective.cfg_free is false (mode 1), which needs rollout.guidance above 1")
+        if guided and objective.reference == "frozen" and objective.kl_cfg > 1:
+            raise ValueError(
+                f"rollout.guidance {rollout.guidance} with objective.kl_cfg "
+                f"{objective.kl_cfg}: mode 2a is CFG-free, set rollout.guidance to 1"
+            )

@@ -68,10 +68,15 @@ class RolloutConfig(Section):
     """Rollout actors, each with the whole model."""
     group_size: int = Field(default=16, ge=2)
     """Samples a group, G."""
-    solver: Literal["dpmsolver++", "euler"] = "dpmsolver++"
-    """ODE solver: DPM-Solver++ 2M multistep, or Euler."""
+    solver: Literal["dpmsolver++", "euler", "heun", "sde"] = "dpmsolver++"
+    """ODE solver: DPM-Solver++ multistep, Euler or Heun; or `sde`, Flow-GRPO's stochastic sampler on Euler's
+    steps."""
+    order: int | None = Field(default=None, ge=1, le=3)
+    """Order of dpmsolver++; null: 2."""
+    noise_level: float | None = Field(default=None, gt=0)
+    """Of sde: its noise is this times sqrt(sigma / (1 - sigma)); null: 0.7."""
     steps: int = Field(default=10, ge=2)
-    """Solver steps (function evaluations) a sample."""
+    """Solver steps a sample; each evaluates the model once, those of heun but the last twice."""
     shift: float = Field(default=3.0, gt=0)
     """Flow shift of the sigma schedule; training uses the same schedule."""
     guidance: float = Field(default=1.0, ge=1.0)
@@ -87,59 +92,26 @@ class RolloutConfig(Section):
     max_restarts: int = Field(default=5, ge=0)
     """Restarts of one worker before the run fails with its last error."""
 
+    @model_validator(mode="after")
+    def _heeded(self) -> RolloutConfig:
+        for key, solver in (("order", "dpmsolver++"), ("noise_level", "sde")):
+            if getattr(self, key) is not None and self.solver != solver:
+                raise ValueError(f"{key} is for solver {solver!r}, not {self.solver!r}: leave it out")
+        return self
+
 
 class AdvantageConfig(Section):
     std: Literal["group", "step"] = "group"
     """Divide by the standard deviation of the group, or of the whole step."""
     epsilon: float = Field(default=1e-4, gt=0)
     """Added to the standard deviation."""
+    combine: Literal["sum", "normalized"] = "sum"
+    """Several rewards: their weighted sum; or each divided by its own deviation first, so that a reward with
+    a wide scale does not drown the others."""
+    weights: Literal["advantage", "equal"] = "advantage"
+    """A sample counts by its advantage (the paper's), or every better and every worse one equally."""
     clip: float = Field(default=5.0, gt=0)
     """Advantages are clamped to +- this."""
-
-
-class TimestepConfig(Section):
-    first: int = Field(default=7, ge=1)
-    """Train on the first (noisiest) this many solver steps: the paper's timestep clip."""
-    per_update: int = Field(default=4, ge=1)
-    """Distinct timesteps drawn without replacement for an update, shared by all its groups."""
-
-    @model_validator(mode="after")
-    def _enough(self) -> TimestepConfig:
-        if self.per_update > self.first:
-            raise ValueError(f"per_update {self.per_update} exceeds first {self.first}")
-        return self
-
-
-class ObjectiveConfig(Section):
-    name: Literal["dgpo"] = "dgpo"
-    """Direct Group Preference Optimization (arXiv 2510.08425)."""
-    beta: float = Field(default=100.0, gt=0)
-    """Strength of the group preference: the group weight is sigmoid(beta * S_g)."""
-    clip_range: float | None = Field(default=1e-2, gt=0)
-    """PPO-style clip of exp(d_old - d); null switches it off."""
-    kl: float = Field(default=0.0, ge=0)
-    """Weight of mean((v - v_base)^2), v_base from the frozen base model."""
-    kl_cfg: float = Field(default=1.0, ge=1.0)
-    """Guidance under which the frozen base's velocity is taken (mode 2a); 1 is without guidance."""
-    reference: Literal["frozen", "ema"] = "ema"
-    """The model DGPO compares with: the frozen base, or an EMA of the policy."""
-    reference_decay: float = Field(default=0.3, ge=0, lt=1)
-    """Largest EMA decay of the reference; 0 makes it the policy at the start of the update."""
-    reference_ramp: float = Field(default=0.001, gt=0)
-    """Decay at update k is min(reference_decay, reference_ramp * k)."""
-    switch_step: int | None = Field(default=None, ge=0)
-    """From this update on rollouts use the EMA reference's weights; null: always the current ones."""
-    timesteps: TimestepConfig = TimestepConfig()
-    shared_noise: bool = True
-    """One training noise for all samples of a group and timestep (the paper's), or one a sample."""
-
-    @model_validator(mode="after")
-    def _possible(self) -> ObjectiveConfig:
-        if self.switch_step is not None and self.reference != "ema":
-            raise ValueError("switch_step needs reference 'ema': there is no EMA to switch to")
-        if self.kl_cfg > 1 and self.reference != "frozen" and self.kl == 0:
-            raise ValueError("kl_cfg has no effect without reference 'frozen' or kl > 0")
-        return self
 
 
 class LearnerConfig(Section):

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 LEFT, RIGHT, TOP, BOTTOM = 34.0, 8.0, 10.0, 20.0
+LARGEST, SMALLEST = 1e100, 1e-9
+"""A range beyond overflows, one below drowns in rounding: values are drawn at the border, or as zero."""
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -78,8 +80,8 @@ def scales(
         ceiling: the same at the top.
         whole: the y axis has whole numbers only.
     """
-    low = extent.low if floor is None else floor
-    high = extent.high if ceiling is None else ceiling
+    low = _drawable(extent.low if floor is None else floor)
+    high = _drawable(extent.high if ceiling is None else ceiling)
     if high - low < 1e-9 * max(1.0, abs(high)):
         pad = abs(high) * 0.1 or 1.0
         low, high = (max(0.0, low - pad) if low >= 0 else low - pad), high + pad
@@ -90,6 +92,10 @@ def scales(
     x_ticks = tuple(t for t in nice_ticks(first, last, 5) if first <= t <= last and t == int(t))
     x = Scale(first, last, LEFT, frame.right - LEFT, x_ticks)
     return x, Scale(y_ticks[0], y_ticks[-1], frame.bottom, TOP - frame.bottom, y_ticks)
+
+
+def _drawable(value: float) -> float:
+    return 0.0 if abs(value) < SMALLEST else min(max(value, -LARGEST), LARGEST)
 
 
 def axes(frame: Frame, x: Scale, y: Scale) -> Markup:

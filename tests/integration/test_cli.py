@@ -21,6 +21,7 @@ SMALL = [
     "rollout.group_size=4",
     "rollout.steps=4",
     "objective.timesteps.first=4",
+    "objective.timesteps.skip=0",
     "learner.groups_per_step=2",
     "learner.micro_batch=4",
     "eval.every_steps=0",

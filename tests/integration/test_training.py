@@ -54,6 +54,7 @@ def recipe(tmp_path: Path, ocr_url: str) -> Callable[..., Config]:
                 "rollout.group_size=4",
                 "rollout.steps=4",
                 "objective.timesteps.first=4",
+                "objective.timesteps.skip=0",
                 "learner.groups_per_step=2",
                 f"learner.max_steps={STEPS}",
                 "learner.micro_batch=4",

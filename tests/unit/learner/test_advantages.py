@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.advantages import group_advantages, total_rewards
+from learner.advantages import group_advantages, preferences, total_rewards
 from services.config import AdvantageConfig, RewardConfig
 
 OCR = RewardConfig(name="ocr", app="ocr", weight=2.0)
@@ -81,3 +81,42 @@ def test_constants_and_permutations(groups: list[list[float]], constant: int, or
 def test_a_total_too_large_to_be_squared_is_an_error() -> None:
     with pytest.raises(ValueError, match="beyond 1e"):
         total_rewards({"ocr": [1e308, 0.0], "taste": [0.0, 0.0]}, [OCR, TASTE])
+
+
+def test_normalized_rewards_count_by_weight_and_not_by_scale() -> None:
+    # `wide` spans a thousand times what `ocr` does, and prefers the opposite.
+    rewards = [{"ocr": [0.0, 0.1, 0.2, 0.3], "wide": [300.0, 200.0, 100.0, 0.0]}]
+    trained = [OCR, RewardConfig(name="wide", app="ocr")]
+    drowned = preferences(rewards, trained, AdvantageConfig(combine="sum"))
+    assert drowned[0].argsort().tolist() == [3, 2, 1, 0]
+    fair = preferences(rewards, trained, AdvantageConfig(combine="normalized", epsilon=1e-9))
+    unit = torch.tensor([-3, -1, 1, 3], dtype=torch.float64) / 5**0.5
+    torch.testing.assert_close(fair[0], 2 * unit - unit)
+
+
+def test_normalized_by_the_step_and_with_an_optional_reward_absent() -> None:
+    rewards = [{"ocr": [0.0, 2.0], "taste": [1.0, 1.0]}, {"ocr": [0.0, 6.0]}]
+    ranked = preferences(
+        rewards, [OCR, TASTE], AdvantageConfig(combine="normalized", std="step", epsilon=1.0)
+    )
+    std = float(torch.tensor([0.0, 2.0, 0.0, 6.0], dtype=torch.float64).std(correction=0))
+    expected = 2 * torch.tensor([[-1.0, 1.0], [-3.0, 3.0]], dtype=torch.float64) / (std + 1)
+    torch.testing.assert_close(ranked, expected)
+
+
+def test_rewards_that_cancel_are_no_preference() -> None:
+    rewards = [{"ocr": [0.5, 0.5, 0.5], "taste": [0.1, 0.1, 0.1]}]
+    ranked = preferences(rewards, [OCR, TASTE], AdvantageConfig(combine="normalized"))
+    assert not group_advantages(ranked, AdvantageConfig()).live.any()
+
+
+@given(GROUPS)
+def test_equal_weights_sum_to_zero_and_keep_the_sign(rows: list[list[float]]) -> None:
+    totals = torch.tensor(rows, dtype=torch.float64)
+    graded = group_advantages(totals, AdvantageConfig()).values
+    equal = group_advantages(totals, AdvantageConfig(weights="equal")).values
+    assert torch.equal(equal.sign(), graded.sign())
+    assert equal.sum(dim=1).abs().max() < 1e-12
+    for row in equal[(totals.amax(1) > totals.amin(1))]:
+        assert float(row.abs().mean()) == pytest.approx(1.0)
+        assert len(set(row[row > 0].tolist())) == len(set(row[row < 0].tolist())) == 1

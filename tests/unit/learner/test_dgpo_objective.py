@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +13,10 @@ from toy_policy import SHAPE, ToyPolicy, live_groups, toy_config
 
 from learner.objectives.base import LiveGroup, Measurements, make_objective, objectives
 from learner.objectives.formulas import clipped, group_losses, group_scores, group_weights
-from learner.seeds import derive_seed
+from learner.objectives.forward_process import noised
 from policy.schedule import make_schedule
-from services.config import Config, ObjectiveConfig
+from services.config import OBJECTIVES, Config
+from services.seeds import derive_seed
 
 TIMESTEPS = (2, 0)
 STEP = 7
@@ -198,18 +199,17 @@ def test_permuting_a_group_changes_nothing() -> None:
 
 def test_noise_depends_on_seed_step_ordinal_and_timestep_alone() -> None:
     group, other = live_groups(2)
-    objective = make_objective(ToyPolicy(), toy_config(), make_schedule(toy_config().rollout))
-    reseeded = make_objective(ToyPolicy(), toy_config(run={"seed": 1}), make_schedule(toy_config().rollout))
-    noise = objective._noise(group, 1, 5)  # type: ignore[attr-defined]
-    assert torch.equal(noise, objective._noise(group, 1, 5))  # type: ignore[attr-defined]
-    assert torch.equal(noise[0], noise[3])
-    for different in (
-        objective._noise(group, 1, 6),  # type: ignore[attr-defined]
-        objective._noise(group, 2, 5),  # type: ignore[attr-defined]
-        objective._noise(other, 1, 5),  # type: ignore[attr-defined]
-        reseeded._noise(group, 1, 5),  # type: ignore[attr-defined]
-    ):
-        assert not torch.equal(noise, different)
+    schedule = make_schedule(toy_config().rollout)
+
+    def noise(of: LiveGroup, index: int, step: int, seed: int = 0) -> Tensor:
+        batch = noised([of], schedule, index, seed=seed, step=step, shared=True)
+        return batch.target + batch.x0
+
+    drawn = noise(group, 1, 5)
+    assert torch.equal(drawn, noise(group, 1, 5))
+    torch.testing.assert_close(drawn[0], drawn[3])
+    for different in (noise(group, 1, 6), noise(group, 2, 5), noise(other, 1, 5), noise(group, 1, 5, seed=1)):
+        assert not torch.allclose(drawn, different)
 
 
 @pytest.mark.parametrize(
@@ -250,4 +250,4 @@ def test_a_preference_that_is_fitted_better_than_the_reference_has_a_negative_sc
 
 
 def test_the_configuration_names_the_objectives_that_are_there() -> None:
-    assert set(get_args(ObjectiveConfig.model_fields["name"].annotation)) == set(objectives())
+    assert set(OBJECTIVES) == set(objectives())

@@ -41,6 +41,7 @@ class Scorer:
 def config(model_config: ModelConfig) -> Config:
     loaded = load_config(
         "quickstart", ["rollout.steps=2", "rollout.group_size=4", "objective.timesteps.first=2",
+                       "objective.timesteps.skip=0",
                        "objective.timesteps.per_update=2", "learner.micro_batch=4"]
     )  # fmt: skip
     return loaded.model_copy(update={"model": model_config})

@@ -28,7 +28,7 @@ def test_every_shipped_recipe_is_valid_and_round_trips(recipe: Path) -> None:
         ("queue.max_staleness=-1", ["queue.max_staleness", "greater than or equal to 0", "-1"]),
         ("rollout.group_size=many", ["rollout.group_size", "valid integer", "'many'"]),
         ("learner.micro_batch=24", ["micro_batch 24", "group_size 16"]),
-        ("objective.timesteps.per_update=9", ["per_update 9 exceeds first 8"]),
+        ("objective.timesteps.per_update=9", ["per_update 9 exceeds the 6 steps"]),
         ("learner.betas=[0.9, 1]", ["learner.betas", "less than 1"]),
         ("model.lora.targets=[]", ["model.lora.targets", "at least 1"]),
         ("learner.optimizer_steps=3", ["optimizer_steps 3 must divide", "per_update 4"]),
