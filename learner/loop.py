@@ -1,7 +1,7 @@
 """The learner's loop: take the groups of a step, update, publish, record.
 
 Order within a step, and why
-1. take: whole groups in ordinal order.
+1. take: whole groups in ordinal order; recorded, where the run records.
 2. update: the only thing that changes the policy.
 3. publish: the bytes of the new version are to be had before anyone hears of it.
 4. checkpoint, where one is due, with the frontier as it will be after this step: a crash before step 5 then
@@ -79,12 +79,14 @@ class LearnerLoop:
         pulse: Pulse,
         *,
         on_step: Callable[[dict[str, Any]], None] | None = None,
+        record: Callable[[Sequence[Group]], None] | None = None,
     ) -> None:
         self._config = config
         self._queue = queue
         self._trainer = trainer
         self._pulse = pulse
         self._on_step = on_step
+        self._record = record
         self._checkpointed = -1
 
     def run(self, start: Start) -> int:
@@ -147,6 +149,10 @@ class LearnerLoop:
         )
         clock.lap("wait_s")
         clock.move("wait_s", "codec_s", self._queue.opening_s - opened)
+        if self._record is not None:
+            self._pulse.enter(f"recording the groups of step {step + 1}")
+            self._record(groups)
+            clock.lap("record_s")
         self._pulse.enter(f"updating to step {step + 1}")
         row = self._trainer.update(groups, step)
         clock.lap("forward_backward_s")

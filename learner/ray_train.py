@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray.train
@@ -21,6 +22,7 @@ import torch
 
 from learner.checkpoint import newest_checkpoint, write_checkpoint
 from learner.loop import LearnerLoop, Start
+from learner.recorder import UntrainedTrainer, recording
 from learner.update import TrainingGroup, UpdateError, Updater
 from policy import load_policy
 from services.codec import Group
@@ -40,6 +42,9 @@ LASTING = (Fenced, QueueTimeout, UpdateError, ValueError)
 
 # Kinds of ControllerError.controller_failure; they are internal to Ray Train, hence by name.
 NOT_PLACED = ("WorkerGroupStartupTimeoutError", "InsufficientClusterResourcesError")
+
+REPORT_EVERY_S = 5.0
+"""Ray Train's controller takes a report every 2 s, and a rank that has another one waits for it that long."""
 
 
 class LearnerFailed(RuntimeError):
@@ -77,7 +82,7 @@ class PolicyTrainer:
         )
 
     def update(self, groups: Sequence[Group], step: int) -> dict[str, Any]:
-        return self.updater.step([_training_group(group) for group in groups], step).row()
+        return self.updater.step([training_group(group) for group in groups], step).row()
 
     def publish(self, version: PolicyVersion, *, kind: str) -> WeightsAnnouncement:
         tensors = self.updater.ema_tensors() if kind == "ema" else self.updater.rollout_tensors(version.step)
@@ -113,11 +118,13 @@ def train_rank(settings: dict[str, Any]) -> str | None:
             "learner-0", lambda beat: queue.beat(beat, ttl), every_s=config.telemetry.heartbeat_s
         ) as pulse:
             pulse.enter("loading the model")
-            trainer = PolicyTrainer(context, settings["store"])
+            kind = PolicyTrainer if context.record is None else UntrainedTrainer
+            trainer = kind(context, settings["store"])
             start = trainer.restore()
             logger.info("starts at step %d", start.step)
-            loop = LearnerLoop(config, queue, trainer, pulse, on_step=_report)
-            loop.run(start)
+            with recording(context, start) as record:
+                loop = LearnerLoop(config, queue, trainer, pulse, on_step=_reporter(), record=record)
+                loop.run(start)
     except LASTING as error:
         logger.exception("learner-0 failed for good")
         return f"{type(error).__name__}: {error}"
@@ -185,11 +192,20 @@ def _amounts(resources: dict[str, float]) -> str:
     return " and ".join(f"{amount:g} {name}" for name, amount in resources.items())
 
 
-def _report(row: dict[str, Any]) -> None:
-    ray.train.report({"step": row["step"], "reward_mean": row["reward_mean"], "pid": os.getpid()})
+def _reporter() -> Callable[[dict[str, Any]], None]:
+    """Tells Ray Train how far the rank is, no oftener than it listens."""
+    last = float("-inf")
+
+    def report(row: dict[str, Any]) -> None:
+        nonlocal last
+        if time.monotonic() - last >= REPORT_EVERY_S:
+            ray.train.report({"step": row["step"], "reward_mean": row["reward_mean"], "pid": os.getpid()})
+            last = time.monotonic()
+
+    return report
 
 
-def _training_group(group: Group) -> TrainingGroup:
+def training_group(group: Group) -> TrainingGroup:
     header = group.header
     return TrainingGroup(
         ordinal=header.ordinal,

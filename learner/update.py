@@ -51,10 +51,12 @@ class Updater:
         self.policy = policy
         self.config = config
         self._parameters = policy.trainable()
-        schedule = make_schedule(config.rollout)
-        self._objective = make_objective(policy, config, schedule)
-        self._window = timestep_window(config.objective.timesteps, schedule.sigmas, config.rollout.shift)
-        self._optimizer = torch.optim.AdamW(
+        self._schedule = make_schedule(config.rollout)
+        self._objective = make_objective(policy, config, self._schedule)
+        self._window = timestep_window(
+            config.objective.timesteps, self._schedule.sigmas, config.rollout.shift
+        )
+        self.optimizer = torch.optim.AdamW(
             list(self._parameters.values()),
             lr=config.learner.learning_rate,
             betas=config.learner.betas,
@@ -63,7 +65,7 @@ class Updater:
         )
         # Made now and not at the first step, so that a state is complete at any time.
         for parameter in self._parameters.values():
-            self._optimizer.state[parameter] = {
+            self.optimizer.state[parameter] = {
                 "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
@@ -103,7 +105,7 @@ class Updater:
             reference = (
                 None if self._reference_is_policy or self._reference is None else self._reference.tensors
             )
-            self._optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad(set_to_none=True)
             gained = self._objective.accumulate(
                 live, part, step=step, scale=1 / (len(ordered) * len(part)), reference=reference
             )
@@ -111,7 +113,7 @@ class Updater:
             with phases("optimizer"):
                 norms.append(self._optimize(rate, step))
             self._reference_is_policy = False
-        self._optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         with phases("ema"):
             self._fold(step)
         return self._report(ordered, advantages, measured, norms, rate, phases)
@@ -131,7 +133,7 @@ class Updater:
 
     def state(self) -> State:
         """Everything a continuation needs. Live tensors: write them before the next update."""
-        moments = [self._optimizer.state[parameter] for parameter in self._parameters.values()]
+        moments = [self.optimizer.state[parameter] for parameter in self._parameters.values()]
         optimizer = {"step": torch.stack([moment["step"] for moment in moments])}
         for name, moment in zip(self._parameters, moments, strict=True):
             optimizer[f"exp_avg.{name}"] = moment["exp_avg"]
@@ -160,7 +162,7 @@ class Updater:
                 torch._foreach_copy_(list(own[part].values()), [state[part][name] for name in own[part]])
             counts = state["optimizer"]["step"].tolist()
             for (name, parameter), count in zip(self._parameters.items(), counts, strict=True):
-                moment = self._optimizer.state[parameter]
+                moment = self.optimizer.state[parameter]
                 moment["step"].fill_(count)
                 moment["exp_avg"].copy_(state["optimizer"][f"exp_avg.{name}"])
                 moment["exp_avg_sq"].copy_(state["optimizer"][f"exp_avg_sq.{name}"])
@@ -171,12 +173,19 @@ class Updater:
             )
 
     def _checked(self, groups: Sequence[TrainingGroup]) -> list[TrainingGroup]:
-        expected = (self.config.rollout.group_size, *self.policy.latent_shape())
+        size, steps, shape = self.config.rollout.group_size, len(self._schedule), self.policy.latent_shape()
+        expected: dict[str, tuple[int, ...]] = {"latents": (size, *shape)}
+        if self.config.objective.needs_trajectory:
+            expected |= {"trajectory": (size, steps, *shape), "log_likelihoods": (size, steps - 1)}
         for group in groups:
-            if tuple(group.latents.shape) != expected:
-                raise ValueError(
-                    f"group {group.ordinal}: latents are {tuple(group.latents.shape)}, expected {expected}"
-                )
+            for name, wanted in expected.items():
+                tensor = getattr(group, name)
+                found = None if tensor is None else tuple(tensor.shape)
+                if found != wanted:
+                    raise ValueError(
+                        f"group {group.ordinal}: {name} are {found or 'absent'}, expected {wanted}; it was "
+                        "sampled with another configuration"
+                    )
         ordinals = sorted(group.ordinal for group in groups)
         if not groups or len(set(ordinals)) != len(ordinals):
             raise ValueError(f"an update needs groups with ordinals that differ, got {ordinals}")
@@ -225,9 +234,9 @@ class Updater:
                 f"update {step}: the gradient is not finite (norm {float(norm)}); "
                 "lower learner.learning_rate or objective.beta, or resume from the last checkpoint"
             )
-        for options in self._optimizer.param_groups:
+        for options in self.optimizer.param_groups:
             options["lr"] = rate
-        self._optimizer.step()
+        self.optimizer.step()
         return norm
 
     def _fold(self, step: int) -> None:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from policy.schedule import Schedule
 
 DEFAULT_NOISE_LEVEL = 0.7
 """The paper's."""
+
+FIRST_SIGMA_ROUNDING = 1e-3
+"""How far from 1 a schedule's first sigma may be and still be meant as 1."""
 
 
 def step_gaussian(
@@ -32,11 +34,12 @@ def step_gaussian(
     Returns:
         (N, C, h, w) mean, and () standard deviation of every element.
     """
-    sigma, after = schedule.sigmas[index].to(x), schedule.following[index].to(x)
-    deviation, passed = _noise(schedule, index, noise_level).to(x), sigma - after
-    pull = deviation.square() / (2 * sigma)
-    mean = x * (1 - pull * passed) - velocity * (1 + pull * (1 - sigma)) * passed
-    return mean, deviation * passed.sqrt()
+    # Numbers of their own, and not tensors: exact to a double, whatever the dtype of x.
+    sigma, after = float(schedule.sigmas[index]), float(schedule.following[index])
+    noise, passed = _noise(sigma, after, index, noise_level), sigma - after
+    pull = noise**2 / (2 * sigma)
+    mean = x * (1 - pull * passed) - velocity * ((1 + pull * (1 - sigma)) * passed)
+    return mean, x.new_tensor(noise * math.sqrt(passed))
 
 
 def log_likelihood(value: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
@@ -50,8 +53,8 @@ def gaussian_kl(mean: Tensor, other: Tensor, deviation: Tensor) -> Tensor:
     return ((mean - other) / deviation).square().flatten(1).mean(dim=1) / 2
 
 
-def _noise(schedule: Schedule, index: int, noise_level: float) -> Tensor:
-    # At sigma 1 the noise would be infinite: it is taken where the next step is, as published.
-    sigma = schedule.sigmas[index]
-    below = torch.where(sigma == 1, schedule.following[0], sigma)
-    return noise_level * (sigma / (1 - below)).sqrt()
+def _noise(sigma: float, after: float, index: int, noise_level: float) -> float:
+    # At sigma 1 the noise would be infinite: it is taken where the next step is, as published. Some shifts
+    # leave the first sigma a rounding error beside 1, where it would be huge or not a number.
+    below = after if index == 0 and sigma > 1 - FIRST_SIGMA_ROUNDING else sigma
+    return noise_level * math.sqrt(sigma / (1 - below))

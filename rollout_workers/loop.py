@@ -4,7 +4,8 @@ Promises
 - Weights are installed between groups, never inside one; an install is proven (digest and bound tensors)
   before the first group is sampled with it.
 - While a group is being scored the next one is being sampled; at most one group waits for its scores.
-- A group whose scores cannot be had is given back with the reason, and nothing of it reaches the learner.
+- A group that cannot be had, or its scores cannot, is given back with the reason, and nothing of it reaches
+  the learner.
 - A lease is renewed while its group is alive; the loop ends by `RunEnded` only: anything else is a failure.
 
 Sampler and scorer are handed in: rollout_workers/worker.py binds the real ones, benchmarks/overlap.py waits
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 
 from reward_servers.client import RewardError
 from rollout_workers.scoring import GroupScores, Scorer
-from services.codec import encode_group
+from services.codec import CorruptGroup, encode_group
 from services.group_queue import Admitted, GroupQueue, Lease, RunEnded
 from services.heartbeat import Pulse
 from services.messages import GroupHeader, GroupTask, PolicyVersion, WeightsAnnouncement
@@ -55,7 +56,9 @@ class Sampler(Protocol):
         """Fetch, verify and bind a version; raises when fewer tensors bind than were published."""
         ...
 
-    def sample(self, task: GroupTask) -> SampledGroup: ...
+    def sample(self, task: GroupTask) -> SampledGroup:
+        """The group of a task; raises CorruptGroup where it cannot be had, by this worker or another."""
+        ...
 
 
 TaskOf = Callable[[Lease], GroupTask]
@@ -136,7 +139,13 @@ class RolloutLoop:
         self._overhead_s += time.monotonic() - started
         self._pulse.enter("sampling", ordinal=task.ordinal)
         started = time.monotonic()
-        sampled = self._sampler.sample(task)
+        try:
+            sampled = self._sampler.sample(task)
+        except CorruptGroup as error:
+            outcome = self._queue.fail(self.worker, task.ordinal, f"{type(error).__name__}: {error}")
+            logger.warning("ordinal %d not to be had (%s): %s", task.ordinal, outcome, error)
+            self._pulse.let_go(task.ordinal)
+            return
         sample_s = time.monotonic() - started
         if self._scoring is not None and not self._scoring.done():
             self._pulse.enter("waiting for scores", ordinal=task.ordinal)

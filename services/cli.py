@@ -71,6 +71,25 @@ def train(
     job(config=recipe, resume=resume, overrides=overrides, as_json=as_json)
 
 
+@app.command()
+def record(
+    recipe: Recipe,
+    groups: Annotated[int, typer.Option("--groups", min=1, help="Groups to sample and score.")],
+    out: Annotated[Path, typer.Option("--out", help="Directory to make: the recording.")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Sample and score groups with the untrained model and write them down, to be trained from later."""
+    from services.exit_codes import INTERRUPTED
+    from services.record import record_groups
+
+    result = record_groups(load_config(recipe, overrides or ()), groups, out, screen)
+    if as_json:
+        _emit(result)
+    if result["interrupted"]:
+        raise typer.Exit(INTERRUPTED)
+
+
 @app.command("eval")
 def evaluate(
     model: Annotated[
@@ -174,6 +193,32 @@ def bench_overlap(as_json: Json = False) -> None:
     from benchmarks.overlap import run_overlap_bench
 
     _bench(run_overlap_bench(screen), as_json)
+
+
+@bench.command("memory")
+def bench_memory(as_json: Json = False) -> None:
+    """Peak memory of an update against group size, with the deferred group weight and without."""
+    from benchmarks.memory import run_memory_bench
+
+    _bench(run_memory_bench(screen), as_json)
+
+
+@bench.command("compare")
+def bench_compare(
+    name: Annotated[str, typer.Argument(help="objectives, ablations or staleness.")],
+    runs: Annotated[Path, typer.Option(help="Folder of the runs; what is finished there is kept.")] = Path(
+        "runs/compare"
+    ),
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each entry.")] = 3,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Whole training runs side by side: score against seconds and images, over seeds."""
+    from benchmarks.comparison import COMPARISONS, run_comparison
+
+    if name not in COMPARISONS:
+        raise typer.BadParameter(f"{name!r} is none of {', '.join(COMPARISONS)}")
+    _bench(run_comparison(name, seeds=seeds, runs=runs, screen=screen, overrides=overrides or ()), as_json)
 
 
 def _bench(result: dict[str, Any], as_json: bool) -> None:

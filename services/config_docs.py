@@ -28,8 +28,10 @@ _HEAD = """\
 
 One YAML file a run; `recipes/` has examples. `dgpo config RECIPE` prints the resolved configuration. Any key
 is set on the command line with `--set section.key=value`: the value is YAML, and items of a list go by index
-(`--set rewards.0.weight=2`). Unknown keys, wrong types and impossible combinations are refused, with the path
-in the YAML and what would be valid.
+(`--set rewards.0.weight=2`). A recipe may begin with `extends: OTHER` (a recipe's name or a YAML file) and
+say only what differs: sections are merged key by key; lists are replaced, and so is an `objective` of another
+name. Unknown keys, wrong types and impossible combinations are refused, with the path in the YAML and what
+would be valid.
 
 _This page is generated from `services/config/` by `make docs`; change it there._
 """

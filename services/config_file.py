@@ -3,6 +3,7 @@
 Promises
 - The error names the path in the YAML, what was found, and what would be valid.
 - YAML is parsed with the safe loader; overrides are YAML values too (`--set learner.max_steps=4`).
+- A recipe may extend another (`extends: quickstart`) and say only what differs.
 - Relative paths that exist in the working directory win; else they are sought beside the packages, so that
   `quickstart/model` is found wherever the program is started.
 """
@@ -19,6 +20,8 @@ from pydantic import BaseModel, ValidationError
 
 from services.config import OBJECTIVES, Config
 
+EXTENDS = "extends"
+"""Top-level key of a recipe that names the recipe it is laid over."""
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -59,12 +62,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: anything that makes the result unusable.
     """
     file = recipe_path(str(path))
-    try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
-        raise ConfigError(f"{file}: not valid YAML: {error}") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{file}: expected a mapping of sections, found {type(raw).__name__}")
+    raw = _read(file, ())
     for override in overrides:
         _apply(raw, override)
     return parse_config(raw, source=str(file))
@@ -82,6 +80,42 @@ def parse_config(raw: dict[str, Any], *, source: str) -> Config:
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML; loads back to an equal Config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _read(file: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
+    """A recipe's sections, laid over those of the recipe it extends."""
+    try:
+        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
+        raise ConfigError(f"{file}: not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{file}: expected a mapping of sections, found {type(raw).__name__}")
+    if EXTENDS not in raw:
+        return raw
+    base = raw.pop(EXTENDS)
+    if not isinstance(base, str):
+        raise ConfigError(f"{file}: {EXTENDS}: expected the name of a recipe or a YAML file, found {base!r}")
+    beside = file.parent / base
+    found = (beside if beside.is_file() else recipe_path(base)).resolve()
+    if found in extending or found == file.resolve():
+        raise ConfigError(f"{file}: {EXTENDS}: {base} is extended by itself")
+    return _overlaid(_read(found, (*extending, file.resolve())), raw)
+
+
+def _overlaid(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` wins; sections are merged key by key, lists replaced, and so is an objective of another name."""
+    result = dict(base)
+    for key, value in over.items():
+        old = base.get(key)
+        if isinstance(old, dict) and isinstance(value, dict) and _mergeable(key, old, value):
+            result[key] = _overlaid(old, value)
+        else:
+            result[key] = value
+    return result
+
+
+def _mergeable(key: str, base: dict[str, Any], over: dict[str, Any]) -> bool:
+    return key != "objective" or base.get("name", "dgpo") == over.get("name", "dgpo")
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:

@@ -70,6 +70,8 @@ class RunContext(Message):
     queue_url: str
     queue_password: SecretPlace = SecretPlace()
     rewards: dict[str, RewardPlace] = Field(default_factory=dict)
+    record: Path | None = None
+    """`dgpo record`: the groups are written here, and nothing is trained."""
 
     @property
     def run_directory(self) -> RunDirectory:

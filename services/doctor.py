@@ -21,7 +21,7 @@ from rich.table import Table
 
 from services.config import Config, RewardConfig
 from services.config_file import ConfigError, find
-from services.prompts import prompt_source
+from services.prompts import evaluates, prompt_source
 from services.ray_runtime import cluster_address, cpus_needed, loopback_parts
 
 REACH_DEADLINE_S = 5.0
@@ -109,6 +109,8 @@ def _model(config: Config) -> list[Finding]:
 
 
 def _prompts(config: Config) -> list[Finding]:
+    if config.offline:
+        return [_recording(config)]
     try:
         first = prompt_source(config).training(config.run.seed, 0).text
     except ConfigError as error:
@@ -116,6 +118,31 @@ def _prompts(config: Config) -> list[Finding]:
             Finding(what="prompts", ok=False, found=str(error), remedy="mend the file or set prompts.path")
         ]
     return [Finding(what="prompts", ok=True, found=f"the first one: {first}")]
+
+
+def _recording(config: Config) -> Finding:
+    from services.offline import differences, open_recording
+
+    try:
+        recording = open_recording(config)
+    except ConfigError as error:
+        remedy = (
+            "make one (dgpo record, or telemetry.record in a run), mend prompts.path or what contradicts it"
+        )
+        return Finding(what="recording", ok=False, found=str(error), remedy=remedy)
+    facts, steps = recording.facts, config.learner.max_steps * config.learner.groups_per_step
+    found = (
+        f"{len(recording)} groups of {facts.group_size} by {facts.run}, solver {facts.solver}, rewards "
+        f"{', '.join(facts.rewards)}; passed through {steps / len(recording):.1f} times"
+    )
+    return Finding(what="recording", ok=True, found="; ".join([found, *differences(config, facts)]))
+
+
+def _scores_nothing(config: Config) -> bool:
+    try:
+        return config.offline and not evaluates(config)
+    except ConfigError:
+        return False
 
 
 def _queue(config: Config) -> list[Finding]:
@@ -141,6 +168,8 @@ def _queue(config: Config) -> list[Finding]:
 
 
 def _rewards(config: Config) -> list[Finding]:
+    if _scores_nothing(config):
+        return [Finding(what="rewards", ok=True, found="recorded; no server is needed without eval.path")]
     return [_reward(reward) for reward in config.rewards]
 
 
@@ -179,11 +208,15 @@ def _reward(reward: RewardConfig) -> Finding:
 
 
 def _memory(config: Config) -> list[Finding]:
+    workers = 1 if config.offline else config.rollout.workers
     replicas = sum(reward.replicas for reward in config.rewards if reward.app is not None)
-    processes = config.rollout.workers + config.learner.ranks + 2 + replicas
+    replicas = 0 if _scores_nothing(config) else replicas
+    processes = workers + config.learner.ranks + 2 + replicas
     place = find(config.model.path)
     model = sum(f.stat().st_size for f in place.rglob("*.safetensors")) if place.is_dir() else 0
-    holders = config.rollout.workers + config.learner.ranks + 1
+    holders = (
+        (0 if config.offline else workers) + config.learner.ranks + (0 if _scores_nothing(config) else 1)
+    )
     needed = processes * PROCESS_BYTES + holders * model * 2 + config.cluster.object_store_mb * 1024**2
     free = psutil.virtual_memory().available
     ok = free > needed

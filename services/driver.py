@@ -1,8 +1,9 @@
 """The driver: starts every part of a run in order, watches it to its end, and stops every part in order.
 
 Promises
-- Owns what it starts: rollout workers, evaluator, policy store, reward servers, embedded queue and, on a
-  single machine, Ray itself. When the driver ends, they end.
+- Owns what it starts: rollout workers (or a feeder, where groups come from a recording), evaluator, policy
+  store, reward servers, embedded queue and, on a single machine, Ray itself. When the driver ends, they end.
+- Starts no evaluator without held-out prompts, and no reward server where nothing will be scored.
 - A run ends in exactly one of three ways: done (max_steps reached), interrupted (drained, checkpoint
   written), or failed by an exception that names the part and its last error.
 - Is the only writer of metrics.jsonl: the other parts send rows through the queue server.
@@ -16,6 +17,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -26,6 +28,7 @@ from learner.ray_train import fit
 from reward_servers.client import RewardClient
 from reward_servers.launch import start_rewards, stop_rewards
 from rollout_workers.evaluator import Evaluator
+from rollout_workers.feeder import Feeder
 from rollout_workers.worker import RolloutWorker
 from services.config import Config
 from services.config_file import ConfigError
@@ -37,6 +40,7 @@ from services.logs import configure_logging
 from services.monitor import LearnerThread, Monitor, Outcome
 from services.policy_store import PolicyStore
 from services.progress import Progress
+from services.prompts import evaluates
 from services.queue_connection import place
 from services.ray_runtime import NAMESPACE, ray_cluster
 from services.resuming import reconfigure
@@ -51,7 +55,9 @@ JOIN_DEADLINE_S = 60.0
 QUEUE_LOST = (redis.ConnectionError, redis.TimeoutError)
 
 
-def train(config: Config, run: RunDirectory, view: Progress, *, resume: bool = False) -> Outcome:
+def train(
+    config: Config, run: RunDirectory, view: Progress, *, resume: bool = False, record: Path | None = None
+) -> Outcome:
     """Run to `learner.max_steps`, or until asked to stop.
 
     Args:
@@ -59,12 +65,15 @@ def train(config: Config, run: RunDirectory, view: Progress, *, resume: bool = F
         run: its directory.
         view: told everything a person wants to see.
         resume: go on from the newest complete checkpoint.
+        record: train and evaluate nothing; write the groups of the untrained model here (services/record.py).
 
     Raises:
         ConfigError, QueueUnreachable, RewardError, PolicyError: something is not as the configuration needs.
         PartFailed: a part kept failing; its last error is in the text.
     """
     configure_logging("driver", run.root, run=run.name, stream_level=None)
+    # Before anything is started: it refuses prompts and recordings that cannot be used.
+    evaluating = evaluates(config) and record is None
     with ExitStack() as stack:
         stack.enter_context(run.locked())
         if resume:
@@ -81,6 +90,7 @@ def train(config: Config, run: RunDirectory, view: Progress, *, resume: bool = F
             config=config,
             queue_url=queue_url,
             queue_password=queue_password,
+            record=record,
         )
         queue = context.open_queue()
         queue.set_state("starting")
@@ -91,18 +101,21 @@ def train(config: Config, run: RunDirectory, view: Progress, *, resume: bool = F
         # The learner takes longest to start and needs no rewards until the first groups are there.
         learner = LearnerThread(partial(fit, context, store))
         learner.start()
-        view.activity("starting the reward servers")
-        places = stack.enter_context(reward_places(config, run, own_ray))
-        context = context.model_copy(update={"rewards": places})
+        if evaluating or not config.offline:
+            view.activity("starting the reward servers")
+            places = stack.enter_context(reward_places(config, run, own_ray))
+            context = context.model_copy(update={"rewards": places})
         telemetry = stack.enter_context(
             Telemetry(
                 run.root, tensorboard=config.telemetry.tensorboard, resumed_step=_resumed_step(run, resume)
             )
         )
         text = context.model_dump_json()
-        reserved = {"num_cpus": config.eval.num_cpus, "num_gpus": config.eval.num_gpus}
-        evaluator = _actor(Evaluator, context, "evaluator", **reserved).remote(text, store)
-        stack.callback(ray.kill, evaluator)
+        evaluator = None
+        if evaluating:
+            reserved = {"num_cpus": config.eval.num_cpus, "num_gpus": config.eval.num_gpus}
+            evaluator = _actor(Evaluator, context, "evaluator", **reserved).remote(text, store)
+            stack.callback(ray.kill, evaluator)
 
         def worker_died(part: str, why: str) -> None:
             queue.release_worker(part, why)
@@ -110,9 +123,10 @@ def train(config: Config, run: RunDirectory, view: Progress, *, resume: bool = F
 
         supervisor = Supervisor(
             spawn=lambda index: _spawn(context, text, index, store),
-            count=config.rollout.workers,
+            count=1 if config.offline else config.rollout.workers,
             max_restarts=config.rollout.max_restarts,
             on_death=worker_died,
+            part=_part(config),
         )
         monitor = Monitor(context, queue, telemetry, view, evaluator, supervisor, learner, signals)
         view.activity("loading the models")
@@ -197,17 +211,20 @@ def _actor(kind: type, context: RunContext, part: str, **resources: float) -> An
     return ray.remote(kind).options(name=f"{context.run}/{part}", namespace=NAMESPACE, **resources)
 
 
+def _part(config: Config) -> str:
+    return "feeder" if config.offline else "rollout"
+
+
 def _spawn(context: RunContext, text: str, index: int, store: Any) -> tuple[Any, Any]:
-    settings = context.config.rollout
-    worker = _actor(
-        RolloutWorker,
-        context,
-        f"rollout-{index}",
-        num_cpus=settings.num_cpus,
-        num_gpus=settings.num_gpus,
-        # `run` occupies one thread; a second one answers __ray_terminate__ and profiling.
-        max_concurrency=2,
-    ).remote(text, index, store)
+    settings, name = context.config.rollout, f"{_part(context.config)}-{index}"
+    # `run` occupies one thread; a second one answers __ray_terminate__ and profiling.
+    if context.config.offline:
+        worker = _actor(Feeder, context, name, num_cpus=0, max_concurrency=2).remote(text, index)
+    else:
+        reserved = {"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus}
+        worker = _actor(RolloutWorker, context, name, max_concurrency=2, **reserved).remote(
+            text, index, store
+        )
     return worker, worker.run.remote()
 
 

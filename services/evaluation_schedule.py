@@ -20,7 +20,7 @@ from services.config import Config
 from services.formatting import reason
 from services.messages import PolicyVersion, WeightsAnnouncement
 from services.metrics import EvalRow, When
-from services.prompts import prompt_source
+from services.prompts import evaluates
 from services.supervisor import PartFailed
 
 POLL_S = 0.5
@@ -32,7 +32,7 @@ class EvaluationSchedule:
     """The evaluations of one run, one at a time.
 
     Args:
-        evaluator: handle of the Evaluator actor.
+        evaluator: handle of the Evaluator actor; None where the run evaluates nothing.
         evaluated: steps whose evaluation an earlier driver of the run has recorded.
         on_row: told what an evaluation found.
         on_gone: told which weights nobody has any more, once for each announcement.
@@ -52,8 +52,8 @@ class EvaluationSchedule:
         self._evaluated = set(evaluated)
         self._on_row = on_row
         self._on_gone = on_gone
-        self.possible = bool(prompt_source(config).heldout(config.eval.seed, 1))
-        """There are held-out prompts."""
+        self.possible = evaluator is not None and evaluates(config)
+        """There is somebody to evaluate, and there are held-out prompts."""
         self._running: tuple[WeightsAnnouncement, Any] | None = None
         self._gone: PolicyVersion | None = None
 

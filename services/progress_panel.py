@@ -148,7 +148,7 @@ def _flow(view: View, row: UpdateRow) -> str:
 
 
 def _workers(view: View) -> Text:
-    workers = [beat for beat in view.beats if beat.part.startswith("rollout")]
+    workers = [beat for beat in view.beats if beat.part.startswith(("rollout", "feeder"))]
     if len(workers) > NAMED_WORKERS:
         states = Counter(beat.state for beat in workers)
         lags = Counter(_lag(view, beat) for beat in workers if beat.version)

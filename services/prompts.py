@@ -50,22 +50,41 @@ class FilePrompts:
 
     def __init__(self, path: Path, heldout_path: Path | None) -> None:
         self._prompts = read_prompts(path)
-        self._heldout: list[Prompt] = []
+        self._heldout: HeldoutFile | None = None
         if heldout_path is not None:
-            self._heldout = read_prompts(heldout_path)
-            shared = {p.text for p in self._prompts} & {p.text for p in self._heldout}
-            if shared:
-                raise ConfigError(
-                    f"eval.path {heldout_path}: {len(shared)} prompts are also in {path}, "
-                    f"for example {min(shared)!r}; held-out prompts must not be trained on"
-                )
+            self._heldout = HeldoutFile(heldout_path, {p.text for p in self._prompts}, str(path))
 
     def training(self, seed: int, ordinal: int) -> Prompt:
         turn, place = divmod(ordinal, len(self._prompts))
-        return self._prompts[_pass_order(seed, turn, len(self._prompts))[place]]
+        return self._prompts[pass_order(seed, turn, len(self._prompts))[place]]
 
     def heldout(self, seed: int, count: int) -> list[Prompt]:
-        shuffled = list(self._heldout)
+        return self._heldout.heldout(seed, count) if self._heldout is not None else []
+
+
+class HeldoutFile:
+    """The held-out prompts of `eval.path`.
+
+    Args:
+        path: of the file.
+        trained: texts that are trained on.
+        source: where those are, for the error.
+
+    Raises:
+        ConfigError: a prompt is in both.
+    """
+
+    def __init__(self, path: Path, trained: set[str], source: str) -> None:
+        self._prompts = read_prompts(path)
+        shared = trained & {prompt.text for prompt in self._prompts}
+        if shared:
+            raise ConfigError(
+                f"eval.path {path}: {len(shared)} prompts are also in {source}, "
+                f"for example {min(shared)!r}; held-out prompts must not be trained on"
+            )
+
+    def heldout(self, seed: int, count: int) -> list[Prompt]:
+        shuffled = list(self._prompts)
         _random(seed, "heldout", 0).shuffle(shuffled)
         return shuffled[:count]
 
@@ -113,13 +132,27 @@ def prompt_source(config: Config) -> PromptSource:
     """The source that a configuration names.
 
     Raises:
-        ConfigError: a prompt file that is missing, malformed, or overlaps the held-out one.
+        ConfigError: a prompt file that is missing, malformed, or overlaps the held-out one; a recording that
+            cannot be read, or contradicts the configuration.
     """
     if config.prompts.source == "words":
         return WordPrompts()
+    if config.prompts.source == "recorded":
+        from services.offline import RecordedPrompts  # it imports torch
+
+        return RecordedPrompts(config)
     assert config.prompts.path is not None  # PromptsConfig refuses a file source without a path
     heldout = find(config.eval.path) if config.eval.path is not None else None
     return FilePrompts(find(config.prompts.path), heldout)
+
+
+def evaluates(config: Config) -> bool:
+    """Whether a run has held-out prompts to evaluate on.
+
+    Raises:
+        ConfigError: as `prompt_source`.
+    """
+    return bool(prompt_source(config).heldout(config.eval.seed, 1))
 
 
 def sample_seeds(seed: int, purpose: str, ordinal: int, count: int) -> tuple[int, ...]:
@@ -143,7 +176,8 @@ def group_task(
 
 
 @lru_cache(maxsize=2)
-def _pass_order(seed: int, turn: int, size: int) -> tuple[int, ...]:
+def pass_order(seed: int, turn: int, size: int) -> tuple[int, ...]:
+    """The order in which pass `turn` goes through `size` prompts or recorded groups."""
     order = list(range(size))
     _random(seed, "pass", turn).shuffle(order)
     return tuple(order)

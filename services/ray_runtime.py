@@ -19,6 +19,7 @@ from tenacity import retry, stop_after_attempt
 
 from services.config import Config
 from services.config_file import ConfigError
+from services.prompts import evaluates
 
 NAMESPACE = "dgpo"
 STARTS = 3
@@ -27,12 +28,9 @@ STARTS = 3
 def cpus_needed(config: Config) -> float:
     """Ray CPUs that the parts of a run reserve together; controllers reserve none."""
     rewards = sum(r.num_cpus * r.replicas for r in config.rewards if r.app is not None)
-    return (
-        config.learner.num_cpus * config.learner.ranks
-        + config.rollout.num_cpus * config.rollout.workers
-        + config.eval.num_cpus
-        + rewards
-    )
+    # A feeder reserves none, and an evaluation needs its rewards; whether there is one is not looked up here.
+    sampling = 0.0 if config.offline else config.rollout.num_cpus * config.rollout.workers
+    return config.learner.num_cpus * config.learner.ranks + sampling + config.eval.num_cpus + rewards
 
 
 @contextmanager
@@ -84,6 +82,8 @@ def cluster_address(config: Config) -> str | None:
 def loopback_parts(config: Config) -> list[str]:
     """What this run would start where only the driver's own machine reaches it."""
     rewards = [f"reward {reward.name}" for reward in config.rewards if reward.app is not None]
+    if config.offline and not evaluates(config):
+        rewards = []
     return (["the queue"] if config.queue.url is None else []) + rewards
 
 

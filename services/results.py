@@ -56,7 +56,7 @@ def _overhead(config: Config, updates: Sequence[UpdateRow]) -> float | None:
     if not seconds:
         return None
     learner = sum(row.phases.get(name, 0.0) for row in rows for name in ("codec_s", "publish_s", "commit_s"))
-    share = config.learner.groups_per_step / config.rollout.workers
+    share = config.learner.groups_per_step / (1 if config.offline else config.rollout.workers)
     worker = sum(row.rollout.get("overhead_s", 0.0) * share for row in rows)
     return round(max(learner, worker) / seconds, 4)
 

@@ -6,6 +6,7 @@ Layout
     metrics.jsonl      one row an update, an evaluation, an event
     tensorboard/       the same as event files
     samples/           images of some groups, and of the evaluations before and after
+    groups/            the groups that were trained, with telemetry.record (services/recording.py)
     checkpoints/       step-N/, manifest written last
     queue/             the embedded Valkey's append-only file
     secrets/           tokens, readable by the owner alone; never copied into a report
@@ -86,6 +87,10 @@ class RunDirectory:
     @property
     def samples(self) -> Path:
         return self.root / "samples"
+
+    @property
+    def groups(self) -> Path:
+        return self.root / "groups"
 
     @property
     def checkpoints(self) -> Path:

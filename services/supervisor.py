@@ -1,4 +1,4 @@
-"""Keeps the rollout workers of a run alive, within a budget.
+"""Keeps the rollout workers of a run alive, or the feeder that stands for them, within a budget.
 
 Promises
 - A worker that dies is made anew after a pause that doubles each time; `on_death` lets what it held be issued
@@ -48,12 +48,14 @@ class Supervisor:
         count: workers to keep.
         max_restarts: of one worker.
         on_death: told (part name, its error) when it is dead for certain.
+        part: what a worker is called, before its index.
     """
 
     spawn: Callable[[int], tuple[Any, Any]]
     count: int
     max_restarts: int
     on_death: Callable[[str, str], None]
+    part: str = "rollout"
     _workers: list[_Worker] = field(default_factory=list)
 
     def start(self) -> None:
@@ -88,7 +90,7 @@ class Supervisor:
                 ray.kill(worker.actor)
 
     def _ended(self, worker: _Worker) -> None:
-        name = f"rollout-{worker.index}"
+        name = f"{self.part}-{worker.index}"
         reference, worker.done = worker.done, None
         try:
             ray.get(reference)

@@ -19,6 +19,7 @@ from rich.console import Console
 from services.config import Config
 from services.config_file import load_config
 from services.exit_codes import INTERRUPTED, run
+from services.prompts import prompt_source
 from services.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
@@ -100,6 +101,8 @@ def job(
         settings = directory.config(tuple(overrides or ()))
     else:
         settings = load_config(str(config), overrides or ())
+        # Refuses prompts and recordings that cannot be used, before there is a run directory to leave behind.
+        prompt_source(settings)
         directory = RunDirectory.create(settings)
     result = run_training(settings, directory, resume=resume is not None, screen=Console(stderr=True))
     if as_json:

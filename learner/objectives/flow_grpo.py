@@ -4,8 +4,8 @@
     loss  = max(-A ratio, -A clamp(ratio, 1 - c, 1 + c)) + kl * KL(p || p_base)
 
 p_old is what the sample was drawn with: its likelihoods travel with the group, so a later policy may train on
-it. The likelihoods are means over elements, as published; so is the KL, which the published code takes
-without the length of the step (that is, larger by 1 / dt).
+it. The likelihoods are means over elements, as published; so is the KL. The published code divides it by the
+noise alone: theirs is this one times the step's length in sigma, so the same `kl` weighs more here.
 
 It costs a sample and step 3 forwards' worth (6 under guidance), and one (two) for the base where there is a
 KL.
@@ -13,7 +13,7 @@ KL.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -54,7 +54,9 @@ class FlowGrpo(Objective):
         for index in timesteps:
             for start in range(0, len(groups), at_once):
                 some = groups[start : start + at_once]
-                points, after, old = (torch.cat(parts) for parts in zip(*map(_at(index), some), strict=True))
+                points, after, old = (
+                    torch.cat(parts) for parts in zip(*(_step(group, index) for group in some), strict=True)
+                )
                 advantages = torch.cat([group.advantages for group in some])
                 conditions = [group.condition for group in some]
                 sums: dict[str, Tensor] = {}
@@ -106,21 +108,11 @@ class FlowGrpo(Objective):
         return step_gaussian(self.schedule, index, x, velocity, self._noise_level)
 
 
-def _at(index: int) -> Callable[[LiveGroup], tuple[Tensor, Tensor, Tensor]]:
-    def step(group: LiveGroup) -> tuple[Tensor, Tensor, Tensor]:
-        """(G, C, h, w) the points before and after the step, and (G,) the likelihoods it was drawn with."""
-        if group.trajectory is None or group.log_likelihoods is None:
-            raise ValueError(
-                f"group {group.ordinal} came without its trajectory: its worker was configured for another "
-                "objective"
-            )
-        return (
-            group.trajectory[:, index],
-            group.trajectory[:, index + 1],
-            group.log_likelihoods[:, index],
-        )
-
-    return step
+def _step(group: LiveGroup, index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(G, C, h, w) the points before and after a step, and (G,) the likelihoods it was drawn with."""
+    if group.trajectory is None or group.log_likelihoods is None:
+        raise ValueError(f"group {group.ordinal} came without its trajectory")
+    return group.trajectory[:, index], group.trajectory[:, index + 1], group.log_likelihoods[:, index]
 
 
 OBJECTIVES = {"flow_grpo": FlowGrpo}

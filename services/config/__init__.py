@@ -93,6 +93,11 @@ class Config(Section):
         return tuple(reward for reward in self.rewards if not reward.heldout)
 
     @property
+    def offline(self) -> bool:
+        """Whether groups come from a recording: nothing is sampled, one feeder stands for the workers."""
+        return self.prompts.source == "recorded"
+
+    @property
     def learner_guides(self) -> bool:
         """Whether the learner evaluates a model under guidance, for which it encodes the empty prompt."""
         objective = self.objective
@@ -101,9 +106,11 @@ class Config(Section):
     @property
     def evaluation_rollout(self) -> RolloutConfig:
         """How evaluations and exported pipelines sample: as rollouts do, but never stochastically."""
-        if self.rollout.solver != "sde":
+        used = self.rollout.solver
+        solver = self.eval.solver or ("euler" if used == "sde" else used)
+        if solver == used:
             return self.rollout
-        return self.rollout.model_copy(update={"solver": "euler", "noise_level": None})
+        return self.rollout.model_copy(update={"solver": solver, "noise_level": None, "order": None})
 
     @model_validator(mode="after")
     def _possible(self) -> Config:
@@ -131,6 +138,10 @@ class Config(Section):
                 f"learner.micro_batch {micro} must divide rollout.group_size {group} or be a multiple of it"
             )
         self._check_objective()
+        if self.offline and self.telemetry.record:
+            raise ValueError(
+                "telemetry.record with prompts.source 'recorded' would record the recording: set it to false"
+            )
         if self.queue.max_groups < self.learner.groups_per_step * (self.queue.max_staleness + 1):
             raise ValueError(
                 f"queue.max_groups {self.queue.max_groups} cannot hold the "

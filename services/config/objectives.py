@@ -154,8 +154,10 @@ OBJECTIVES: dict[str, type[AnyObjective]] = {
 }
 
 
-def _name(value: Any) -> Any:
-    return value.get("name", "dgpo") if isinstance(value, dict) else getattr(value, "name", None)
+def _name(value: Any) -> str:
+    # What is no section is taken for one of dgpo, which says so better than a missing tag would.
+    name = value.get("name", "dgpo") if isinstance(value, dict) else getattr(value, "name", "dgpo")
+    return str(name)
 
 
 ObjectiveConfig = Annotated[

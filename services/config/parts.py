@@ -141,9 +141,12 @@ class EvalConfig(Section):
     seed: int = Field(default=99, ge=0)
     """Held-out prompts and their initial noise follow from it."""
     path: Path | None = None
-    """Held-out prompts for `prompts.source: file`; null skips evaluation there."""
+    """Held-out prompts for `prompts.source: file` and `recorded`; null skips evaluation there, but for a
+    recording of `words`."""
     batch: int = Field(default=64, ge=1)
     """Held-out prompts sampled at once, one image each."""
+    solver: Literal["dpmsolver++", "euler", "heun"] | None = None
+    """Solver of evaluations and of the exported pipeline; null: the rollout's, and Euler in place of sde."""
     deadline_s: float = Field(default=1800.0, gt=0)
     """Seconds that the evaluation after training may take, one that still goes on then included."""
     num_cpus: float = Field(default=0.0, ge=0)
@@ -159,6 +162,9 @@ class TelemetryConfig(Section):
     """Write TensorBoard events into the run directory."""
     heartbeat_s: float = Field(default=2.0, gt=0)
     """Seconds between two heartbeats of a part."""
+    record: bool = False
+    """Write every group that is trained into groups/ of the run directory, to train from it later
+    (docs/offline.md)."""
 
 
 class ClusterConfig(Section):

@@ -49,15 +49,17 @@ class ModelConfig(Section):
 
 
 class PromptsConfig(Section):
-    source: Literal["words", "file"] = "file"
-    """`words`: the quickstart's endless text-rendering prompts; `file`: one prompt a line, or JSONL."""
+    source: Literal["words", "file", "recorded"] = "file"
+    """`words`: the quickstart's endless text-rendering prompts; `file`: one prompt a line, or JSONL;
+    `recorded`: whole groups that an earlier run has recorded, nothing is sampled (docs/offline.md)."""
     path: Path | None = None
-    """For `file`: .txt with one prompt a line, or .jsonl with {prompt, ...metadata} objects."""
+    """For `file`: .txt with one prompt a line, or .jsonl with {prompt, ...metadata} objects. For `recorded`:
+    the directory of the recording, `RUN_DIR/groups` or what `dgpo record` wrote."""
 
     @model_validator(mode="after")
     def _file_has_a_path(self) -> PromptsConfig:
-        if self.source == "file" and self.path is None:
-            raise ValueError("source 'file' needs a path")
+        if self.source != "words" and self.path is None:
+            raise ValueError(f"source {self.source!r} needs a path")
         if self.source == "words" and self.path is not None:
             raise ValueError("source 'words' makes its own prompts: leave path out")
         return self

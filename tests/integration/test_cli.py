@@ -176,6 +176,8 @@ def test_ctrl_c_ends_cleanly_and_resume_goes_on(tmp_path: Path) -> None:
         (["train"], 2, "--resume RUN_DIR"),
         (["train", "--resume", "/nonexistent"], 2, "not a run directory"),
         (["train", "nothing"], 2, "quickstart"),
+        (["train", "offline", "--set", "prompts.path=/nonexistent"], 2, "make one with dgpo record"),
+        (["record", "quickstart", "--groups", "2", "--out", "/"], 2, "exists and is not an empty directory"),
         (["report", "/nonexistent"], 2, "not a run directory"),
         (["config", "quickstart", "--set", "rollout.steps=x"], 2, "rollout.steps"),
         (["quickstarts"], 2, "No such command"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +16,13 @@ from rollout_workers.solvers import solve
 from services.config import ModelConfig, RolloutConfig
 
 PROMPT = 'a sign that says "K7QX"'
+ODE_SOLVERS: list[dict[str, Any]] = [
+    {"solver": "dpmsolver++"},
+    {"solver": "dpmsolver++", "order": 1},
+    {"solver": "dpmsolver++", "order": 3},
+    {"solver": "euler"},
+    {"solver": "heun"},
+]
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +38,11 @@ def policy(model_config: ModelConfig, policies: dict[str, Policy]) -> Policy:
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
-@pytest.mark.parametrize("solver", ["dpmsolver++", "euler"])
+@pytest.mark.parametrize("solver", ODE_SOLVERS, ids=str)
 def test_sampling_equals_the_stock_pipeline(
-    policy: Policy, model_config: ModelConfig, solver: Literal["dpmsolver++", "euler"], guidance: float
+    policy: Policy, model_config: ModelConfig, solver: dict[str, Any], guidance: float
 ) -> None:
-    rollout = RolloutConfig(solver=solver, steps=6, guidance=guidance, shift=3.0, group_size=3)
+    rollout = RolloutConfig(**solver, steps=6, guidance=guidance, shift=3.0, group_size=3)
     seeds = (11, 12, 13)
     pipeline = StableDiffusion3Pipeline.from_pretrained(model_config.path)
     pipeline.scheduler = make_scheduler(rollout)
@@ -75,9 +82,9 @@ def test_several_conditions_in_one_batch(policy: Policy) -> None:
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("solver", ["dpmsolver++", "euler"])
-def test_the_schedule_is_what_the_solver_visits(solver: Literal["dpmsolver++", "euler"]) -> None:
-    rollout = RolloutConfig(solver=solver, steps=7, shift=2.5)
+@pytest.mark.parametrize("solver", ODE_SOLVERS, ids=str)
+def test_the_schedule_is_what_the_solver_visits(solver: dict[str, Any]) -> None:
+    rollout = RolloutConfig(**solver, steps=7, shift=2.5)
     visited: list[float] = []
 
     def velocity(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
@@ -86,20 +93,36 @@ def test_the_schedule_is_what_the_solver_visits(solver: Literal["dpmsolver++", "
 
     solve(rollout, velocity, torch.zeros(1, 1, 2, 2))
     schedule = make_schedule(rollout)
-    assert visited == schedule.timesteps.tolist()
+    assert list(dict.fromkeys(visited)) == schedule.timesteps.tolist()
+    # Heun's corrector evaluates the end of each step but the last, where the next begins.
+    assert [visited.count(point) for point in dict.fromkeys(visited)] == (
+        [1, *[2] * 6] if rollout.solver == "heun" else [1] * 7
+    )
     assert len(schedule) == 7
     sigmas = schedule.sigmas
     assert bool(((sigmas > 0) & (sigmas <= 1)).all())
     assert bool((sigmas.diff() < 0).all())
     # diffusers rounds the timesteps of DPM-Solver++ down to whole numbers.
-    assert bool((sigmas * 1000 - schedule.timesteps < 1).all())
+    assert bool(((sigmas * 1000 - schedule.timesteps).abs() < 1).all())
 
 
-@pytest.mark.parametrize("solver", ["dpmsolver++", "euler"])
-def test_a_straight_flow_is_solved_exactly(solver: Literal["dpmsolver++", "euler"]) -> None:
+@pytest.mark.parametrize("solver", ODE_SOLVERS, ids=str)
+def test_a_straight_flow_is_solved_exactly(solver: dict[str, Any]) -> None:
     x0, noise = torch.full((1, 1, 2, 2), 0.25), torch.full((1, 1, 2, 2), -1.5)
-    rollout = RolloutConfig(solver=solver, steps=5)
+    rollout = RolloutConfig(**solver, steps=5)
     sigma = float(make_schedule(rollout).sigmas[0])
     start = (1 - sigma) * x0 + sigma * noise
     end = solve(rollout, lambda x, timestep: noise - x0, start)
     torch.testing.assert_close(end, x0, rtol=0, atol=1e-5)
+
+
+def test_orders_are_different_solvers() -> None:
+    """On a curved flow each order ends elsewhere, and null is the second."""
+
+    def end(solver: dict[str, Any]) -> float:
+        rollout = RolloutConfig(**solver, steps=6)
+        return float(solve(rollout, lambda x, timestep: torch.sin(3 * x) + x, torch.full((1, 1, 1, 1), 0.9)))
+
+    ends = [end(solver) for solver in ODE_SOLVERS]
+    assert end({"solver": "dpmsolver++", "order": 2}) == ends[0]
+    assert all(abs(one - other) > 1e-4 for i, one in enumerate(ends) for other in ends[:i])

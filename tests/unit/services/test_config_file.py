@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.config import DiffusionNftConfig
 from services.config_file import PROJECT_ROOT, ConfigError, dump_config, load_config, parse_config
 
 RECIPES = sorted((PROJECT_ROOT / "recipes").glob("*.yaml"))
@@ -150,3 +152,35 @@ def test_mode_2a_is_cfg_free() -> None:
 def test_overrides_arrive_as_they_are(step: int, rate: float) -> None:
     config = load_config("quickstart", [f"learner.max_steps={step}", f"learner.learning_rate={rate!r}"])
     assert (config.learner.max_steps, config.learner.learning_rate) == (step, rate)
+
+
+def test_a_recipe_extends_another(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        "extends: quickstart\nlearner: {max_steps: 7}\nrewards: [{name: taste, app: ocr}]\n"
+    )
+    config, base = load_config(tmp_path / "mine.yaml", ["run.seed=3"]), load_config("quickstart")
+    assert config.learner == base.learner.model_copy(update={"max_steps": 7})
+    assert [reward.name for reward in config.rewards] == ["taste"]
+    assert config.objective == base.objective
+    assert config.run.seed == 3
+    (tmp_path / "other.yaml").write_text("extends: mine.yaml\nobjective: {name: diffusion_nft, kl: 0.5}\n")
+    other = load_config(tmp_path / "other.yaml")
+    assert other.learner.max_steps == 7
+    assert other.objective == DiffusionNftConfig(name="diffusion_nft", kl=0.5)
+    # Of the same name, an objective is merged.
+    (tmp_path / "beta.yaml").write_text("extends: quickstart\nobjective: {beta: 7}\n")
+    beta = load_config(tmp_path / "beta.yaml").objective
+    assert beta == base.objective.model_copy(update={"beta": 7})
+
+
+def test_what_cannot_be_extended_is_named(tmp_path: Path) -> None:
+    for text, named in (
+        ("extends: [a]\n", "extends: expected the name of a recipe or a YAML file, found"),
+        ("extends: nowhere\n", "no recipe 'nowhere'"),
+        ("extends: a.yaml\n", "a.yaml is extended by itself"),
+        ("extends: b.yaml\n", "a.yaml is extended by itself"),
+    ):
+        (tmp_path / "a.yaml").write_text(text)
+        (tmp_path / "b.yaml").write_text("extends: a.yaml\n")
+        with pytest.raises(ConfigError, match=re.escape(named)):
+            load_config(tmp_path / "a.yaml")

@@ -1,0 +1,225 @@
+"""Training runs side by side: score against seconds and against images, over several seeds.
+
+A comparison is a list of entries, each a recipe with overrides; every entry is trained with every seed by
+`dgpo train` in a process of its own, one after another, entries in turns, so that a slow hour of the machine
+hits all of them. Finished runs in the folder are taken as they are: what was interrupted goes on.
+
+Held-out scores are of the EMA weights, all entries with the same solver, on the same words at the same
+initial noise. Seconds count from the start of the learner's loop: loading is the same for all.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from services.config_file import load_config
+from services.metrics import Estimate
+from services.telemetry import read_metrics
+
+RUN_DEADLINE_S = 3600.0
+LEVELS = (0.85, 0.90, 0.93)
+"""Held-out scores to which time and images are told."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is compared."""
+
+    name: str
+    recipe: str = "quickstart"
+    overrides: tuple[str, ...] = ()
+
+
+_EVALUATED = (
+    "eval.every_steps=6",
+    "eval.prompts=192",
+    "eval.final_prompts=320",
+    "eval.solver=dpmsolver++",
+    "telemetry.tensorboard=false",
+    "telemetry.samples_every=0",
+)
+_ALONE = "rewards.1.every=1000000"
+"""The independent engine is for evaluations here: it takes no time from training."""
+
+COMPARISONS: dict[str, tuple[Entry, ...]] = {
+    "objectives": (
+        Entry("DGPO"),
+        Entry("Flow-GRPO", "quickstart-flow-grpo"),
+        Entry("DiffusionNFT", "quickstart-diffusion-nft"),
+    ),
+    "ablations": (
+        Entry("as published, but for timesteps.skip 2"),
+        Entry("timesteps.skip 0", overrides=("objective.timesteps.skip=0",)),
+        Entry("no timestep clip", overrides=("objective.timesteps.first=10", "objective.timesteps.skip=0")),
+        Entry("SDE rollouts", overrides=("rollout.solver=sde",)),
+        Entry("equal weights", overrides=("advantage.weights=equal",)),
+        Entry("independent noise", overrides=("objective.shared_noise=false",)),
+    ),
+    "staleness": tuple(
+        Entry(f"staleness {lag}", overrides=(f"queue.max_staleness={lag}",)) for lag in (0, 1, 2, 4, 8)
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One run: held-out score against seconds and images."""
+
+    steps: list[int]
+    seconds: list[float]
+    images: list[int]
+    scores: list[float]
+    exact: list[float]
+
+    def reached(self, level: float) -> tuple[float, float] | None:
+        """Seconds and images to a score, between two evaluations by the straight line; None: never."""
+        for place in range(1, len(self.scores)):
+            low, high = self.scores[place - 1], self.scores[place]
+            if low < level <= high:
+                part = (level - low) / (high - low)
+                return (
+                    self.seconds[place - 1] + part * (self.seconds[place] - self.seconds[place - 1]),
+                    self.images[place - 1] + part * (self.images[place] - self.images[place - 1]),
+                )
+        return None
+
+
+def run_comparison(
+    name: str, *, seeds: int, runs: Path, screen: Console, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Train what is missing, and compare.
+
+    Args:
+        name: of COMPARISONS.
+        seeds: runs of each entry, with seeds 0, 1, ...
+        runs: folder of the runs; plots and the table go there too.
+        overrides: for every entry.
+
+    Raises:
+        RuntimeError: a run failed; its log is named.
+    """
+    curves: dict[str, list[Curve]] = {entry.name: [] for entry in COMPARISONS[name]}
+    for seed in range(seeds):
+        for entry in COMPARISONS[name]:
+            place = runs / name / entry.name.replace(" ", "-").replace(",", "") / f"seed-{seed}"
+            curves[entry.name].append(_trained(entry, seed, place, overrides, screen))
+    result = {"benchmark": name, "seeds": seeds, "entries": [_row(entry, curves) for entry in curves]}
+    screen.print(_table(result))
+    from benchmarks.plots import draw
+
+    for against in ("seconds", "images"):
+        result[f"plot_{against}"] = str(draw(curves, against, runs / name / f"{name}-{against}.svg"))
+    return result
+
+
+def _trained(entry: Entry, seed: int, place: Path, overrides: Sequence[str], screen: Console) -> Curve:
+    settings = [*_EVALUATED, _ALONE, *entry.overrides, *overrides, f"run.seed={seed}"]
+    load_config(entry.recipe, settings)  # refused before anything is spent
+    done = [run for run in sorted(place.glob("*/metrics.jsonl")) if _finished(run.parent)]
+    if not done:
+        place.mkdir(parents=True, exist_ok=True)
+        screen.print(f"training {entry.name}, seed {seed}: {place}")
+        settings.append(f"run.directory={place.resolve()}")
+        command = [sys.executable, "-m", "services.train", "--config", entry.recipe]
+        command += [part for setting in settings for part in ("--set", setting)]
+        log = place / "output.log"
+        with log.open("w") as output:
+            code = subprocess.run(
+                command, stdout=output, stderr=output, timeout=RUN_DEADLINE_S, check=False
+            ).returncode
+        done = [run for run in sorted(place.glob("*/metrics.jsonl")) if _finished(run.parent)]
+        if code or not done:
+            raise RuntimeError(f"{entry.name}, seed {seed}: exit code {code}; see {log}")
+    return curve(done[-1].parent)
+
+
+def _finished(run: Path) -> bool:
+    return read_metrics(run).evaluation("after") is not None
+
+
+def curve(run: Path) -> Curve:
+    """Read a run's held-out scores of its first trained reward."""
+    metrics = read_metrics(run)
+    first = metrics.updates[0]
+    started = first.time - first.seconds
+    at = {row.step: (row.time - started, row.images) for row in metrics.updates} | {0: (0.0, 0)}
+    rows = sorted((row for row in metrics.evals if row.step in at), key=lambda row: row.step)
+    reward = next(iter(rows[0].exact or rows[0].rewards))
+    return Curve(
+        steps=[row.step for row in rows],
+        seconds=[at[row.step][0] for row in rows],
+        images=[at[row.step][1] for row in rows],
+        scores=[_known(row.rewards.get(reward)) for row in rows],
+        exact=[_known(row.exact.get(reward)) for row in rows],
+    )
+
+
+def _known(value: Estimate | None) -> float:
+    return math.nan if value is None or value.mean is None else value.mean
+
+
+def _row(name: str, curves: dict[str, list[Curve]]) -> dict[str, Any]:
+    mine, first = curves[name], next(iter(curves.values()))
+    row: dict[str, Any] = {
+        "name": name,
+        "final": _mean([one.scores[-1] for one in mine]),
+        "exact": _mean([one.exact[-1] for one in mine]),
+        "seconds": _mean([one.seconds[-1] for one in mine]),
+        "images": _mean([float(one.images[-1]) for one in mine]),
+    }
+    for level in LEVELS:
+        reached, reference = ([one.reached(level) for one in group] for group in (mine, first))
+        row[f"to_{level}"] = {
+            "reached": sum(point is not None for point in reached),
+            "seconds": _mean([point[0] for point in reached if point]),
+            "images": _mean([point[1] for point in reached if point]),
+            "ratio_seconds": _ratio(reached, reference, 0),
+            "ratio_images": _ratio(reached, reference, 1),
+        }
+    return row
+
+
+def _ratio(mine: Sequence[Any], first: Sequence[Any], index: int) -> float | None:
+    """Of the means, where every seed of both reached the level: else the slowest would drop out."""
+    if not all(mine) or not all(first):
+        return None
+    return statistics.fmean(p[index] for p in mine) / statistics.fmean(p[index] for p in first)
+
+
+def _mean(values: Sequence[float]) -> dict[str, float] | None:
+    if not values:
+        return None
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return {"mean": statistics.fmean(values), "se": error}
+
+
+def _table(result: dict[str, Any]) -> Table:
+    table = Table(title=f"{result['benchmark']}, {result['seeds']} seeds", title_justify="left")
+    table.add_column("")
+    for heading in ("final score", "exact", "seconds", *(f"s to {level:g} (ratio)" for level in LEVELS)):
+        table.add_column(heading, justify="right")
+    for row in result["entries"]:
+        cells = [_shown(row["final"], 3), _shown(row["exact"], 3), _shown(row["seconds"], 0)]
+        for level in LEVELS:
+            to, ratio = row[f"to_{level}"], row[f"to_{level}"]["ratio_seconds"]
+            missed = "" if to["reached"] == result["seeds"] else f" [{to['reached']}/{result['seeds']}]"
+            cells.append(_shown(to["seconds"], 0) + (f" ({ratio:.2f})" if ratio else "") + missed)
+        table.add_row(row["name"], *cells)
+    return table
+
+
+def _shown(value: dict[str, float] | None, digits: int) -> str:
+    if value is None:
+        return "-"
+    error = "" if math.isnan(value["se"]) else f" ± {value['se']:.{digits}f}"
+    return f"{value['mean']:.{digits}f}{error}"

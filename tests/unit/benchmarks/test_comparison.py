@@ -1,0 +1,101 @@
+"""Comparisons of training runs: what is read from a run, and when a ratio may be told."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from rich.console import Console
+
+from benchmarks import comparison
+from benchmarks.comparison import COMPARISONS, Entry, curve, run_comparison
+from benchmarks.plots import draw
+from services.config_file import load_config
+
+
+def write_run(directory: Path, scores: dict[int, float], *, step_s: float = 2.0) -> Path:
+    """A finished run with an update every `step_s` seconds, the first of which waited 10 s longer."""
+    directory.mkdir(parents=True)
+    last = max(scores)
+    rows: list[dict[str, object]] = []
+    for step, score in scores.items():
+        when = "before" if step == 0 else "after" if step == last else "during"
+        estimate = {"ocr": {"mean": score, "se": 0.01}}
+        rows.append(
+            {"kind": "eval", "time": 0.0, "when": when, "epoch": 0, "step": step, "prompts": 8}
+            | {"rewards": estimate, "exact": estimate}
+        )
+    for step in range(1, last + 1):
+        row = {"kind": "update", "epoch": 0, "step": step, "max_steps": last, "images": 128 * step}
+        seconds = step_s + (10 if step == 1 else 0)
+        rows.append(
+            row
+            | {"time": 1000 + 10 + step * step_s, "seconds": seconds, "reward_mean": 0.5, "reward_std": 0.1}
+        )
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return directory
+
+
+def test_a_curve_counts_from_the_start_of_the_loop(tmp_path: Path) -> None:
+    found = curve(write_run(tmp_path / "run", {0: 0.4, 2: 0.8, 4: 0.9}))
+    assert found.steps == [0, 2, 4]
+    assert found.seconds == [0.0, 14.0, 18.0]
+    assert found.images == [0, 256, 512]
+    assert found.scores == found.exact == [0.4, 0.8, 0.9]
+    assert found.reached(0.85) == pytest.approx((16.0, 384.0))
+    assert found.reached(0.95) is None
+
+
+def test_ratios_are_told_where_every_seed_arrived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(COMPARISONS, "two", (Entry("fast"), Entry("slow")))
+    place = tmp_path / "two"
+    for seed in range(2):
+        write_run(place / "fast" / f"seed-{seed}" / "run", {0: 0.4, 2: 0.95})
+        slow = {0: 0.4, 2: 0.6, 8: 0.88 if seed else 0.95}
+        write_run(place / "slow" / f"seed-{seed}" / "run", slow)
+    screen = io.StringIO()
+    console = Console(file=screen, width=200)
+    result = run_comparison("two", seeds=2, runs=tmp_path, screen=console)
+    fast, slow_row = result["entries"]
+    assert fast["to_0.85"]["ratio_seconds"] == 1.0
+    assert slow_row["to_0.85"]["ratio_images"] > 2
+    # One seed never came to 0.9: a mean over the others would flatter.
+    assert slow_row["to_0.9"] | {"seconds": None, "images": None} == {
+        "reached": 1,
+        "seconds": None,
+        "images": None,
+        "ratio_seconds": None,
+        "ratio_images": None,
+    }
+    assert slow_row["final"]["mean"] == pytest.approx(0.915)
+    assert "[1/2]" in screen.getvalue()
+    for against in ("seconds", "images"):
+        assert ElementTree.parse(result[f"plot_{against}"]).getroot().tag.endswith("svg")
+
+
+def test_the_same_curves_draw_the_same_picture(tmp_path: Path) -> None:
+    curves = {"a": [curve(write_run(tmp_path / "run", {0: 0.4, 2: 0.8}))]}
+    first = draw(curves, "seconds", tmp_path / "one.svg").read_bytes()
+    assert draw(curves, "seconds", tmp_path / "two.svg").read_bytes() == first
+
+
+def test_a_run_that_fails_is_named_with_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(COMPARISONS, "one", (Entry("broken", overrides=("prompts.source=file",)),))
+    with pytest.raises(ValueError, match="needs a path"):
+        run_comparison("one", seeds=1, runs=tmp_path, screen=Console(file=io.StringIO()))
+    monkeypatch.setitem(COMPARISONS, "one", (Entry("broken", overrides=("model.path=nowhere",)),))
+    monkeypatch.setattr(comparison, "_EVALUATED", ())
+    with pytest.raises(RuntimeError, match=r"broken, seed 0: exit code \d+; see .*output.log"):
+        run_comparison("one", seeds=1, runs=tmp_path, screen=Console(file=io.StringIO()))
+
+
+@pytest.mark.parametrize("name", sorted(COMPARISONS))
+def test_every_entry_can_be_configured(name: str) -> None:
+    names = [entry.name for entry in COMPARISONS[name]]
+    assert len(set(names)) == len(names)
+    for entry in COMPARISONS[name]:
+        settings = [*comparison._EVALUATED, comparison._ALONE, *entry.overrides]
+        assert load_config(entry.recipe, settings).evaluation_rollout.solver == "dpmsolver++"
