@@ -7,6 +7,7 @@ Promises
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import socket
@@ -22,7 +23,7 @@ from rich.table import Table
 from services.config import Config, RewardConfig
 from services.config_file import ConfigError, find
 from services.prompts import evaluates, prompt_source
-from services.ray_runtime import cluster_address, cpus_needed, loopback_parts
+from services.ray_runtime import cluster_address, cpus_needed, gpus_needed, loopback_parts
 
 REACH_DEADLINE_S = 5.0
 PROCESS_BYTES = 600 * 1024**2
@@ -43,6 +44,7 @@ def examine(config: Config) -> list[Finding]:
     checks: list[Callable[[Config], list[Finding]]] = [
         _directory,
         _model,
+        _devices,
         _prompts,
         _queue,
         _rewards,
@@ -84,13 +86,21 @@ def _directory(config: Config) -> list[Finding]:
 def _model(config: Config) -> list[Finding]:
     place = find(config.model.path)
     if not place.is_dir():
-        hub = config.model.path.count("/") == 1 and not config.model.path.startswith((".", "/"))
+        name = config.model.path
+        # `folder/typo` has the form of a hub id: where the folder is there, a directory was meant.
+        beside = sorted(str(found.parent) for found in find(name).parent.glob("*/model_index.json"))
+        parent = name.rpartition("/")[0]
+        hub = name.count("/") == 1 and not name.startswith((".", "/")) and not find(parent).is_dir()
+        near = difflib.get_close_matches(str(find(name)), beside, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
         return [
             Finding(
                 what="model",
                 ok=hub,
-                found=f"{config.model.path}: no such directory" + (", taken as a hub id" if hub else ""),
-                remedy="" if hub else "set model.path to a directory in diffusers format, or to a hub id",
+                found=f"{name}: no such directory" + (", taken as a hub id" if hub else ""),
+                remedy=""
+                if hub
+                else f"set model.path to a directory in diffusers format, or to a hub id{hint}",
             )
         ]
     try:
@@ -106,6 +116,23 @@ def _model(config: Config) -> list[Finding]:
     found = f"{place}: {index.get('_class_name')}" + (f", without {', '.join(missing)}" if missing else "")
     remedy = "save the pipeline again with save_pretrained" if missing else ""
     return [Finding(what="model", ok=not missing, found=found, remedy=remedy)]
+
+
+def _devices(config: Config) -> list[Finding]:
+    """Of this machine: a cluster's may be others."""
+    if cluster_address(config) is not None:
+        return []
+    import torch
+
+    there = torch.cuda.device_count()
+    asked = gpus_needed(config)
+    cuda = config.model.device.startswith("cuda")
+    ok = asked <= there and not (cuda and there == 0)
+    found = f"{there} GPUs here, {asked:g} reserved, model.device {config.model.device}"
+    remedy = (
+        "" if ok else "lower num_gpus of rollout, learner, eval and rewards; set model.device to cpu or auto"
+    )
+    return [Finding(what="devices", ok=ok, found=found, remedy=remedy)]
 
 
 def _prompts(config: Config) -> list[Finding]:

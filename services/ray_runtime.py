@@ -33,6 +33,13 @@ def cpus_needed(config: Config) -> float:
     return config.learner.num_cpus * config.learner.ranks + sampling + config.eval.num_cpus + rewards
 
 
+def gpus_needed(config: Config) -> float:
+    """Ray GPUs that the parts of a run reserve together."""
+    rewards = sum(r.num_gpus * r.replicas for r in config.rewards if r.app is not None)
+    rollout = 0.0 if config.offline else config.rollout.num_gpus * config.rollout.workers
+    return config.learner.num_gpus * config.learner.ranks + rollout + config.eval.num_gpus + rewards
+
+
 @contextmanager
 def ray_cluster(config: Config) -> Iterator[bool]:
     """Ray is initialised inside the block; yields whether it was started here and ends with the block.
@@ -42,7 +49,8 @@ def ray_cluster(config: Config) -> Iterator[bool]:
     reserves if that is more (a laptop may be oversubscribed, a cluster may not).
 
     Raises:
-        ConfigError: the cluster has several nodes, and the run would start parts that they cannot reach.
+        ConfigError: the cluster has several nodes, and the run would start parts that they cannot reach; or
+            the run reserves more GPUs than this machine has.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -67,6 +75,13 @@ def ray_cluster(config: Config) -> Iterator[bool]:
         # One machine is not taken away piece by piece; the watcher is a process more to start.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         _start(config)
+        here = ray.cluster_resources().get("GPU", 0.0)
+        if gpus_needed(config) > here:
+            ray.shutdown()
+            raise ConfigError(
+                f"the run reserves {gpus_needed(config):g} GPUs, this machine has {here:g}: lower num_gpus "
+                "of rollout, learner, eval or rewards, or join a cluster (cluster.address)"
+            )
     try:
         yield not address
     finally:

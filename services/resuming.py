@@ -12,17 +12,20 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
+from learner.checkpoint import newest_checkpoint
 from services.config import Config
 from services.config_file import ConfigError, dump_config
 from services.run_directory import RunDirectory
+from services.telemetry import read_metrics
 
 
 def reconfigure(run: RunDirectory, config: Config) -> None:
     """Make `config` that of a run; call it while holding the run (`RunDirectory.locked`).
 
     Raises:
-        ConfigError: it changes what must stay; nothing was written.
+        ConfigError: it changes what must stay, or leaves nothing to do; nothing was written.
     """
+    _check_unfinished(run, config)
     former = run.config()
     if config == former:
         return
@@ -44,6 +47,17 @@ def reconfigure(run: RunDirectory, config: Config) -> None:
     partial.replace(run.config_file)
 
 
+def _check_unfinished(run: RunDirectory, config: Config) -> None:
+    newest, wanted = newest_checkpoint(run.root), config.learner.max_steps
+    done = newest.step if newest is not None else 0
+    evaluated = read_metrics(run.root).evaluation("after")
+    if done > wanted or (done == wanted and evaluated is not None and evaluated.step == done):
+        raise ConfigError(
+            f"{run.root}: nothing to do: {done} updates are done and learner.max_steps is {wanted}; to go "
+            f"on, --set learner.max_steps=N with N above {done}"
+        )
+
+
 def fixed_settings(config: Config) -> dict[str, Any]:
     """What a run keeps from its start to its end, by path in the YAML."""
     raw = config.model_dump(mode="json")
@@ -56,15 +70,16 @@ def fixed_settings(config: Config) -> dict[str, Any]:
         **_flat("prompts", raw["prompts"]),
         **{
             f"rollout.{key}": raw["rollout"][key]
-            for key in ("group_size", "solver", "steps", "shift", "guidance")
+            for key in ("group_size", "solver", "order", "noise_level", "steps", "shift", "guidance")
         },
         **{
             f"rewards[].{key}": [reward[key] for reward in raw["rewards"]]
             for key in ("name", "heldout", "required")
         },
         # Whether checkpoints hold an EMA reference.
-        "objective.reference": raw["objective"]["reference"],
-        "objective.clip_range is null": raw["objective"]["clip_range"] is None,
+        "objective.name": raw["objective"]["name"],
+        "objective.reference": raw["objective"].get("reference"),
+        "objective.clip_range is null": raw["objective"].get("clip_range") is None,
         # Scores before and after are of the same prompts and noise.
         **{f"eval.{key}": raw["eval"][key] for key in ("seed", "path")},
     }

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from learner.checkpoint import write_checkpoint
 from services.config_file import ConfigError
 from services.config_file import load_config as load
 from services.resuming import reconfigure
 from services.run_directory import RunDirectory
+from services.telemetry import METRICS_FILE
 
 
 @pytest.fixture
@@ -86,3 +90,18 @@ def test_what_may_change_may(run: RunDirectory, override: str) -> None:
     config = run.config((override,))
     reconfigure(run, config)
     assert run.config() == config
+
+
+def test_a_run_that_is_done_has_nothing_to_resume(run: RunDirectory) -> None:
+    state = {"policy": {"w": torch.zeros(1)}}
+    write_checkpoint(run.root, 36, state, {"epoch": 0}, keep=1)
+    # Stopped before its last evaluation: a resume makes it.
+    reconfigure(run, run.config())
+    with pytest.raises(ConfigError, match="nothing to do: 36 updates are done and learner.max_steps is 4"):
+        reconfigure(run, run.config(("learner.max_steps=4",)))
+    row = {"kind": "eval", "time": 0.0, "when": "after", "epoch": 0, "step": 36, "prompts": 8}
+    (run.root / METRICS_FILE).write_text(json.dumps(row) + "\n")
+    with pytest.raises(ConfigError, match="nothing to do: 36 .* N above 36"):
+        reconfigure(run, run.config())
+    assert formers(run) == ["config.yaml"]
+    reconfigure(run, run.config(("learner.max_steps=40",)))
