@@ -39,5 +39,5 @@ def test_gpus_that_are_not_there_are_refused_by_the_run(monkeypatch: pytest.Monk
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     config = load_config("quickstart", ["rollout.num_gpus=100"])
     assert gpus_needed(config) == 200
-    with pytest.raises(ConfigError, match="reserves 200 GPUs and this machine has"), ray_cluster(config):
+    with pytest.raises(ConfigError, match="reserves 200 GPUs, this machine has"), ray_cluster(config):
         pytest.fail("a run started that could never be placed")

@@ -97,11 +97,11 @@ def test_a_run_that_is_done_has_nothing_to_resume(run: RunDirectory) -> None:
     write_checkpoint(run.root, 36, state, {"epoch": 0}, keep=1)
     # Stopped before its last evaluation: a resume makes it.
     reconfigure(run, run.config())
-    with pytest.raises(ConfigError, match="nothing to do: 36 updates are done and learner.max_steps is 4"):
+    with pytest.raises(ConfigError, match=r"nothing to do: 36 updates are done and learner\.max_steps is 4"):
         reconfigure(run, run.config(("learner.max_steps=4",)))
     row = {"kind": "eval", "time": 0.0, "when": "after", "epoch": 0, "step": 36, "prompts": 8}
     (run.root / METRICS_FILE).write_text(json.dumps(row) + "\n")
-    with pytest.raises(ConfigError, match="nothing to do: 36 .* N above 36"):
+    with pytest.raises(ConfigError, match=r"nothing to do: 36 .* N above 36"):
         reconfigure(run, run.config())
     assert formers(run) == ["config.yaml"]
     reconfigure(run, run.config(("learner.max_steps=40",)))
