@@ -86,7 +86,8 @@ def test_a_run_that_fails_is_named_with_its_log(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(COMPARISONS, "one", (Entry("broken", overrides=("prompts.source=file",)),))
     with pytest.raises(ValueError, match="needs a path"):
         run_comparison("one", seeds=1, runs=tmp_path, screen=Console(file=io.StringIO()))
-    monkeypatch.setitem(COMPARISONS, "one", (Entry("broken", overrides=("model.path=nowhere",)),))
+    absent = ("prompts.source=file", "prompts.path=/nowhere.txt")
+    monkeypatch.setitem(COMPARISONS, "one", (Entry("broken", overrides=absent),))
     monkeypatch.setattr(comparison, "_EVALUATED", ())
     with pytest.raises(RuntimeError, match=r"broken, seed 0: exit code \d+; see .*output.log"):
         run_comparison("one", seeds=1, runs=tmp_path, screen=Console(file=io.StringIO()))
