@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rollout_workers.loop import RolloutLoop, SampledGroup
+from rollout_workers.loop import RolloutLoop, SampledGroup, worker_pulse
 from rollout_workers.scoring import GroupScores
 from services.context import RunContext
 from services.group_queue import GroupQueue, Lease
-from services.heartbeat import BEATS_TO_LIVE, Pulse
+from services.heartbeat import Pulse
 from services.logs import configure_logging
 from services.messages import GroupHeader, GroupTask, Prompt, WeightsAnnouncement
 from services.offline import open_recording, place_of
@@ -105,13 +105,7 @@ class Feeder:
         """Work until the run ends; returns the groups admitted."""
         context, config = self._context, self._context.config
         queue = context.open_queue()
-        ttl = BEATS_TO_LIVE * config.telemetry.heartbeat_s
-        with Pulse(
-            self._name,
-            lambda beat: queue.beat(beat, ttl),
-            lambda ordinal: queue.renew(self._name, ordinal),
-            every_s=min(config.telemetry.heartbeat_s, config.queue.lease_s / 3),
-        ) as pulse:
+        with worker_pulse(self._name, queue, config) as pulse:
             pulse.enter("opening the recording")
             try:
                 recording = open_recording(config)

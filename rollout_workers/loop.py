@@ -28,8 +28,9 @@ from numpy.typing import NDArray
 from reward_servers.client import RewardError
 from rollout_workers.scoring import GroupScores, Scorer
 from services.codec import CorruptGroup, encode_group
+from services.config import Config
 from services.group_queue import Admitted, GroupQueue, Lease, RunEnded
-from services.heartbeat import Pulse
+from services.heartbeat import BEATS_TO_LIVE, Pulse
 from services.messages import GroupHeader, GroupTask, PolicyVersion, WeightsAnnouncement
 from services.policy_store import WeightsGone
 from services.queue_types import ENDED
@@ -63,6 +64,17 @@ class Sampler(Protocol):
 
 TaskOf = Callable[[Lease], GroupTask]
 KeepImages = Callable[[GroupTask, SampledGroup, GroupScores], None]
+
+
+def worker_pulse(worker: str, queue: GroupQueue, config: Config) -> Pulse:
+    """The heartbeat of a worker, which renews its leases too."""
+    ttl = BEATS_TO_LIVE * config.telemetry.heartbeat_s
+    return Pulse(
+        worker,
+        lambda beat: queue.beat(beat, ttl),
+        lambda ordinal: queue.renew(worker, ordinal),
+        every_s=min(config.telemetry.heartbeat_s, config.queue.lease_s / 3),
+    )
 
 
 class RolloutLoop:

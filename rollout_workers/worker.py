@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 
-from rollout_workers.loop import KeepImages, RolloutLoop, SampledGroup
+from rollout_workers.loop import KeepImages, RolloutLoop, SampledGroup, worker_pulse
 from rollout_workers.policy_sampler import PolicySampler
 from rollout_workers.scoring import GroupScores, RewardServers
 from services.context import RunContext
 from services.group_queue import Lease
-from services.heartbeat import BEATS_TO_LIVE, Pulse
 from services.images import write_strip
 from services.logs import configure_logging
 from services.messages import GroupTask
@@ -42,13 +41,7 @@ class RolloutWorker:
         """Work until the run ends; returns the groups admitted."""
         context, config = self._context, self._context.config
         queue = context.open_queue()
-        ttl = BEATS_TO_LIVE * config.telemetry.heartbeat_s
-        with Pulse(
-            self._name,
-            lambda beat: queue.beat(beat, ttl),
-            lambda ordinal: queue.renew(self._name, ordinal),
-            every_s=min(config.telemetry.heartbeat_s, config.queue.lease_s / 3),
-        ) as pulse:
+        with worker_pulse(self._name, queue, config) as pulse:
             pulse.enter("loading the model")
             sampler = PolicySampler(config, context.directory, self._store)
             scorer = RewardServers(config.rewards, context.rewards)

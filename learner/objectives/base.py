@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -88,6 +89,15 @@ class Measurements:
         return float(self.sums[name]) / self.pairs if name in self.sums and self.pairs else None
 
 
+@dataclass(frozen=True)
+class OptimizerStep:
+    """What all gradients of one optimizer step have in common; see `Objective.accumulate`."""
+
+    step: int
+    scale: float
+    reference: Mapping[str, Tensor] | None
+
+
 class Objective(ABC):
     """A training objective.
 
@@ -112,7 +122,6 @@ class Objective(ABC):
     def uses_reference(self) -> bool:
         """Whether the learner must keep the EMA reference for this objective."""
 
-    @abstractmethod
     def accumulate(
         self,
         groups: Sequence[LiveGroup],
@@ -132,6 +141,53 @@ class Objective(ABC):
                 preference too.
             reference: tensors of the EMA reference; None: it equals the policy as it is now.
         """
+        shared, measured = OptimizerStep(step, scale, reference), Measurements()
+        at_once = max(1, self.config.learner.micro_batch // self.config.rollout.group_size)
+        for index in timesteps:
+            for start in range(0, len(groups), at_once):
+                self._add(groups[start : start + at_once], index, shared, measured)
+        return measured
+
+    @abstractmethod
+    def _add(
+        self, groups: Sequence[LiveGroup], index: int, shared: OptimizerStep, measured: Measurements
+    ) -> None:
+        """Add the gradient of some groups at one timestep: several that fit a micro-batch, or one."""
+
+
+class Batch(Protocol):
+    """What an objective makes of whole groups at one timestep."""
+
+    def part(self, samples: slice) -> Self:
+        """Some of the samples."""
+        ...
+
+
+BatchT = TypeVar("BatchT", bound=Batch)
+
+
+class SamplewiseObjective(Objective, Generic[BatchT]):
+    """An objective whose loss is a sum over samples, so that any of them may share a forward pass."""
+
+    @abstractmethod
+    def _batch(self, groups: Sequence[LiveGroup], index: int, step: int) -> BatchT:
+        """Whole groups at one timestep."""
+
+    @abstractmethod
+    def _part(self, batch: BatchT, advantages: Tensor, shared: OptimizerStep) -> dict[str, Tensor]:
+        """Add the gradient of some samples; returns what is measured of them, summed."""
+
+    def _add(
+        self, groups: Sequence[LiveGroup], index: int, shared: OptimizerStep, measured: Measurements
+    ) -> None:
+        batch = self._batch(groups, index, shared.step)
+        advantages = torch.cat([group.advantages for group in groups])
+        sums: dict[str, Tensor] = {}
+        for samples in slices(len(advantages), self.config.learner.micro_batch):
+            part = self._part(batch.part(samples), advantages[samples], shared)
+            sums = {name: sums.get(name, 0) + value for name, value in part.items()}
+        group_size = self.config.rollout.group_size
+        measured.add(len(groups), **{name: value / group_size for name, value in sums.items()})
 
 
 def slices(count: int, size: int) -> list[slice]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from learner.objectives.base import LiveGroup, Measurements, Objective, slices
+from learner.objectives.base import LiveGroup, Measurements, Objective, OptimizerStep, slices
 from learner.objectives.formulas import (
     clipped,
     dsm_error,
@@ -59,31 +59,19 @@ class Dgpo(Objective):
     def uses_reference(self) -> bool:
         return self._objective.reference == "ema" or self._objective.clip_range is not None
 
-    def accumulate(
-        self,
-        groups: Sequence[LiveGroup],
-        timesteps: Sequence[int],
-        *,
-        step: int,
-        scale: float,
-        reference: Mapping[str, Tensor] | None,
-    ) -> Measurements:
-        measured = Measurements()
-        micro_batch, group_size = self.config.learner.micro_batch, self.config.rollout.group_size
-        at_once = max(1, micro_batch // group_size)
-        for index in timesteps:
-            for start in range(0, len(groups), at_once):
-                some = groups[start : start + at_once]
-                seed, shared = self.config.run.seed, self._objective.shared_noise
-                batch = noised(some, self.schedule, index, seed=seed, step=step, shared=shared)
-                advantages = torch.stack([group.advantages for group in some])
-                if micro_batch >= group_size:
-                    self._whole(batch, advantages, scale, reference, measured)
-                elif self._objective.kl == 0:
-                    self._deferred(batch, advantages, scale, reference, measured)
-                else:
-                    self._scored_first(batch, advantages, scale, reference, measured)
-        return measured
+    def _add(
+        self, groups: Sequence[LiveGroup], index: int, shared: OptimizerStep, measured: Measurements
+    ) -> None:
+        seed, one_noise = self.config.run.seed, self._objective.shared_noise
+        batch = noised(groups, self.schedule, index, seed=seed, step=shared.step, shared=one_noise)
+        advantages = torch.stack([group.advantages for group in groups])
+        if self.config.learner.micro_batch >= self.config.rollout.group_size:
+            way = self._whole
+        elif self._objective.kl == 0:
+            way = self._deferred
+        else:
+            way = self._scored_first
+        way(batch, advantages, shared.scale, shared.reference, measured)
 
     def _whole(
         self,

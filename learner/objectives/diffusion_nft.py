@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from learner.objectives.base import LiveGroup, Measurements, Objective, slices
+from learner.objectives.base import LiveGroup, OptimizerStep, SamplewiseObjective
 from learner.objectives.formulas import adaptive_error, dsm_error, kl_penalty
 from learner.objectives.forward_process import NoisedBatch, noised
 from policy.base import Policy
@@ -27,7 +27,7 @@ from policy.schedule import Schedule
 from services.config import Config, DiffusionNftConfig
 
 
-class DiffusionNft(Objective):
+class DiffusionNft(SamplewiseObjective[NoisedBatch]):
     """The objective."""
 
     def __init__(self, policy: Policy, config: Config, schedule: Schedule) -> None:
@@ -39,38 +39,14 @@ class DiffusionNft(Objective):
     def uses_reference(self) -> bool:
         return True
 
-    def accumulate(
-        self,
-        groups: Sequence[LiveGroup],
-        timesteps: Sequence[int],
-        *,
-        step: int,
-        scale: float,
-        reference: Mapping[str, Tensor] | None,
-    ) -> Measurements:
-        measured = Measurements()
-        micro_batch, group_size = self.config.learner.micro_batch, self.config.rollout.group_size
-        at_once = max(1, micro_batch // group_size)
-        for index in timesteps:
-            for start in range(0, len(groups), at_once):
-                some = groups[start : start + at_once]
-                seed, shared = self.config.run.seed, self._objective.shared_noise
-                batch = noised(some, self.schedule, index, seed=seed, step=step, shared=shared)
-                advantages = torch.cat([group.advantages for group in some])
-                sums: dict[str, Tensor] = {}
-                for samples in slices(len(advantages), max(micro_batch, 1)):
-                    part = self._part(batch.part(samples), advantages[samples], scale, reference)
-                    sums = {name: sums.get(name, 0) + value for name, value in part.items()}
-                measured.add(len(some), **{name: value / group_size for name, value in sums.items()})
-        return measured
+    def _batch(self, groups: Sequence[LiveGroup], index: int, step: int) -> NoisedBatch:
+        seed, shared = self.config.run.seed, self._objective.shared_noise
+        return noised(groups, self.schedule, index, seed=seed, step=step, shared=shared)
 
-    def _part(
-        self, batch: NoisedBatch, advantages: Tensor, scale: float, reference: Mapping[str, Tensor] | None
-    ) -> dict[str, Tensor]:
-        """Add the gradient of some samples; returns sums over them."""
+    def _part(self, batch: NoisedBatch, advantages: Tensor, shared: OptimizerStep) -> dict[str, Tensor]:
         config = self._objective
         with torch.no_grad(), self.phases("reference"):
-            old, base = self._others(batch, reference)
+            old, base = self._others(batch, shared.reference)
         with self.phases("forward"):
             velocity = self.policy.velocity(batch.x, batch.timestep, batch.conditions)
         if old is None:
@@ -88,7 +64,7 @@ class DiffusionNft(Objective):
             kl = kl_penalty(velocity, base)
             sums["kl"] = kl.detach().sum()
             loss = loss + config.kl * kl
-        self.backward(loss.sum() * (scale / self.config.rollout.group_size))
+        self.backward(loss.sum() * (shared.scale / self.config.rollout.group_size))
         return sums | {"loss": loss.detach().sum()}
 
     def _others(

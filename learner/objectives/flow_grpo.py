@@ -13,12 +13,13 @@ KL.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from learner.objectives.base import LiveGroup, Measurements, Objective, slices
+from learner.objectives.base import LiveGroup, OptimizerStep, SamplewiseObjective
 from learner.objectives.formulas import clipped_surrogate
 from policy.base import Condition, Policy
 from policy.schedule import Schedule
@@ -26,7 +27,32 @@ from policy.sde import DEFAULT_NOISE_LEVEL, gaussian_kl, log_likelihood, step_ga
 from services.config import Config, FlowGrpoConfig
 
 
-class FlowGrpo(Objective):
+@dataclass(frozen=True)
+class StepBatch:
+    """Some samples at one step of the sampler."""
+
+    index: int
+    """Of the step in the schedule."""
+    x: Tensor
+    """(N, C, h, w) the points before it."""
+    after: Tensor
+    """(N, C, h, w) the points that were drawn."""
+    log_likelihoods: Tensor
+    """(N,) of those, under the policy that drew them."""
+    conditions: Sequence[Condition]
+    """Each shared by equally many consecutive samples."""
+
+    def part(self, samples: slice) -> StepBatch:
+        """Some of the samples of a batch that has one condition, or all of them."""
+        return replace(
+            self,
+            x=self.x[samples],
+            after=self.after[samples],
+            log_likelihoods=self.log_likelihoods[samples],
+        )
+
+
+class FlowGrpo(SamplewiseObjective[StepBatch]):
     """The objective. Timestep i is the sampler's step from its i-th point to the next."""
 
     def __init__(self, policy: Policy, config: Config, schedule: Schedule) -> None:
@@ -39,80 +65,46 @@ class FlowGrpo(Objective):
     def uses_reference(self) -> bool:
         return False
 
-    def accumulate(
-        self,
-        groups: Sequence[LiveGroup],
-        timesteps: Sequence[int],
-        *,
-        step: int,
-        scale: float,
-        reference: Mapping[str, Tensor] | None,
-    ) -> Measurements:
-        measured = Measurements()
-        micro_batch, group_size = self.config.learner.micro_batch, self.config.rollout.group_size
-        at_once = max(1, micro_batch // group_size)
-        for index in timesteps:
-            for start in range(0, len(groups), at_once):
-                some = groups[start : start + at_once]
-                points, after, old = (
-                    torch.cat(parts) for parts in zip(*(_step(group, index) for group in some), strict=True)
-                )
-                advantages = torch.cat([group.advantages for group in some])
-                conditions = [group.condition for group in some]
-                sums: dict[str, Tensor] = {}
-                for samples in slices(len(advantages), micro_batch):
-                    part = self._part(
-                        index,
-                        (points[samples], after[samples], old[samples], advantages[samples]),
-                        conditions,
-                        scale,
-                    )
-                    sums = {name: sums.get(name, 0) + value for name, value in part.items()}
-                measured.add(len(some), **{name: value / group_size for name, value in sums.items()})
-        return measured
+    def _batch(self, groups: Sequence[LiveGroup], index: int, step: int) -> StepBatch:
+        points, after, likelihoods = [], [], []
+        for group in groups:
+            if group.trajectory is None or group.log_likelihoods is None:
+                raise ValueError(f"group {group.ordinal} came without its trajectory")
+            points.append(group.trajectory[:, index])
+            after.append(group.trajectory[:, index + 1])
+            likelihoods.append(group.log_likelihoods[:, index])
+        conditions = [group.condition for group in groups]
+        return StepBatch(index, torch.cat(points), torch.cat(after), torch.cat(likelihoods), conditions)
 
-    def _part(
-        self,
-        index: int,
-        samples: tuple[Tensor, Tensor, Tensor, Tensor],
-        conditions: Sequence[Condition],
-        scale: float,
-    ) -> dict[str, Tensor]:
-        """Add the gradient of some samples; returns sums over them."""
-        x, after, old, advantages = samples
+    def _part(self, batch: StepBatch, advantages: Tensor, shared: OptimizerStep) -> dict[str, Tensor]:
         base = None
         if self._objective.kl > 0:
             with torch.no_grad(), self.phases("reference"), self.policy.base():
-                base, _ = self._gaussian(index, x, conditions)
+                base, _ = self._gaussian(batch)
         with self.phases("forward"):
-            mean, deviation = self._gaussian(index, x, conditions)
-        likelihood = log_likelihood(after, mean, deviation)
-        loss, cut = clipped_surrogate(likelihood, old, advantages, self._objective.clip_range)
+            mean, deviation = self._gaussian(batch)
+        likelihood = log_likelihood(batch.after, mean, deviation)
+        loss, cut = clipped_surrogate(
+            likelihood, batch.log_likelihoods, advantages, self._objective.clip_range
+        )
         sums = {"clip_fraction": cut.to(loss.dtype).sum()}
         if base is not None:
             kl = gaussian_kl(mean, base, deviation)
             sums["kl"] = kl.detach().sum()
             loss = loss + self._objective.kl * kl
-        self.backward(loss.sum() * (scale / self.config.rollout.group_size))
+        self.backward(loss.sum() * (shared.scale / self.config.rollout.group_size))
         return sums | {"loss": loss.detach().sum()}
 
-    def _gaussian(self, index: int, x: Tensor, conditions: Sequence[Condition]) -> tuple[Tensor, Tensor]:
+    def _gaussian(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
         guidance = self.config.rollout.guidance
         velocity = self.policy.velocity(
-            x,
-            self.schedule.timesteps[index],
-            conditions,
+            batch.x,
+            self.schedule.timesteps[batch.index],
+            batch.conditions,
             guidance=guidance,
             negative=self.policy.negative() if guidance > 1 else None,
         )
-        return step_gaussian(self.schedule, index, x, velocity, self._noise_level)
-
-
-def _step(group: LiveGroup, index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(G, C, h, w) the points before and after a step, and (G,) the likelihoods it was drawn with."""
-    if group.trajectory is None or group.log_likelihoods is None:
-        raise ValueError(f"group {group.ordinal} came without its trajectory")
-    return group.trajectory[:, index], group.trajectory[:, index + 1], group.log_likelihoods[:, index]
+        return step_gaussian(self.schedule, batch.index, batch.x, velocity, self._noise_level)
 
 
 OBJECTIVES = {"flow_grpo": FlowGrpo}

@@ -6,7 +6,7 @@ x_t = (1 - sigma) x0 + sigma noise,      velocity to be learnt: noise - x0
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,15 +35,8 @@ class NoisedBatch:
     """Each shared by equally many consecutive samples."""
 
     def part(self, samples: slice) -> NoisedBatch:
-        """Some of the samples of a batch that has one condition."""
-        return NoisedBatch(
-            self.x0[samples],
-            self.x[samples],
-            self.target[samples],
-            self.sigma,
-            self.timestep,
-            self.conditions,
-        )
+        """Some of the samples of a batch that has one condition, or all of them."""
+        return replace(self, x0=self.x0[samples], x=self.x[samples], target=self.target[samples])
 
 
 def noised(

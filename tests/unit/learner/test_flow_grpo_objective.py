@@ -164,7 +164,7 @@ def test_on_policy_it_is_the_plain_policy_gradient(guidance: float) -> None:
     for group in groups:
         assert group.trajectory is not None
         for index in TIMESTEPS:
-            mean, deviation = objective._gaussian(index, group.trajectory[:, index], [group.condition])
+            mean, deviation = objective._gaussian(objective._batch([group], index, step=0))
             logs = Normal(mean, deviation).log_prob(group.trajectory[:, index + 1]).flatten(1).mean(dim=1)
             total = total - (group.advantages * logs).mean()
     expected = torch.autograd.grad(total / (2 * len(TIMESTEPS)), list(policy.trainable().values()))
