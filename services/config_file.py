@@ -115,7 +115,9 @@ def _overlaid(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def _mergeable(key: str, base: dict[str, Any], over: dict[str, Any]) -> bool:
-    return key != "objective" or base.get("name", "dgpo") == over.get("name", "dgpo")
+    # An objective that does not name itself is the one it is laid over.
+    was = base.get("name", "dgpo")
+    return key != "objective" or over.get("name", was) == was
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:

@@ -167,7 +167,10 @@ def test_a_recipe_extends_another(tmp_path: Path) -> None:
     other = load_config(tmp_path / "other.yaml")
     assert other.learner.max_steps == 7
     assert other.objective == DiffusionNftConfig(name="diffusion_nft", kl=0.5)
-    # Of the same name, an objective is merged.
+    # One that does not name itself, or has the same name, is merged.
+    (tmp_path / "again.yaml").write_text("extends: other.yaml\nobjective: {beta: 0.25}\n")
+    again = load_config(tmp_path / "again.yaml").objective
+    assert again == DiffusionNftConfig(name="diffusion_nft", kl=0.5, beta=0.25)
     (tmp_path / "beta.yaml").write_text("extends: quickstart\nobjective: {beta: 7}\n")
     beta = load_config(tmp_path / "beta.yaml").objective
     assert beta == base.objective.model_copy(update={"beta": 7})
