@@ -23,7 +23,7 @@ from rich.table import Table
 from services.config import Config, RewardConfig
 from services.config_file import ConfigError, find
 from services.prompts import evaluates, prompt_source
-from services.ray_runtime import cluster_address, cpus_needed, gpus_needed, loopback_parts
+from services.ray_runtime import cluster_address, loopback_parts, reserved
 
 REACH_DEADLINE_S = 5.0
 PROCESS_BYTES = 600 * 1024**2
@@ -125,7 +125,7 @@ def _devices(config: Config) -> list[Finding]:
     import torch
 
     there = torch.cuda.device_count()
-    asked = gpus_needed(config)
+    asked = reserved(config, "num_gpus")
     cuda = config.model.device.startswith("cuda")
     ok = asked <= there and not (cuda and there == 0)
     found = f"{there} GPUs here, {asked:g} reserved, model.device {config.model.device}"
@@ -260,7 +260,7 @@ def _memory(config: Config) -> list[Finding]:
 def _ray(config: Config) -> list[Finding]:
     address = cluster_address(config)
     if address is None:
-        found = f"started by the run on loopback, with {cpus_needed(config):.2f} CPUs reserved"
+        found = f"started by the run on loopback, with {reserved(config, 'num_cpus'):.2f} CPUs reserved"
         return [Finding(what="ray", ok=True, found=found)]
     local = loopback_parts(config)
     warning = f"; on more than one node the run refuses to start with {', '.join(local)}" if local else ""

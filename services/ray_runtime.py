@@ -14,10 +14,11 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 from tenacity import retry, stop_after_attempt
 
-from services.config import Config
+from services.config import Config, Section
 from services.config_file import ConfigError
 from services.prompts import evaluates
 
@@ -25,19 +26,16 @@ NAMESPACE = "dgpo"
 STARTS = 3
 
 
-def cpus_needed(config: Config) -> float:
-    """Ray CPUs that the parts of a run reserve together; controllers reserve none."""
-    rewards = sum(r.num_cpus * r.replicas for r in config.rewards if r.app is not None)
+def reserved(config: Config, resource: Literal["num_cpus", "num_gpus"]) -> float:
+    """Ray CPUs or GPUs that the parts of a run reserve together; controllers reserve none."""
+
+    def of(section: Section) -> float:
+        return float(getattr(section, resource))
+
+    rewards = sum(of(reward) * reward.replicas for reward in config.rewards if reward.app is not None)
     # A feeder reserves none, and an evaluation needs its rewards; whether there is one is not looked up here.
-    sampling = 0.0 if config.offline else config.rollout.num_cpus * config.rollout.workers
-    return config.learner.num_cpus * config.learner.ranks + sampling + config.eval.num_cpus + rewards
-
-
-def gpus_needed(config: Config) -> float:
-    """Ray GPUs that the parts of a run reserve together."""
-    rewards = sum(r.num_gpus * r.replicas for r in config.rewards if r.app is not None)
-    rollout = 0.0 if config.offline else config.rollout.num_gpus * config.rollout.workers
-    return config.learner.num_gpus * config.learner.ranks + rollout + config.eval.num_gpus + rewards
+    sampling = 0.0 if config.offline else of(config.rollout) * config.rollout.workers
+    return of(config.learner) * config.learner.ranks + sampling + of(config.eval) + rewards
 
 
 @contextmanager
@@ -75,11 +73,11 @@ def ray_cluster(config: Config) -> Iterator[bool]:
         # One machine is not taken away piece by piece; the watcher is a process more to start.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         _start(config)
-        here = ray.cluster_resources().get("GPU", 0.0)
-        if gpus_needed(config) > here:
+        here, gpus = ray.cluster_resources().get("GPU", 0.0), reserved(config, "num_gpus")
+        if gpus > here:
             ray.shutdown()
             raise ConfigError(
-                f"the run reserves {gpus_needed(config):g} GPUs, this machine has {here:g}: lower num_gpus "
+                f"the run reserves {gpus:g} GPUs, this machine has {here:g}: lower num_gpus "
                 "of rollout, learner, eval or rewards, or join a cluster (cluster.address)"
             )
     try:
@@ -110,7 +108,7 @@ def _start(config: Config) -> None:
     ray.init(
         address="local",
         namespace=NAMESPACE,
-        num_cpus=max(os.cpu_count() or 1, math.ceil(cpus_needed(config))),
+        num_cpus=max(os.cpu_count() or 1, math.ceil(reserved(config, "num_cpus"))),
         include_dashboard=config.cluster.dashboard,
         dashboard_host="127.0.0.1",
         _node_ip_address="127.0.0.1",

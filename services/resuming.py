@@ -80,8 +80,8 @@ def fixed_settings(config: Config) -> dict[str, Any]:
         "objective.name": raw["objective"]["name"],
         "objective.reference": raw["objective"].get("reference"),
         "objective.clip_range is null": raw["objective"].get("clip_range") is None,
-        # Scores before and after are of the same prompts and noise.
-        **{f"eval.{key}": raw["eval"][key] for key in ("seed", "path")},
+        # Scores before and after are of the same prompts, noise and solver.
+        **{f"eval.{key}": raw["eval"][key] for key in ("seed", "path", "solver")},
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -102,3 +103,14 @@ def test_scores_are_on_the_card_of_the_weights_they_are_of(run: RunDirectory, tm
     checkpoint(run, 5)
     export_run(run.root, tmp_path / "later", "ema")
     assert "held-out" not in card(tmp_path / "later")
+
+
+def test_the_pipeline_samples_as_evaluations_do(tmp_path: Path, tiny_sd3: Path) -> None:
+    settings = [f"run.directory={tmp_path}", f"model.path={tiny_sd3}", "eval.solver=heun"]
+    run = RunDirectory.create(load_config("quickstart", settings))
+    checkpoint(run, 1)
+    scheduler = json.loads(
+        (export_into(run) / "pipeline" / "scheduler" / "scheduler_config.json").read_text()
+    )
+    assert scheduler["_class_name"] == "FlowMatchHeunDiscreteScheduler"
+    assert scheduler["shift"] == run.config().rollout.shift

@@ -12,7 +12,7 @@ from services.config_file import ConfigError
 from services.doctor import examine
 from services.offline import open_recording, place_of
 from services.prompts import evaluates, prompt_source
-from services.ray_runtime import cpus_needed, loopback_parts
+from services.ray_runtime import loopback_parts, reserved
 from services.record import record_groups, recorder_config
 from services.recording import RecordingError
 from tests.recorded_groups import config, group, record
@@ -145,7 +145,9 @@ def test_the_configuration_says_what_cannot_be(recorded: Path) -> None:
         config("prompts.source=recorded")
     with pytest.raises(ConfigError, match="would record the recording"):
         offline(recorded, "telemetry.record=true")
-    assert cpus_needed(offline(recorded, "rollout.workers=9")) == cpus_needed(offline(recorded))
+    assert reserved(offline(recorded, "rollout.workers=9"), "num_cpus") == reserved(
+        offline(recorded), "num_cpus"
+    )
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,8 @@ def test_nothing_is_written_where_nothing_changes(run: RunDirectory) -> None:
         "objective.reference=frozen",
         "objective.clip_range=null",
         "eval.seed=1",
+        "eval.solver=euler",
+        "rollout.order=3",
         "eval.path=heldout.txt",
     ],
 )
