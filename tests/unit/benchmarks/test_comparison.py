@@ -88,7 +88,6 @@ def test_a_run_that_fails_is_named_with_its_log(tmp_path: Path, monkeypatch: pyt
         run_comparison("one", seeds=1, runs=tmp_path, screen=Console(file=io.StringIO()))
     absent = ("prompts.source=file", "prompts.path=/nowhere.txt")
     monkeypatch.setitem(COMPARISONS, "one", (Entry("broken", overrides=absent),))
-    monkeypatch.setattr(comparison, "_EVALUATED", ())
     with pytest.raises(RuntimeError, match=r"broken, seed 0: exit code \d+; see .*output.log"):
         run_comparison("one", seeds=1, runs=tmp_path, screen=Console(file=io.StringIO()))
 
