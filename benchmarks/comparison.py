@@ -2,7 +2,8 @@
 
 A comparison is a list of entries, each a recipe with overrides; every entry is trained with every seed by
 `dgpo train` in a process of its own, one after another, entries in turns, so that a slow hour of the machine
-hits all of them. Finished runs in the folder are taken as they are: what was interrupted goes on.
+hits all of them. Finished runs in the folder that were made with the same configuration are taken as they
+are: what was interrupted goes on.
 
 Held-out scores are of the EMA weights, all entries with the same solver, on the same words at the same
 initial noise. Seconds count from the start of the learner's loop: loading is the same for all.
@@ -22,6 +23,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from services.config import Config
 from services.config_file import load_config
 from services.metrics import Estimate
 from services.telemetry import read_metrics
@@ -124,12 +126,11 @@ def run_comparison(
 
 def _trained(entry: Entry, seed: int, place: Path, overrides: Sequence[str], screen: Console) -> Curve:
     settings = [*_EVALUATED, _ALONE, *entry.overrides, *overrides, f"run.seed={seed}"]
-    load_config(entry.recipe, settings)  # refused before anything is spent
-    done = [run for run in sorted(place.glob("*/metrics.jsonl")) if _finished(run.parent)]
-    if not done:
+    settings.append(f"run.directory={place.resolve()}")
+    config = load_config(entry.recipe, settings)  # refused before anything is spent
+    if (run := _finished(place, config)) is None:
         place.mkdir(parents=True, exist_ok=True)
         screen.print(f"training {entry.name}, seed {seed}: {place}")
-        settings.append(f"run.directory={place.resolve()}")
         command = [sys.executable, "-m", "services.train", "--config", entry.recipe]
         command += [part for setting in settings for part in ("--set", setting)]
         log = place / "output.log"
@@ -137,14 +138,19 @@ def _trained(entry: Entry, seed: int, place: Path, overrides: Sequence[str], scr
             code = subprocess.run(
                 command, stdout=output, stderr=output, timeout=RUN_DEADLINE_S, check=False
             ).returncode
-        done = [run for run in sorted(place.glob("*/metrics.jsonl")) if _finished(run.parent)]
-        if code or not done:
+        run = _finished(place, config)
+        if code or run is None:
             raise RuntimeError(f"{entry.name}, seed {seed}: exit code {code}; see {log}")
-    return curve(done[-1].parent)
+    return curve(run)
 
 
-def _finished(run: Path) -> bool:
-    return read_metrics(run).evaluation("after") is not None
+def _finished(place: Path, config: Config) -> Path | None:
+    """The newest finished run in a folder that was made with this very configuration."""
+    for file in sorted(place.glob("*/config.yaml"), reverse=True):
+        run = file.parent
+        if read_metrics(run).evaluation("after") is not None and load_config(file) == config:
+            return run
+    return None
 
 
 def curve(run: Path) -> Curve:
@@ -204,8 +210,8 @@ def _mean(values: Sequence[float]) -> dict[str, float] | None:
 
 
 def _table(result: dict[str, Any]) -> Table:
-    table = Table(title=f"{result['benchmark']}, {result['seeds']} seeds", title_justify="left")
-    table.add_column("")
+    table = Table(title=f"{result['benchmark']}, seeds: {result['seeds']}", title_justify="left")
+    table.add_column("", no_wrap=True)
     for heading in ("final score", "exact", "seconds", *(f"s to {level:g} (ratio)" for level in LEVELS)):
         table.add_column(heading, justify="right")
     for row in result["entries"]:

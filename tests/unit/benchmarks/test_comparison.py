@@ -13,7 +13,7 @@ from rich.console import Console
 from benchmarks import comparison
 from benchmarks.comparison import COMPARISONS, Entry, curve, run_comparison
 from benchmarks.plots import draw
-from services.config_file import load_config
+from services.config_file import dump_config, load_config
 
 
 def write_run(directory: Path, scores: dict[int, float], *, step_s: float = 2.0) -> Path:
@@ -39,6 +39,26 @@ def write_run(directory: Path, scores: dict[int, float], *, step_s: float = 2.0)
     return directory
 
 
+def configured(run: Path, seed: int, *overrides: str) -> None:
+    """As a comparison of the quickstart would have configured it."""
+    settings = [*comparison._EVALUATED, comparison._ALONE, *overrides, f"run.seed={seed}"]
+    config = load_config("quickstart", [*settings, f"run.directory={run.parent.resolve()}"])
+    (run / "config.yaml").write_text(dump_config(config))
+
+
+def test_only_a_finished_run_of_the_same_configuration_is_taken(tmp_path: Path) -> None:
+    config = load_config("quickstart", [f"run.directory={tmp_path.resolve()}"])
+    assert comparison._finished(tmp_path, config) is None
+    run = write_run(tmp_path / "a", {0: 0.4, 2: 0.95})
+    (run / "config.yaml").write_text(dump_config(config))
+    assert comparison._finished(tmp_path, config) == run
+    other = load_config("quickstart", [f"run.directory={tmp_path.resolve()}", "learner.max_steps=8"])
+    assert comparison._finished(tmp_path, other) is None
+    unfinished = run / "metrics.jsonl"
+    unfinished.write_text("".join(unfinished.read_text().splitlines(keepends=True)[:1]))
+    assert comparison._finished(tmp_path, config) is None
+
+
 def test_a_curve_counts_from_the_start_of_the_loop(tmp_path: Path) -> None:
     found = curve(write_run(tmp_path / "run", {0: 0.4, 2: 0.8, 4: 0.9}))
     assert found.steps == [0, 2, 4]
@@ -53,9 +73,9 @@ def test_ratios_are_told_where_every_seed_arrived(tmp_path: Path, monkeypatch: p
     monkeypatch.setitem(COMPARISONS, "two", (Entry("fast"), Entry("slow")))
     place = tmp_path / "two"
     for seed in range(2):
-        write_run(place / "fast" / f"seed-{seed}" / "run", {0: 0.4, 2: 0.95})
+        configured(write_run(place / "fast" / f"seed-{seed}" / "run", {0: 0.4, 2: 0.95}), seed)
         slow = {0: 0.4, 2: 0.6, 8: 0.88 if seed else 0.95}
-        write_run(place / "slow" / f"seed-{seed}" / "run", slow)
+        configured(write_run(place / "slow" / f"seed-{seed}" / "run", slow), seed)
     screen = io.StringIO()
     console = Console(file=screen, width=200)
     result = run_comparison("two", seeds=2, runs=tmp_path, screen=console)
