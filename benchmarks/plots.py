@@ -34,7 +34,7 @@ def draw(curves: Mapping[str, Sequence[Any]], against: str, file: Path) -> Path:
     axes.set_ylabel("held-out score")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="best")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, metadata={"Date": None})
     plt.close(figure)

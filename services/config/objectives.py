@@ -32,6 +32,8 @@ class TimestepConfig(Section):
     def _enough(self) -> TimestepConfig:
         if (self.first is None) == (self.t_min is None):
             raise ValueError("give first or t_min: one of them is a number, the other null")
+        if self.t_min is None and self.t_min_of != "unshifted":
+            raise ValueError("t_min_of says what t_min is a time of, and there is no t_min: leave it out")
         if self.first is not None and self.per_update > self.first - self.skip:
             raise ValueError(
                 f"per_update {self.per_update} exceeds the {max(0, self.first - self.skip)} steps "

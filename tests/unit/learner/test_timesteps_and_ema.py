@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -90,6 +90,23 @@ def test_a_window_too_small_is_refused() -> None:
     config = TimestepConfig(first=None, t_min=0.9, per_update=3)
     with pytest.raises(ValueError, match="draws 3 of the solver steps from 0 up to 2, which are 2"):
         timestep_window(config, torch.linspace(1, 0.1, 10), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"first": 3, "t_min": 0.5}, "give first or t_min"),
+        ({"first": None}, "give first or t_min"),
+        ({"first": 4, "t_min_of": "shifted"}, "there is no t_min"),
+        (
+            {"first": 4, "skip": 1, "per_update": 4},
+            "per_update 4 exceeds the 3 steps that first 4 and skip 1",
+        ),
+    ],
+)
+def test_windows_that_contradict_themselves_are_refused(settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        TimestepConfig(**settings)
 
 
 def test_seeds_do_not_run_together() -> None:
