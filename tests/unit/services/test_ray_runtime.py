@@ -44,3 +44,20 @@ def test_nothing_listens_on_one_loopback_of_several_nodes(
     else:
         with cluster as own:
             assert not own
+
+
+def test_gpus_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that can never be placed would be waited for in silence."""
+    ended: list[bool] = []
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    # Whatever Ray the tests around this one have running.
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **settings: None)
+    monkeypatch.setattr(ray, "shutdown", lambda: ended.append(True))
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0, "GPU": 1.0})
+    refused = load_config("quickstart", ["rollout.num_gpus=0.5", "learner.num_gpus=0.25"])
+    with pytest.raises(ConfigError, match=r"reserves 1\.25 GPUs, this machine has 1"), ray_cluster(refused):
+        pytest.fail("a run started that could never be placed")
+    assert ended == [True]
+    with ray_cluster(load_config("quickstart", ["rollout.num_gpus=0.5"])) as own:
+        assert own
