@@ -1,11 +1,12 @@
-"""What the group queue costs over bare streams: whole groups through encode, admit, take and commit, against
-raw pipelined XADD and XREAD of the same bytes, on the same server, in turns.
+"""What the group queue costs over bare streams: whole groups through admit, take and commit, against raw
+pipelined XADD and XREAD of the same bytes, on the same server, in turns.
 
-Ours does all that a worker and a learner do with a group: encode, sha256, the admit script, read, verify,
-decode, and the commit script that acknowledges and deletes. Raw writes and reads entries of the very same
-fields and bytes, and deletes nothing in the time that counts. Both send and read a step's groups at a time,
-over the same kind of connection, from one thread. Issuing ordinals is not timed: raw has nothing like
-it. The figure is the median of the ratios of neighbouring passes: other work on the machine comes and goes.
+Ours does all that the queue does with a group: the admit script, read, verify (sha256), decode, and the
+commit script that acknowledges and deletes. Raw writes and reads entries of the same bytes, a field for
+each part of a group, and deletes nothing in the time that counts. Both send and read a step's groups at a
+time, over the same kind of connection, from one thread, and both are given bytes that were made before:
+encoding is not timed, nor is issuing ordinals; raw has nothing like them. The figure is the median of the
+ratios of neighbouring passes: other work on the machine comes and goes.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def run_queue_bench(
     groups_per_step: int = 24,
     pass_bytes: int = 72_000_000,
     max_groups: int = 480,
-    passes: int = 7,
+    passes: int = 15,
 ) -> dict[str, Any]:
     """Rates and their ratio for each size of a group.
 
@@ -126,9 +127,9 @@ def _our_pass(server: EmbeddedValkey, run: str, latents: torch.Tensor, groups: i
     seconds = 0.0
     for _ in range(steps):
         leases = [lease for _ in range(groups) if (lease := worker.issue("bench")) is not None]
-        headers = [_header(run, lease) for lease in leases]
+        encoded = [encode_group(_header(run, lease), {"latents": latents}) for lease in leases]
         started = time.perf_counter()
-        answers = worker.admit_many([encode_group(header, {"latents": latents}) for header in headers])
+        answers = worker.admit_many(encoded)
         taken = learner.take(groups, deadline_s=60.0)
         following = PolicyVersion(epoch=version.epoch, step=version.step + 1)
         version = learner.commit(_announcement(following), [group.header.ordinal for group in taken])

@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 import xxhash
 from pydantic import ValidationError
@@ -30,6 +31,8 @@ from services.safetensors_layout import BadLayout, Bytes, pack, pack_into, tenso
 
 COPY_PIECE_BYTES = 512 * 1024
 """Source and copy fit into 1 MiB of cache together; smaller pieces cost more calls than they save misses."""
+NUMPY_DOTS = (torch.float32, torch.float64)
+"""Of these numpy takes a dot product, in less than half the time of a sum by torch for a small tensor."""
 
 
 class CorruptGroup(ValueError):
@@ -61,7 +64,7 @@ class EncodedGroup:
     """A group as it travels. `ordinal`, `version` and `worker` repeat the header for the queue's own use."""
 
     header: bytes
-    """JSON of a GroupHeader."""
+    """JSON of a GroupHeader, filled up with spaces to a multiple of 64 bytes."""
     payload: bytes
     """safetensors."""
     sha256: str
@@ -75,7 +78,7 @@ class EncodedGroup:
         return len(self.header) + len(self.payload)
 
 
-def _sha256(header: bytes, payload: bytes) -> str:
+def _sha256(header: bytes, payload: bytes | memoryview) -> str:
     digest = hashlib.sha256(header)
     digest.update(payload)
     return digest.hexdigest()
@@ -94,10 +97,19 @@ def _check_whole(header: GroupHeader, tensors: Mapping[str, torch.Tensor]) -> No
 
 def _check_finite(header: GroupHeader, tensors: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
-        # A sum is one pass without a temporary; only one that overflows needs the exact look.
-        finite = not tensor.is_floating_point() or math.isfinite(tensor.sum().item())
-        if not finite and not bool(torch.isfinite(tensor).all()):
+        if not tensor.is_floating_point() or _surely_finite(tensor):
+            continue
+        if not bool(torch.isfinite(tensor).all()):
             raise CorruptGroup(_id(header), f"tensor {name!r} has values that are not finite")
+
+
+def _surely_finite(tensor: torch.Tensor) -> bool:
+    """One pass without a temporary; False means that it takes the exact look."""
+    if tensor.dtype in NUMPY_DOTS:
+        values = tensor.numpy().reshape(-1)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return math.isfinite(values.dot(values))
+    return math.isfinite(tensor.sum().item())
 
 
 def _id(header: GroupHeader) -> str:
@@ -108,6 +120,8 @@ def encode_group(header: GroupHeader, tensors: Mapping[str, torch.Tensor]) -> En
     """Raises `CorruptGroup` for a group that is not whole. Whether it is finite, its reader looks."""
     _check_whole(header, tensors)
     text = header.model_dump_json().encode()
+    # A payload that follows in the same piece of memory keeps its tensors aligned.
+    text += b" " * (-len(text) % 64)
     payload = pack(tensors)
     return EncodedGroup(
         header=text,
@@ -119,7 +133,7 @@ def encode_group(header: GroupHeader, tensors: Mapping[str, torch.Tensor]) -> En
     )
 
 
-def decode_group(header: bytes, payload: bytes, sha256: str, *, group_id: str) -> Group:
+def decode_group(header: bytes, payload: bytes | memoryview, sha256: str, *, group_id: str) -> Group:
     """Verify and open a group.
 
     Args:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import redis
@@ -21,6 +21,7 @@ from services.codec import CorruptGroup, Group, decode_group
 from services.config import QueueConfig
 from services.messages import PolicyVersion
 from services.queue_board import QueueBoard
+from services.queue_scripts import BESIDE
 from services.queue_types import Fenced, StateLost
 
 READ_COUNT = 64
@@ -30,6 +31,15 @@ CONSUMER = "learner"
 log = logging.getLogger(__name__)
 
 
+class Record(NamedTuple):
+    """What `admit` wrote down about a group (prelude.lua)."""
+
+    version: str
+    header_bytes: int
+    place: str
+    sha256: str
+
+
 class Entry(NamedTuple):
     """An entry of the stream as it was found there; empty bytes for what it lacks."""
 
@@ -37,16 +47,23 @@ class Entry(NamedTuple):
     """Its id."""
     number: bytes
     """The ordinal that it claims to be; no number if none of that name was admitted."""
-    sha256: bytes
-    record: bytes
+    recorded: bytes
     """What `admit` wrote down about that ordinal."""
-    header: bytes
-    payload: bytes
-    """Empty for a large group, whose payload lies beside."""
+    body: bytes
+    """Header and payload, or the header alone of a large group."""
 
     @property
     def ordinal(self) -> int:
         return int(self.number) if self.number.isdigit() else -1
+
+    @property
+    def record(self) -> Record | None:
+        """None for an entry that was never admitted."""
+        entry, _, rest = self.recorded.partition(b" ")
+        if entry != self.entry:
+            return None
+        epoch, step, header_bytes, _, place, sha256, _ = rest.decode().split(" ", 6)
+        return Record(f"{epoch}.{step}", int(header_bytes), place, sha256)
 
 
 class QueueIntake(QueueBoard):
@@ -102,9 +119,9 @@ class QueueIntake(QueueBoard):
         self._accept(answer, version)
         state, pending, *parts = answer
         entries = []
-        for meta, header, payload in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
-            entry, number, sha256, record = meta.split(b" ", 3)
-            entries.append(Entry(entry, number, sha256, record, header, payload))
+        for place, body in zip(parts[::2], parts[1::2], strict=True):
+            entry, number, recorded = place.split(b" ", 2)
+            entries.append(Entry(entry, number, recorded, body))
         if entries:
             self._last_seen = max(self._last_seen, entries[-1].entry, key=_place)
         return state.decode(), pending, entries
@@ -112,14 +129,15 @@ class QueueIntake(QueueBoard):
     def _open(self, version: PolicyVersion, entries: list[Entry]) -> None:
         started = time.monotonic()
         for part in range(0, len(entries), PAYLOADS_AT_ONCE):
-            chosen = entries[part : part + PAYLOADS_AT_ONCE]
-            for found, payload in zip(chosen, self._payloads(chosen), strict=True):
+            chosen = [(found, found.record) for found in entries[part : part + PAYLOADS_AT_ONCE]]
+            beside = self._payloads_beside([record for _, record in chosen if record is not None])
+            for found, record in chosen:
                 ordinal = found.ordinal
-                if not found.record.startswith(found.entry + b" "):
+                if record is None:
                     self._refuse(version, found.entry, ordinal, "was never admitted", counted=False)
                     continue
                 try:
-                    group = _decode(found, payload, f"{self._run}-{ordinal}")
+                    group = _decode(found.body, record, beside, f"{self._run}-{ordinal}")
                 except CorruptGroup as error:
                     self._refuse(version, found.entry, ordinal, error.reason, counted=True)
                     continue
@@ -127,15 +145,13 @@ class QueueIntake(QueueBoard):
         self.opening_s += time.monotonic() - started
         self._drop_stale(version, [found.ordinal for found in entries])
 
-    def _payloads(self, entries: list[Entry]) -> list[bytes]:
-        """From the entries themselves, or from the keys beside."""
-        payloads = [found.payload for found in entries]
-        large = [place for place, payload in enumerate(payloads) if not payload]
-        if large:
-            keys = [self._keys.payload(entries[place].sha256.decode("latin-1")) for place in large]
-            for place, payload in zip(large, self._client.mget(keys), strict=True):
-                payloads[place] = payload or b""
-        return payloads
+    def _payloads_beside(self, records: list[Record]) -> dict[str, bytes]:
+        """sha256 -> payload of the large groups; what is gone is left out."""
+        digests = [record.sha256 for record in records if record.place == BESIDE]
+        if not digests:
+            return {}
+        payloads = self._client.mget([self._keys.payload(digest) for digest in digests])
+        return {digest: payload for digest, payload in zip(digests, payloads, strict=True) if payload}
 
     def _drop_stale(self, version: PolicyVersion, ordinals: Iterable[int]) -> None:
         for ordinal in ordinals:
@@ -173,12 +189,14 @@ def _place(entry: bytes) -> list[int]:
     return [int(part) for part in entry.split(b"-")]
 
 
-def _decode(found: Entry, payload: bytes, group_id: str) -> Group:
+def _decode(body: bytes, record: Record, beside: Mapping[str, bytes], group_id: str) -> Group:
+    if record.place == BESIDE:
+        header, payload = body, memoryview(beside.get(record.sha256, b""))
+    else:
+        header, payload = body[: record.header_bytes], memoryview(body)[record.header_bytes :]
     if not payload:
         raise CorruptGroup(group_id, "has no payload")
-    digest = found.sha256.decode(errors="replace")
-    group = decode_group(found.header, payload, digest, group_id=group_id)
-    admitted_as = b".".join(found.record.split(b" ", 3)[1:3]).decode()
-    if str(group.header.version) != admitted_as:
-        raise CorruptGroup(group_id, f"says version {group.header.version}, admitted as {admitted_as}")
+    group = decode_group(header, payload, record.sha256, group_id=group_id)
+    if str(group.header.version) != record.version:
+        raise CorruptGroup(group_id, f"says version {group.header.version}, admitted as {record.version}")
     return group

@@ -18,7 +18,7 @@ import redis
 from services.codec import EncodedGroup
 from services.config import QueueConfig
 from services.messages import PolicyVersion
-from services.queue_scripts import Argument, Keys, Scripts
+from services.queue_scripts import BESIDE, INLINE, Argument, Keys, Scripts
 from services.queue_types import Admitted, Failed, Lease, RunEnded
 
 INLINE_BYTES = 64 * 1024
@@ -130,15 +130,17 @@ class QueueWorker:
         ]
         blobs = []
         for group in groups:
-            large = len(group.payload) > INLINE_BYTES
-            if large:
+            place, body = INLINE, group.header
+            if len(group.payload) <= INLINE_BYTES:
+                body += group.payload
+            else:
+                place = BESIDE
                 blobs.append(self._keys.payload(group.sha256))
                 # NX: sent a second time, it must not give a group that is already admitted a time to live.
                 pipeline.set(blobs[-1], group.payload, px=BLOB_TTL_MS, nx=True)
-            arguments += (
-                f"{group.ordinal} {group.version.epoch} {group.version.step} {group.size} {group.worker}",
-                group.header,
-                group.sha256,
-                b"" if large else group.payload,
+            description = (
+                f"{group.ordinal} {group.version.epoch} {group.version.step} {len(group.header)} "
+                f"{len(group.payload)} {place} {group.sha256} {group.worker}"
             )
+            arguments += (description, body)
         self._scripts.queue(pipeline, "admit", arguments, *blobs)

@@ -31,6 +31,8 @@ Name = Literal[
     "status",
 ]
 Argument = str | bytes | int | float
+INLINE, BESIDE = "inline", "beside"
+"""Where the payload of a queued group lies: with its header, or, a large one, under a key of its own."""
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 #!lua
 -- Whole groups in, each with a verdict of its own. Without memory the server refuses the script as a whole.
--- ARGV: three bounds, then "ordinal epoch step bytes worker", header, sha256 and payload of each group. A large payload is '' here: it was SET beside, with a time to
--- live, under the next of the keys after the fifteen, and is kept by this script or not at all.
+-- ARGV: three bounds, then "ordinal epoch step header_bytes payload_bytes place sha256 worker" and the body of each
+-- group. The body is header and payload, or the header alone where the place is 'beside': the payload was SET before,
+-- with a time to live, under the next of the keys after the fifteen, and is kept by this script or not at all.
 local max_attempts, max_groups, max_bytes = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
-local BOUNDS, VALUES, blobs_seen = 3, 4, 15
+local BOUNDS, VALUES, blobs_seen = 3, 2, 15
 
 local now_epoch, now_step, max_staleness, next, below, bytes =
   policy('epoch', 'step', 'max_staleness', 'next', 'below', 'bytes')
@@ -22,7 +23,7 @@ local function obstacle(ordinal, epoch, step, worker, holder, digest, whole, siz
   if holder ~= worker then
     if tonumber(ordinal) < below or redis.call('ZSCORE', RESOLVED, ordinal) then return 'DUP' end
     local record = queued({ordinal})[1]
-    if record then return 'DUP', record[5] == digest end
+    if record then return 'DUP', record.sha256 == digest end
   end
   local verdict = 'INSIDE'
   if epoch ~= now_epoch or step > now_step then verdict = place_in_lineage(epoch, step) end
@@ -44,32 +45,27 @@ end
 
 local answers, unheld = {}, {}
 for n, ordinal in ipairs(ordinals) do
-  local place = BOUNDS + (n - 1) * VALUES
-  local header, digest, payload = ARGV[place + 2], ARGV[place + 3], ARGV[place + 4]
-  local epoch, step, size, worker = string.match(ARGV[place + 1], '^%d+ (%d+) (%d+) (%d+) (.*)$')
-  epoch, step, size = tonumber(epoch), tonumber(step), tonumber(size)
-  local blob
-  if payload == '' then
+  local at = BOUNDS + (n - 1) * VALUES
+  local description, body = string.match(ARGV[at + 1], '^%d+ (.*)$'), ARGV[at + 2]
+  local epoch, step, header_bytes, payload_bytes, place, digest, worker =
+    string.match(description, '^(%d+) (%d+) (%d+) (%d+) (%S+) (%S+) (.*)$')
+  epoch, step = tonumber(epoch), tonumber(step)
+  local size, blob = header_bytes + payload_bytes, nil
+  if place == 'beside' then
     blobs_seen = blobs_seen + 1
     blob = KEYS[blobs_seen]
   end
-  local whole = not blob or redis.call('STRLEN', blob) == size - #header
+  local whole = not blob or redis.call('STRLEN', blob) == tonumber(payload_bytes)
   local holder = leases[n] and string.match(leases[n], '^%d+ %d+ %d+ %d+ (.*)$')
   local verdict, stays = obstacle(ordinal, epoch, step, worker, holder, digest, whole, size)
   if verdict then
     if blob and not stays then redis.call('UNLINK', blob) end
   else
-    local id
-    if blob then
-      id = redis.call('XADD', GROUPS, '*', 'ordinal', ordinal, 'header', header, 'sha256', digest)
-      redis.call('PERSIST', blob)
-    else
-      id = redis.call('XADD', GROUPS, '*', 'ordinal', ordinal, 'header', header, 'sha256', digest,
-        'payload', payload)
-    end
-    admitted[ordinal] = blob and digest or '-'
+    local id = redis.call('XADD', GROUPS, '*', 'ordinal', ordinal, 'group', body)
+    if blob then redis.call('PERSIST', blob) end
+    admitted[ordinal] = digest
     records[#records + 1] = ordinal
-    records[#records + 1] = id .. ' ' .. epoch .. ' ' .. step .. ' ' .. size .. ' ' .. admitted[ordinal] .. ' ' .. worker
+    records[#records + 1] = id .. ' ' .. description
     if not holder then unheld[#unheld + 1] = ordinal end
     depth, bytes, size_of_all = depth + 1, bytes + size, size_of_all + size
   end

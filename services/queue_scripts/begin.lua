@@ -56,12 +56,12 @@ end
 local bytes = 0
 for _, ordinal in ipairs(redis.call('HKEYS', QUEUED)) do
   local record = queued({ordinal})[1]
-  if keeps(ordinal, tonumber(record[2]), tonumber(record[3])) then
-    bytes = bytes + record[4]
+  if keeps(ordinal, record.epoch, record.step) then
+    bytes = bytes + record.bytes
   else
-    redis.call('XDEL', GROUPS, record[1])
+    redis.call('XDEL', GROUPS, record.entry)
     redis.call('HDEL', QUEUED, ordinal)
-    if record[5] ~= '-' then redis.call('UNLINK', blob_key(record[5])) end
+    if record.blob then redis.call('UNLINK', record.blob) end
   end
 end
 redis.call('HSET', POLICY, 'bytes', bytes)

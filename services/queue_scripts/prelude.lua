@@ -1,6 +1,7 @@
 -- Read before each script of the group queue: its keys by name, and the moves that several scripts make.
--- A lease is "attempt epoch step issued_ms worker"; a queued group is "entry_id epoch step bytes blob worker".
--- A large payload has a key of its own, named by the group's sha256, the `blob`; '-' where it is in the entry.
+-- A lease is "attempt epoch step issued_ms worker"; a queued group is
+-- "entry_id epoch step header_bytes payload_bytes place sha256 worker". Its entry holds header and payload in one piece
+-- (place 'inline'), or the header alone: a large payload has a key of its own, named by the sha256 ('beside').
 -- An ordinal is in exactly one place: leased, queued, again (issuable), resolved, or never issued (>= next).
 local POLICY, GROUPS, QUEUED, LEASES, LEASE, ATTEMPTS, AGAIN, RESOLVED, DEAD, DEAD_ORDINALS, WEIGHTS, LATEST,
   LINEAGE, WAKE, ISSUED = unpack(KEYS)
@@ -60,16 +61,20 @@ local function unlease(ordinal)
   redis.call('HDEL', LEASE, ordinal)
 end
 
-local function blob_key(blob)
-  return string.sub(POLICY, 1, -7) .. 'payload:' .. blob
+local function payload_key(sha256)
+  return string.sub(POLICY, 1, -7) .. 'payload:' .. sha256
 end
 
--- Each record is {entry, epoch, step, bytes, blob, worker}.
+-- `blob` is the key of a payload that lies beside.
 local function queued(ordinals)
   local records = redis.call('HMGET', QUEUED, unpack(ordinals))
   for i = 1, #records do
     if records[i] then
-      records[i] = {string.match(records[i], '^(%S+) (%d+) (%d+) (%d+) (%S+) (.*)$')}
+      local entry, epoch, step, header_bytes, payload_bytes, place, sha256, worker =
+        string.match(records[i], '^(%S+) (%d+) (%d+) (%d+) (%d+) (%S+) (%S+) (.*)$')
+      records[i] = {entry = entry, epoch = tonumber(epoch), step = tonumber(step),
+        bytes = header_bytes + payload_bytes, sha256 = sha256, worker = worker,
+        blob = place == 'beside' and payload_key(sha256)}
     end
   end
   return records
@@ -79,9 +84,9 @@ end
 local function unqueue(ordinals, records)
   local entries, blobs, bytes = {}, {}, 0
   for _, record in ipairs(records) do
-    entries[#entries + 1] = record[1]
-    bytes = bytes + record[4]
-    if record[5] ~= '-' then blobs[#blobs + 1] = blob_key(record[5]) end
+    entries[#entries + 1] = record.entry
+    bytes = bytes + record.bytes
+    if record.blob then blobs[#blobs + 1] = record.blob end
   end
   redis.call('XACK', GROUPS, 'learner:' .. redis.call('HGET', POLICY, 'epoch'), unpack(entries))
   redis.call('XDEL', GROUPS, unpack(entries))

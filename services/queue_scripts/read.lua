@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
--- What the learner has not seen yet: {state, pending}, then "entry ordinal sha256 record", header and payload of
--- each entry, '' for what an entry lacks. `after` is '>' for new entries, or an entry id to go through those that
+-- What the learner has not seen yet: {state, pending}, then "entry ordinal record" and body of each entry, ''
+-- for what it lacks. `after` is '>' for new entries, or an entry id to go through those that
 -- were delivered and never arrived.
 local epoch, step, consumer, count, after = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local fenced = fence(epoch, step)
@@ -18,11 +18,9 @@ end
 local records = #ordinals > 0 and redis.call('HMGET', QUEUED, unpack(ordinals)) or {}
 for n, entry in ipairs(entries) do
   local values = entry.values
-  local ordinal, sha256 = values.ordinal or '-', values.sha256 or '-'
   -- What no admit wrote may hold anything.
-  if not records[n] then ordinal, sha256 = '-', '-' end
-  found[#found + 1] = entry[1] .. ' ' .. ordinal .. ' ' .. sha256 .. ' ' .. (records[n] or '')
-  found[#found + 1] = values.header or ''
-  found[#found + 1] = values.payload or ''
+  local ordinal = records[n] and values.ordinal or '-'
+  found[#found + 1] = entry[1] .. ' ' .. ordinal .. ' ' .. (records[n] or '')
+  found[#found + 1] = values.group or ''
 end
 return found

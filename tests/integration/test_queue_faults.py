@@ -91,36 +91,39 @@ def test_the_wait_of_a_worker_ends_when_a_lease_expires(run: Run) -> None:
     assert (lease.ordinal, lease.attempt) == (0, 2)
 
 
-def damage(client: redis.Redis, run: Run, ordinal: int, **fields: bytes) -> None:
+def damage(client: redis.Redis, run: Run, ordinal: int, body: bytes, sha256: bytes | None = None) -> None:
     """Put the group's entry back with other content, as a hand at the server could."""
-    entries = {int(found[b"ordinal"]): (entry, found) for entry, found in client.xrange(run.raw("groups"))}
-    entry, found = entries[ordinal]
-    record = client.hget(run.raw("queued"), str(ordinal))
-    client.xdel(run.raw("groups"), entry)
-    fresh = client.xadd(run.raw("groups"), {**found, **{name.encode(): v for name, v in fields.items()}})
-    client.hset(run.raw("queued"), str(ordinal), fresh + b" " + record.split(b" ", 1)[1])
+    entries = {int(found[b"ordinal"]): entry for entry, found in client.xrange(run.raw("groups"))}
+    record = client.hget(run.raw("queued"), str(ordinal)).split(b" ")
+    client.xdel(run.raw("groups"), entries[ordinal])
+    record[0] = client.xadd(run.raw("groups"), {"ordinal": ordinal, "group": body})
+    if sha256 is not None:
+        record[6] = sha256
+    client.hset(run.raw("queued"), str(ordinal), b" ".join(record))
 
 
-def resigned(run: Run, ordinal: int, payload: bytes | None = None, at: int = 0) -> dict[str, bytes]:
+def resigned(run: Run, ordinal: int, payload: bytes | None = None, at: int = 0) -> tuple[bytes, bytes]:
     """A group whose digest is right and whose content is not."""
     from hashlib import sha256
 
     group = run.group(ordinal, at=version(0, at))
-    body = payload if payload is not None else group.payload
-    return {
-        "header": group.header,
-        "payload": body,
-        "sha256": sha256(group.header + body).hexdigest().encode(),
-    }
+    body = group.header + (payload if payload is not None else group.payload)
+    return body, sha256(body).hexdigest().encode()
+
+
+def whole(run: Run) -> bytes:
+    group = run.group(0, at=version(0, 0))
+    return group.header + group.payload
 
 
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        (lambda run: {"payload": b"\x08"}, "truncated or tampered"),
-        (lambda run: {"payload": b""}, "has no payload"),
-        (lambda run: {"sha256": b"00"}, "truncated or tampered"),
-        (lambda run: {"header": b"{}"}, "truncated or tampered"),
+        (lambda run: (whole(run)[:-1],), "truncated or tampered"),
+        (lambda run: (run.group(0, at=version(0, 0)).header,), "has no payload"),
+        (lambda run: (b"",), "has no payload"),
+        (lambda run: (whole(run), b"00"), "truncated or tampered"),
+        (lambda run: (whole(run).replace(b"w0", b"w1"),), "truncated or tampered"),
         (lambda run: resigned(run, 1), "header says it is group"),
         (lambda run: resigned(run, 0, at=1), "says version 0.1, admitted as 0.0"),
         (lambda run: resigned(run, 0, b"12345678"), "not safetensors"),
@@ -139,7 +142,7 @@ def test_a_damaged_group_is_not_trained_and_not_lost(
     run = Run(valkey, run_name, max_attempts=2)
     run.begin()
     run.fill()
-    damage(client, run, 0, **fields(run))  # type: ignore[operator]
+    damage(client, run, 0, *fields(run))  # type: ignore[operator]
     with pytest.raises(QueueTimeout, match="has 1 of 2"):
         run.learner.take(2, deadline_s=0.05)
     assert says in caplog.text
@@ -157,7 +160,7 @@ def test_an_ordinal_whose_groups_are_always_damaged_is_given_up_with_the_reason(
     run = Run(valkey, run_name, max_attempts=1)
     run.begin()
     run.fill()
-    damage(client, run, 0, payload=b"x")
+    damage(client, run, 0, whole(run)[:-1])
     with pytest.raises(QueueTimeout):
         run.learner.take(2, deadline_s=0.05)
     (letter,) = run.learner.dead_letters()
@@ -173,7 +176,7 @@ def test_entries_that_were_never_admitted_are_removed_and_not_trained(
     run.begin()
     run.leases()
     group = run.group(0, at=version(0, 0))
-    forged = {"header": group.header, "payload": group.payload, "sha256": group.sha256}
+    forged = {"group": group.header + group.payload}
     client.xadd(run.raw("groups"), {"ordinal": 0, **forged})
     client.xadd(run.raw("groups"), {"ordinal": "../../x", **forged})
     client.xadd(run.raw("groups"), {"nonsense": 1})
