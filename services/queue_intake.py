@@ -11,6 +11,7 @@ Promises
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -28,6 +29,7 @@ READ_COUNT = 64
 PAYLOADS_AT_ONCE = 8
 """Large payloads fetched in one go: bounds what a reply takes in memory."""
 CONSUMER = "learner"
+RECORD = re.compile(rb"(\S+) (\d+) (\d+) (\d+) \d+ (inline|beside) ([0-9a-f]+) ")
 log = logging.getLogger(__name__)
 
 
@@ -58,11 +60,11 @@ class Entry(NamedTuple):
 
     @property
     def record(self) -> Record | None:
-        """None for an entry that was never admitted."""
-        entry, _, rest = self.recorded.partition(b" ")
-        if entry != self.entry:
+        """None for an entry that was never admitted, or by another version of this queue."""
+        found = RECORD.match(self.recorded)
+        if found is None or found[1] != self.entry:
             return None
-        epoch, step, header_bytes, _, place, sha256, _ = rest.decode().split(" ", 6)
+        epoch, step, header_bytes, place, sha256 = (part.decode() for part in found.groups()[1:])
         return Record(f"{epoch}.{step}", int(header_bytes), place, sha256)
 
 
@@ -119,8 +121,8 @@ class QueueIntake(QueueBoard):
         self._accept(answer, version)
         state, pending, *parts = answer
         entries = []
-        for place, body in zip(parts[::2], parts[1::2], strict=True):
-            entry, number, recorded = place.split(b" ", 2)
+        for description, body in zip(parts[::2], parts[1::2], strict=True):
+            entry, number, recorded = description.split(b" ", 2)
             entries.append(Entry(entry, number, recorded, body))
         if entries:
             self._last_seen = max(self._last_seen, entries[-1].entry, key=_place)

@@ -56,7 +56,7 @@ end
 local bytes = 0
 for _, ordinal in ipairs(redis.call('HKEYS', QUEUED)) do
   local record = queued({ordinal})[1]
-  if keeps(ordinal, record.epoch, record.step) then
+  if record.sha256 and keeps(ordinal, record.epoch, record.step) then
     bytes = bytes + record.bytes
   else
     redis.call('XDEL', GROUPS, record.entry)

@@ -65,15 +65,17 @@ local function payload_key(sha256)
   return string.sub(POLICY, 1, -7) .. 'payload:' .. sha256
 end
 
--- `blob` is the key of a payload that lies beside.
+-- `blob` is the key of a payload that lies beside. What another version of this queue wrote has no sha256: it is good
+-- for nothing but being taken out and made again.
 local function queued(ordinals)
   local records = redis.call('HMGET', QUEUED, unpack(ordinals))
   for i = 1, #records do
     if records[i] then
       local entry, epoch, step, header_bytes, payload_bytes, place, sha256, worker =
         string.match(records[i], '^(%S+) (%d+) (%d+) (%d+) (%d+) (%S+) (%S+) (.*)$')
-      records[i] = {entry = entry, epoch = tonumber(epoch), step = tonumber(step),
-        bytes = header_bytes + payload_bytes, sha256 = sha256, worker = worker,
+      records[i] = {entry = entry or string.match(records[i], '^%d+%-%d+') or '0-0',
+        epoch = tonumber(epoch), step = tonumber(step),
+        bytes = (header_bytes or 0) + (payload_bytes or 0), sha256 = sha256, worker = worker or '',
         blob = place == 'beside' and payload_key(sha256)}
     end
   end

@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
--- What the learner has not seen yet: {state, pending}, then "entry ordinal record" and body of each entry, ''
--- for what it lacks. `after` is '>' for new entries, or an entry id to go through those that
--- were delivered and never arrived.
+-- What the learner has not seen yet: {state, pending}, then "entry ordinal record" and body of each entry, '' for
+-- what it lacks. `after` is '>' for new entries, or an entry id to go through those that were delivered and never
+-- arrived.
 local epoch, step, consumer, count, after = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local fenced = fence(epoch, step)
 if fenced then return fenced end

@@ -186,6 +186,28 @@ def test_entries_that_were_never_admitted_are_removed_and_not_trained(
     assert client.xlen(run.raw("groups")) == 0
 
 
+@pytest.mark.parametrize("record", [b"%s 0 0 800 - w0", b"%s what is this"])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_what_another_version_of_the_queue_recorded_is_made_again(
+    run: Run, client: redis.Redis, record: bytes, resumed: bool
+) -> None:
+    run.begin()
+    run.fill()
+    entries = {int(found[b"ordinal"]): entry for entry, found in client.xrange(run.raw("groups"))}
+    client.hset(run.raw("queued"), "0", record % entries[0])
+    if resumed:
+        run.begin()
+    else:
+        with pytest.raises(QueueTimeout, match="has 1 of 2"):
+            run.learner.take(2, deadline_s=0.05)
+    lease = run.worker.issue("w1")
+    assert lease is not None
+    assert lease.ordinal == 0
+    assert run.worker.admit(run.group(lease, worker="w1")) is Admitted.OK
+    assert run.step() == [0, 1]
+    assert client.xlen(run.raw("groups")) == 0
+
+
 def test_groups_delivered_into_a_broken_connection_are_read_again(run: Run, client: redis.Redis) -> None:
     run.begin()
     run.fill()

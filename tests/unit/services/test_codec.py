@@ -160,6 +160,14 @@ def test_group_survives_the_wire() -> None:
     assert (group.ordinal, group.version, group.worker) == (7, PolicyVersion(epoch=0, step=3), "rollout-0")
 
 
+def test_a_payload_behind_its_header_in_one_piece_has_aligned_tensors() -> None:
+    for worker in ("w", "rollout-0", "rollout-10"):
+        group = encode_group(header().model_copy(update={"worker": worker}), {"latents": torch.ones(3, 4)})
+        piece = memoryview(group.header + group.payload)
+        opened = decode_group(group.header, piece[len(group.header) :], group.sha256, group_id="demo-7")
+        assert opened.tensors["latents"].data_ptr() % 16 == 0
+
+
 @given(st.data())
 @settings(max_examples=40, deadline=None)
 def test_any_flipped_byte_is_noticed(data: st.DataObject) -> None:
