@@ -12,10 +12,11 @@ initial noise. Seconds count from the start of the learner's loop: loading is th
 from __future__ import annotations
 
 import math
+import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,22 +54,56 @@ _EVALUATED = (
 _ALONE = "rewards.1.every=1000000"
 """The independent engine is for evaluations here: it takes no time from training."""
 
-COMPARISONS: dict[str, tuple[Entry, ...]] = {
-    "objectives": (
-        Entry("DGPO"),
-        Entry("Flow-GRPO", "quickstart-flow-grpo"),
-        Entry("DiffusionNFT", "quickstart-diffusion-nft"),
+
+@dataclass(frozen=True)
+class Comparison:
+    """Entries, and what holds for all of them."""
+
+    entries: tuple[Entry, ...]
+    overrides: tuple[str, ...] = ()
+    first_seed: int = 0
+
+
+def _search() -> Iterator[Entry]:
+    """Every objective's recipe, half and double its learning rate, and two values of its own settings."""
+    own = {
+        "DGPO": ("quickstart", "objective.beta=100", "objective.clip_range=2.0e-2"),
+        "Flow-GRPO": ("quickstart-flow-grpo", "objective.clip_range=1.0e-4", "learner.optimizer_steps=2"),
+        "DiffusionNFT": ("quickstart-diffusion-nft", "objective.beta=1.0", "objective.reference_decay=0.5"),
+    }
+    for objective, (recipe, *changes) in own.items():
+        yield Entry(objective, recipe)
+        for change in ("learner.learning_rate=1.25e-4", "learner.learning_rate=5.0e-4", *changes):
+            yield Entry(f"{objective}: {change.partition('.')[2]}", recipe, (change,))
+
+
+COMPARISONS: dict[str, Comparison] = {
+    "search": Comparison(
+        tuple(_search()),
+        overrides=("learner.max_steps=24", "eval.every_steps=24"),
+        first_seed=100,  # none of those that results are told of
     ),
-    "ablations": (
-        Entry("as published, but for timesteps.skip 2"),
-        Entry("timesteps.skip 0", overrides=("objective.timesteps.skip=0",)),
-        Entry("no timestep clip", overrides=("objective.timesteps.first=10", "objective.timesteps.skip=0")),
-        Entry("SDE rollouts", overrides=("rollout.solver=sde",)),
-        Entry("equal weights", overrides=("advantage.weights=equal",)),
-        Entry("independent noise", overrides=("objective.shared_noise=false",)),
+    "objectives": Comparison(
+        (
+            Entry("DGPO"),
+            Entry("Flow-GRPO", "quickstart-flow-grpo"),
+            Entry("DiffusionNFT", "quickstart-diffusion-nft"),
+        )
     ),
-    "staleness": tuple(
-        Entry(f"staleness {lag}", overrides=(f"queue.max_staleness={lag}",)) for lag in (0, 1, 2, 4, 8)
+    "ablations": Comparison(
+        (
+            Entry("as published, but for timesteps.skip 2"),
+            Entry("timesteps.skip 0", overrides=("objective.timesteps.skip=0",)),
+            Entry(
+                "no timestep clip", overrides=("objective.timesteps.first=10", "objective.timesteps.skip=0")
+            ),
+            Entry("SDE rollouts", overrides=("rollout.solver=sde",)),
+            Entry("equal weights", overrides=("advantage.weights=equal",)),
+            Entry("independent noise", overrides=("objective.shared_noise=false",)),
+        )
+    ),
+    "staleness": Comparison(
+        tuple(Entry(f"staleness {lag}", overrides=(f"queue.max_staleness={lag}",)) for lag in (0, 1, 2, 4, 8))
     ),
 }
 
@@ -103,17 +138,19 @@ def run_comparison(
 
     Args:
         name: of COMPARISONS.
-        seeds: runs of each entry, with seeds 0, 1, ...
+        seeds: runs of each entry, with seeds from the comparison's first on.
         runs: folder of the runs; plots and the table go there too.
         overrides: for every entry.
 
     Raises:
         RuntimeError: a run failed; its log is named.
     """
-    curves: dict[str, list[Curve]] = {entry.name: [] for entry in COMPARISONS[name]}
-    for seed in range(seeds):
-        for entry in COMPARISONS[name]:
-            place = runs / name / entry.name.replace(" ", "-").replace(",", "") / f"seed-{seed}"
+    comparison = COMPARISONS[name]
+    overrides = (*comparison.overrides, *overrides)
+    curves: dict[str, list[Curve]] = {entry.name: [] for entry in comparison.entries}
+    for seed in range(comparison.first_seed, comparison.first_seed + seeds):
+        for entry in comparison.entries:
+            place = runs / name / re.sub(r"[^\w.=-]+", "-", entry.name) / f"seed-{seed}"
             curves[entry.name].append(_trained(entry, seed, place, overrides, screen))
     result = {"benchmark": name, "seeds": seeds, "entries": [_row(entry, curves) for entry in curves]}
     screen.print(_table(result))

@@ -70,7 +70,7 @@ def test_a_curve_counts_from_the_start_of_the_loop(tmp_path: Path) -> None:
 
 
 def test_ratios_are_told_where_every_seed_arrived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(COMPARISONS, "two", (Entry("fast"), Entry("slow")))
+    monkeypatch.setitem(COMPARISONS, "two", comparison.Comparison((Entry("fast"), Entry("slow"))))
     place = tmp_path / "two"
     for seed in range(2):
         configured(write_run(place / "fast" / f"seed-{seed}" / "run", {0: 0.4, 2: 0.95}), seed)
@@ -114,8 +114,8 @@ def test_a_run_that_fails_is_named_with_its_log(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("name", sorted(COMPARISONS))
 def test_every_entry_can_be_configured(name: str) -> None:
-    names = [entry.name for entry in COMPARISONS[name]]
+    names = [entry.name for entry in COMPARISONS[name].entries]
     assert len(set(names)) == len(names)
-    for entry in COMPARISONS[name]:
+    for entry in COMPARISONS[name].entries.entries:
         settings = [*comparison._EVALUATED, comparison._ALONE, *entry.overrides]
         assert load_config(entry.recipe, settings).evaluation_rollout.solver == "dpmsolver++"
