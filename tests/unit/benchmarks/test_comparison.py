@@ -103,11 +103,13 @@ def test_the_same_curves_draw_the_same_picture(tmp_path: Path) -> None:
 
 
 def test_a_run_that_fails_is_named_with_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(COMPARISONS, "one", (Entry("broken", overrides=("prompts.source=file",)),))
+    monkeypatch.setitem(
+        COMPARISONS, "one", comparison.Comparison((Entry("broken", overrides=("prompts.source=file",)),))
+    )
     with pytest.raises(ValueError, match="needs a path"):
         run_comparison("one", seeds=1, runs=tmp_path, screen=Console(file=io.StringIO()))
     absent = ("prompts.source=file", "prompts.path=/nowhere.txt")
-    monkeypatch.setitem(COMPARISONS, "one", (Entry("broken", overrides=absent),))
+    monkeypatch.setitem(COMPARISONS, "one", comparison.Comparison((Entry("broken", overrides=absent),)))
     with pytest.raises(RuntimeError, match=r"broken, seed 0: exit code \d+; see .*output.log"):
         run_comparison("one", seeds=1, runs=tmp_path, screen=Console(file=io.StringIO()))
 
@@ -116,6 +118,6 @@ def test_a_run_that_fails_is_named_with_its_log(tmp_path: Path, monkeypatch: pyt
 def test_every_entry_can_be_configured(name: str) -> None:
     names = [entry.name for entry in COMPARISONS[name].entries]
     assert len(set(names)) == len(names)
-    for entry in COMPARISONS[name].entries.entries:
+    for entry in COMPARISONS[name].entries:
         settings = [*comparison._EVALUATED, comparison._ALONE, *entry.overrides]
         assert load_config(entry.recipe, settings).evaluation_rollout.solver == "dpmsolver++"
