@@ -68,7 +68,7 @@ def _search() -> Iterator[Entry]:
     """Every objective's recipe, half and double its learning rate, and two values of its own settings."""
     own = {
         "DGPO": ("quickstart", "objective.beta=100", "objective.clip_range=2.0e-2"),
-        "Flow-GRPO": ("quickstart-flow-grpo", "objective.clip_range=1.0e-4", "learner.optimizer_steps=2"),
+        "Flow-GRPO": ("quickstart-flow-grpo", "objective.clip_range=1.0e-4", "learner.optimizer_steps=3"),
         "DiffusionNFT": ("quickstart-diffusion-nft", "objective.beta=1.0", "objective.reference_decay=0.5"),
     }
     for objective, (recipe, *changes) in own.items():
