@@ -65,22 +65,32 @@ class Comparison:
 
 
 def _search() -> Iterator[Entry]:
-    """Every objective's recipe, half and double its learning rate, and two values of its own settings."""
-    own = {
-        "DGPO": ("quickstart", "objective.beta=100", "objective.clip_range=2.0e-2"),
-        "Flow-GRPO": ("quickstart-flow-grpo", "objective.clip_range=1.0e-4", "learner.optimizer_steps=3"),
-        "DiffusionNFT": ("quickstart-diffusion-nft", "objective.beta=1.0", "objective.reference_decay=0.5"),
+    """Every objective's recipe, and four settings beside it."""
+    rate, final = "learner.learning_rate", "learner.final_learning_rate"
+    searched = {
+        "DGPO": (
+            "quickstart",
+            (f"{rate}=1.25e-4", f"{rate}=5.0e-4", "objective.beta=100", "objective.clip_range=2.0e-2"),
+        ),
+        "Flow-GRPO": (
+            "quickstart-flow-grpo",
+            (f"{rate}=5.0e-4", f"{rate}=1.0e-3", f"{final}=2.5e-4", "learner.optimizer_steps=3"),
+        ),
+        "DiffusionNFT": (
+            "quickstart-diffusion-nft",
+            (f"{rate}=1.25e-4", f"{rate}=5.0e-4", "objective.beta=1.0", "objective.reference_decay=0.5"),
+        ),
     }
-    for objective, (recipe, *changes) in own.items():
+    for objective, (recipe, changes) in searched.items():
         yield Entry(objective, recipe)
-        for change in ("learner.learning_rate=1.25e-4", "learner.learning_rate=5.0e-4", *changes):
+        for change in changes:
             yield Entry(f"{objective}: {change.partition('.')[2]}", recipe, (change,))
 
 
 COMPARISONS: dict[str, Comparison] = {
     "search": Comparison(
         tuple(_search()),
-        overrides=("learner.max_steps=24", "eval.every_steps=24"),
+        overrides=("eval.every_steps=12",),
         first_seed=100,  # none of those that results are told of
     ),
     "objectives": Comparison(

@@ -8,6 +8,7 @@ Promises
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +23,7 @@ app = typer.Typer(
     name="dgpo",
     help="Post-train text-to-image models with Direct Group Preference Optimization.",
     no_args_is_help=True,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
@@ -42,6 +44,17 @@ Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object as the last line of standard output.")
 ]
 Recipe = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe (quickstart).")]
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)
+    ] = False,
+) -> None:
+    if version:
+        typer.echo(f"dgpo-cluster {importlib.metadata.version('dgpo-cluster')}")
+        raise typer.Exit
 
 
 @app.command()

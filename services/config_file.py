@@ -11,6 +11,7 @@ Promises
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     raw = _read(file, ())
     for override in overrides:
         _apply(raw, override)
-    return parse_config(raw, source=str(file))
+    config = parse_config(raw, source=str(file))
+    _check_scorers(config, str(file))
+    return config
 
 
 def parse_config(raw: dict[str, Any], *, source: str) -> Config:
@@ -75,6 +78,20 @@ def parse_config(raw: dict[str, Any], *, source: str) -> Config:
     except ValidationError as error:
         lines = [_explain(raw, detail) for detail in error.errors()]
         raise ConfigError(f"{source}:\n" + "\n".join(f"  {line}" for line in lines)) from error
+
+
+def _check_scorers(config: Config, source: str) -> None:
+    from reward_servers.scorers import scorer_names
+
+    valid = scorer_names()
+    for index, reward in enumerate(config.rewards):
+        if reward.app is not None and reward.app not in valid:
+            close = difflib.get_close_matches(reward.app, valid, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise ConfigError(
+                f"{source}:\n  rewards.{index}.app: there is no scorer {reward.app!r}; {hint}"
+                f"valid: {', '.join(valid)}"
+            )
 
 
 def dump_config(config: Config) -> str:
@@ -153,7 +170,10 @@ def _child(node: Any, part: str, path: str, override: str) -> Any:
 
 def _index(node: list[Any], part: str, override: str) -> int:
     if not (part.isascii() and part.isdigit()) or int(part) >= len(node):
-        raise ConfigError(f"--set {override!r}: {part!r} is not an index of a list of {len(node)}")
+        raise ConfigError(
+            f"--set {override!r}: {part!r} is not an index of a list of {len(node)}: "
+            f"valid are 0 to {len(node) - 1}"
+        )
     return int(part)
 
 
@@ -172,9 +192,19 @@ def _explain(raw: dict[str, Any], detail: Any) -> str:
         return f"{place}: unknown key; {hint}valid keys: {', '.join(valid)}"
     if detail["type"] == "missing":
         return f"{place}: missing, and it has no default"
+    if detail["type"] == "too_short":
+        return f"{place}: needs at least {detail['ctx']['min_length']} of them, found none"
     found = detail.get("input")
+    if detail["type"] == "literal_error":
+        return f"{place}: {found!r} is none of {detail['ctx']['expected']}{_nearest(found, detail['ctx'])}"
     shown = f" (found {found!r})" if not isinstance(found, dict | list) else ""
     return f"{place}: {detail['msg'].removeprefix('Value error, ')}{shown}"
+
+
+def _nearest(found: Any, context: dict[str, Any]) -> str:
+    valid = re.findall(r"'([^']*)'", context["expected"])
+    close = difflib.get_close_matches(str(found), valid, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _section_at(location: tuple[int | str, ...]) -> type[BaseModel] | None:

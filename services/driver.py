@@ -68,6 +68,7 @@ def train(
         record: train and evaluate nothing; write the groups of the untrained model here (services/record.py).
 
     Raises:
+        Interrupted: asked to stop before the parts were started.
         ConfigError, QueueUnreachable, RewardError, PolicyError: something is not as the configuration needs.
         PartFailed: a part kept failing; its last error is in the text.
     """
@@ -82,6 +83,7 @@ def train(
         own_ray = stack.enter_context(ray_cluster(config))
         # After ray.init, which replaces the handlers that were there before it.
         signals = stack.enter_context(StopSignals())
+        signals.check()
         view.activity("starting the queue")
         queue_url, queue_password = stack.enter_context(_queue_server(config, run))
         context = RunContext(
@@ -105,6 +107,7 @@ def train(
             view.activity("starting the reward servers")
             places = stack.enter_context(reward_places(config, run, own_ray))
             context = context.model_copy(update={"rewards": places})
+        signals.check()
         telemetry = stack.enter_context(
             Telemetry(
                 run.root, tensorboard=config.telemetry.tensorboard, resumed_step=_resumed_step(run, resume)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from services.config_file import ConfigError
+from services.stop_signals import INTERRUPTED, Interrupted
 
 logger = logging.getLogger(__name__)
 # The traceback is for a log file; where none is configured, Python's last resort would print it.
@@ -17,7 +18,6 @@ logger.addHandler(logging.NullHandler())
 
 FAILED = 1
 WRONG_USAGE = 2
-INTERRUPTED = 130
 
 
 def run(app: typer.Typer) -> None:
@@ -28,13 +28,13 @@ def run(app: typer.Typer) -> None:
     screen = Console(stderr=True)
     try:
         app()
-    except KeyboardInterrupt:
-        screen.print(Text("interrupted"))
+    except (KeyboardInterrupt, Interrupted) as stopped:
+        screen.print(Text(str(stopped) or "interrupted"), soft_wrap=True)
         sys.exit(INTERRUPTED)
     except ConfigError as error:
-        screen.print(Text("configuration: ", style="red") + Text(str(error)))
+        screen.print(Text("configuration: ", style="red") + Text(str(error)), soft_wrap=True)
         sys.exit(WRONG_USAGE)
     except Exception as error:
         logger.exception("failed")
-        screen.print(Text("failed: ", style="red") + Text(f"{type(error).__name__}: {error}"))
+        screen.print(Text("failed: ", style="red") + Text(f"{type(error).__name__}: {error}"), soft_wrap=True)
         sys.exit(FAILED)

@@ -133,7 +133,7 @@ class Monitor:
     def _turn(self) -> None:
         if self._signals.requested.is_set() and not self._draining:
             self._draining = True
-            self._view.activity("stopping: finishing the step and writing a checkpoint")
+            self._view.activity("stopping: what is under way is finished, then comes a checkpoint")
             self._queue.set_state("draining")
         self._supervisor.poll(POLL_S)
         self._move_metrics()

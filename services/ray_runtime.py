@@ -4,6 +4,8 @@ Promises
 - A Ray that this run starts is shut down with it. Its dashboard listens on loopback; its other processes bind
   every interface, as Ray has them do.
 - It asks every client for a token: Ray's own default, which RAY_AUTH_MODE=disabled would switch off.
+- A signal to this process and its group (Ctrl-C, `timeout`, `kill -- -PGID`) does not reach the Ray that it
+  started: the driver ends it when everything has been drained.
 - Usage statistics stay off: nothing is sent anywhere.
 """
 
@@ -12,9 +14,10 @@ from __future__ import annotations
 import logging
 import math
 import os
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 from tenacity import retry, stop_after_attempt
 
@@ -105,17 +108,33 @@ def _start(config: Config) -> None:
     """Start Ray here; again when the machine is so busy that Ray gives up on itself after 30 s."""
     import ray
 
-    ray.init(
-        address="local",
-        namespace=NAMESPACE,
-        num_cpus=max(os.cpu_count() or 1, math.ceil(reserved(config, "num_cpus"))),
-        include_dashboard=config.cluster.dashboard,
-        dashboard_host="127.0.0.1",
-        _node_ip_address="127.0.0.1",
-        object_store_memory=config.cluster.object_store_mb * 1024**2,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    with _children_in_their_own_group():
+        ray.init(
+            address="local",
+            namespace=NAMESPACE,
+            num_cpus=max(os.cpu_count() or 1, math.ceil(reserved(config, "num_cpus"))),
+            include_dashboard=config.cluster.dashboard,
+            dashboard_host="127.0.0.1",
+            _node_ip_address="127.0.0.1",
+            object_store_memory=config.cluster.object_store_mb * 1024**2,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+
+
+@contextmanager
+def _children_in_their_own_group() -> Iterator[None]:
+    """Every process started inside the block leads a process group. Ray has no setting for that."""
+    start = subprocess.Popen.__init__
+
+    def detached(self: Any, *args: Any, **kwargs: Any) -> None:
+        start(self, *args, **{"process_group": 0, **kwargs})
+
+    subprocess.Popen.__init__ = detached  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        subprocess.Popen.__init__ = start  # type: ignore[method-assign]
 
 
 def _clean_up() -> None:

@@ -2,6 +2,7 @@
 
 Promises
 - The first signal only sets a flag: the run drains, writes a checkpoint and ends with 130.
+- Before there is anything to drain, `check` ends the run between two stages of its start.
 - The second one ends the process at once; the last complete checkpoint is what remains.
 """
 
@@ -15,6 +16,10 @@ from types import FrameType, TracebackType
 from typing import Any
 
 INTERRUPTED = 130
+
+
+class Interrupted(Exception):
+    """Somebody wants the run to stop, and it has not begun to train."""
 
 
 class StopSignals:
@@ -35,6 +40,11 @@ class StopSignals:
     ) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)
+
+    def check(self) -> None:
+        """Raises Interrupted when somebody wants the run to stop."""
+        if self.requested.is_set():
+            raise Interrupted("stopped before the run began: nothing to go on from")
 
     def _caught(self, number: int, frame: FrameType | None) -> None:
         if self.requested.is_set():

@@ -3,7 +3,8 @@
 Promises
 - A worker that dies is made anew after a pause that doubles each time; `on_death` lets what it held be issued
   again at once.
-- A worker that dies more often than its budget ends the run with its last error.
+- A worker that dies more often than its budget ends the run with its last error; one whose error would come
+  again with every restart does so at once.
 - A worker that returns has seen the end of the run: it is not made anew.
 
 Knows Ray only through `ray.wait` and `ray.get`; how a worker is made is handed in.
@@ -19,10 +20,15 @@ from typing import Any
 
 import ray
 
+from policy.errors import PolicyError
+from services.config_file import ConfigError
+
 logger = logging.getLogger(__name__)
 
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 30.0
+LASTING = (ConfigError, PolicyError)
+"""What no restart mends: the configuration and the model stay as they are."""
 
 
 class PartFailed(RuntimeError):
@@ -37,6 +43,7 @@ class _Worker:
     restarts: int = 0
     restart_at: float | None = None
     last_error: str = ""
+    lasting: bool = False
 
 
 @dataclass
@@ -96,15 +103,19 @@ class Supervisor:
             ray.get(reference)
         except ray.exceptions.RayError as error:
             worker.last_error = _last_line(error)
+            worker.lasting = isinstance(getattr(error, "cause", None), LASTING)
         else:
             logger.info("%s has ended with the run", name)
             return
         ray.kill(worker.actor)
         self.on_death(name, worker.last_error)
+        log = f"its log: logs/{name}.log in the run directory"
+        if worker.lasting:
+            raise PartFailed(f"{name} cannot work: {worker.last_error}; {log}")
         if worker.restarts >= self.max_restarts:
             raise PartFailed(
                 f"{name} died {worker.restarts + 1} times (rollout.max_restarts {self.max_restarts}); "
-                f"last error: {worker.last_error}; its log: logs/{name}.log in the run directory"
+                f"last error: {worker.last_error}; {log}"
             )
         pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**worker.restarts)
         worker.restarts += 1

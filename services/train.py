@@ -60,7 +60,9 @@ def run_training(config: Config, directory: RunDirectory, *, resume: bool, scree
     result = summary(config, outcome)
     screen.print(closing_table(config, result))
     screen.print(page, highlight=False, soft_wrap=True, markup=False)
-    if outcome.interrupted:
+    if not outcome.interrupted:
+        screen.print(_next_steps(directory), highlight=False, soft_wrap=True, markup=False)
+    else:
         screen.print(
             f"stopped after step {outcome.version.step} with a checkpoint; go on with\n"
             f"  dgpo train --resume {directory.root}",
@@ -68,6 +70,15 @@ def run_training(config: Config, directory: RunDirectory, *, resume: bool, scree
             soft_wrap=True,
         )
     return result
+
+
+def _next_steps(directory: RunDirectory) -> str:
+    pipeline = directory.root / "export" / "pipeline"
+    return (
+        f"model:  {pipeline} (for stock diffusers; its README.md shows how)\n"
+        f"train longer:  dgpo train --resume {directory.root} --set learner.max_steps=N\n"
+        f"score again:   dgpo eval {directory.root}"
+    )
 
 
 def _report(directory: RunDirectory) -> str:

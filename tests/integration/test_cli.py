@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import signal
@@ -128,7 +129,7 @@ def test_eval_and_report_and_export_work_on_a_run(finished: dict[str, Any], tmp_
     assert (tmp_path / "out" / "pipeline" / "model_index.json").is_file()
 
 
-def test_ctrl_c_ends_cleanly_and_resume_goes_on(tmp_path: Path) -> None:
+def test_a_signal_to_the_group_ends_cleanly_and_resume_goes_on(tmp_path: Path) -> None:
     command = [*DGPO, "train", "quickstart", "--json", *settings(tmp_path, "learner.max_steps=400")]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -149,8 +150,8 @@ def test_ctrl_c_ends_cleanly_and_resume_goes_on(tmp_path: Path) -> None:
     reader.start()
     try:
         assert trained.wait(timeout=240), "".join(lines)
-        # As a terminal does it: to every process of the foreground group.
-        os.killpg(process.pid, signal.SIGINT)
+        # As `timeout` does it, and a terminal with Ctrl-C: to every process of the group.
+        os.killpg(process.pid, signal.SIGTERM)
         output = process.stdout.read()
         assert process.wait(timeout=120) == 130, "".join(lines)
     finally:
@@ -167,6 +168,29 @@ def test_ctrl_c_ends_cleanly_and_resume_goes_on(tmp_path: Path) -> None:
     assert resumed.returncode == 0, resumed.stderr
     final = result_of(resumed.stdout)
     assert (final["steps"], final["epoch"]) == (step + 2, 1)
+
+
+def test_ctrl_c_while_the_parts_start_ends_the_run_there(tmp_path: Path) -> None:
+    command = [*DGPO, "train", "quickstart", *settings(tmp_path, "learner.max_steps=400")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stderr is not None
+    try:
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if "starting the reward servers" in line:
+                os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(timeout=120) == 130, "".join(lines)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert "stopped before the run began" in lines[-1]
+    assert not any("step 1/" in line for line in lines)
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    done = dgpo("--version", timeout=60)
+    assert done.stdout == f"dgpo-cluster {importlib.metadata.version('dgpo-cluster')}\n"
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,11 @@ def test_every_shipped_recipe_is_valid_and_round_trips(recipe: Path) -> None:
         ("queue.max_groups=4", ["cannot hold"]),
         ("run.name=../evil", ["run.name"]),
         ("model=null", ["model"]),
+        ("rewards=[]", ["rewards", "at least 1"]),
+        ("rollout.solver=heunn", ["rollout.solver", "'euler'", "did you mean 'heun'?"]),
+        ("objective.reference=x", ["objective.reference", "'x' is none of 'frozen' or 'ema'"]),
+        ("rewards.0.app=ocrr", ["rewards.0.app", "'ocrr'", "did you mean 'ocr'?", "ocr_tesseract"]),
+        ("rewards.2.weight=1", ["'2' is not an index", "valid are 0 to 1"]),
     ],
 )
 def test_an_unusable_value_is_named(override: str, named: list[str]) -> None:

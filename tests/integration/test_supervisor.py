@@ -1,0 +1,55 @@
+"""Supervision of real actors: who is made anew, and when the run ends instead."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import ray
+
+from policy.errors import PolicyError
+from services.supervisor import PartFailed, Supervisor
+
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_local")]
+
+
+@ray.remote(num_cpus=0)
+class Failing:
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def run(self) -> None:
+        raise self._error
+
+
+def supervise(error: Exception, *, max_restarts: int) -> tuple[list[int], str]:
+    """The indices of all workers made until the run ended, and what it ended with."""
+    made: list[int] = []
+
+    def spawn(index: int) -> tuple[Any, Any]:
+        made.append(index)
+        worker = Failing.remote(error)
+        return worker, worker.run.remote()
+
+    supervisor = Supervisor(spawn, count=1, max_restarts=max_restarts, on_death=lambda part, why: None)
+    supervisor.start()
+    deadline = time.monotonic() + 60
+    with pytest.raises(PartFailed) as failed:
+        while time.monotonic() < deadline:
+            supervisor.poll(0.1)
+    return made, str(failed.value)
+
+
+def test_a_crash_is_made_anew_within_the_budget() -> None:
+    made, said = supervise(RuntimeError("the card fell off"), max_restarts=1)
+    assert made == [0, 0]
+    assert "rollout-0 died 2 times" in said
+    assert "RuntimeError: the card fell off" in said
+
+
+def test_what_no_restart_mends_ends_the_run_at_once() -> None:
+    made, said = supervise(PolicyError("no model_index.json in /models/none"), max_restarts=5)
+    assert made == [0]
+    assert "rollout-0 cannot work: PolicyError: no model_index.json in /models/none" in said
+    assert "logs/rollout-0.log" in said
