@@ -93,8 +93,8 @@ def record(
     as_json: Json = False,
 ) -> None:
     """Sample and score groups with the untrained model and write them down, to be trained from later."""
-    from services.exit_codes import INTERRUPTED
     from services.record import record_groups
+    from services.stop_signals import INTERRUPTED
 
     result = record_groups(load_config(recipe, overrides or ()), groups, out, screen)
     if as_json:

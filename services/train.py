@@ -18,9 +18,10 @@ from rich.console import Console
 
 from services.config import Config
 from services.config_file import load_config
-from services.exit_codes import INTERRUPTED, run
+from services.exit_codes import run
 from services.prompts import prompt_source
 from services.run_directory import RunDirectory
+from services.stop_signals import INTERRUPTED
 
 logger = logging.getLogger(__name__)
 
