@@ -113,7 +113,19 @@ COMPARISONS: dict[str, Comparison] = {
         )
     ),
     "staleness": Comparison(
-        tuple(Entry(f"staleness {lag}", overrides=(f"queue.max_staleness={lag}",)) for lag in (0, 1, 2, 4, 8))
+        (
+            *(
+                Entry(f"staleness {lag}", overrides=(f"queue.max_staleness={lag}",))
+                for lag in (0, 1, 2, 4, 8)
+            ),
+            *(
+                Entry(
+                    f"staleness {lag}: reference of the rollout",
+                    overrides=(f"queue.max_staleness={lag}", "objective.reference_of=rollout"),
+                )
+                for lag in (1, 2, 4, 8)
+            ),
+        )
     ),
 }
 

@@ -32,6 +32,35 @@ class Ema:
             torch._foreach_lerp_(averages, new, 1.0 - decay)
 
 
+class PastReferences:
+    """The reference as it was at the last updates, for groups that were sampled then.
+
+    They are not part of a checkpoint: after a resume, groups of before it are compared with the reference of
+    now.
+
+    Args:
+        count: of past updates to keep.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._kept: dict[int, dict[str, Tensor]] = {}
+
+    def keep(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Copy the reference of update `step`, into the memory of the oldest where there are enough."""
+        if not self._count:
+            return
+        room = self._kept.pop(min(self._kept)) if len(self._kept) == self._count else None
+        if room is None:
+            room = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
+        torch._foreach_copy_(list(room.values()), [tensors[name].detach() for name in room])
+        self._kept[step] = room
+
+    def at(self, step: int | None) -> Mapping[str, Tensor] | None:
+        """The reference of update `step`; None: it is the one of now, or not kept."""
+        return None if step is None else self._kept.get(step)
+
+
 def reference_decay(config: WithReference, step: int) -> float:
     """Decay with which the policy at the start of update `step` enters the reference used in that update.
 

@@ -212,6 +212,7 @@ def training_group(group: Group) -> TrainingGroup:
         latents=group.tensors["latents"],
         rewards=header.rewards,
         condition=_prefixed(group.tensors, "condition."),
+        sampled_at=header.version.step,
         trajectory=group.tensors.get("trajectory"),
         log_likelihoods=group.tensors.get("log_likelihoods"),
     )

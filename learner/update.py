@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from learner.advantages import Advantages, group_advantages, preferences, total_rewards
-from learner.ema import Ema, evaluation_decay, reference_decay
+from learner.ema import Ema, PastReferences, evaluation_decay, reference_decay
 from learner.objectives.base import LiveGroup, Measurements, Phases, TrainingGroup, make_objective
 from learner.timesteps import timestep_window, training_timesteps
 from learner.update_metrics import UpdateMetrics, reward_spreads, spread
@@ -74,6 +74,9 @@ class Updater:
         wanted = self._objective.uses_reference
         self._reference = Ema(self._parameters) if wanted else None
         self._reference_is_policy = True
+        objective = config.objective
+        relative = isinstance(objective, WithReference) and objective.reference_of == "rollout"
+        self._past = PastReferences(config.queue.max_staleness if wanted and relative else 0)
 
     def step(self, groups: Sequence[TrainingGroup], step: int) -> UpdateMetrics:
         """Train on whole groups.
@@ -102,14 +105,12 @@ class Updater:
         )
         # Without any preference there is nothing to learn: momentum and weight decay must not act alone.
         for part in parts if live else ():
-            reference = (
-                None if self._reference_is_policy or self._reference is None else self._reference.tensors
-            )
             self.optimizer.zero_grad(set_to_none=True)
-            gained = self._objective.accumulate(
-                live, part, step=step, scale=1 / (len(ordered) * len(part)), reference=reference
-            )
-            measured.add(gained.pairs, **gained.sums)
+            for sampled, reference in self._by_reference(live):
+                gained = self._objective.accumulate(
+                    sampled, part, step=step, scale=1 / (len(ordered) * len(part)), reference=reference
+                )
+                measured.add(gained.pairs, **gained.sums)
             with phases("optimizer"):
                 norms.append(self._optimize(rate, step))
             self._reference_is_policy = False
@@ -216,6 +217,7 @@ class Updater:
                 latents=group.latents.to(device=device, dtype=dtype),
                 advantages=values.to(device=device, dtype=dtype),
                 condition={name: tensor.to(device) for name, tensor in group.condition.items()},
+                sampled_at=group.sampled_at,
                 trajectory=None if group.trajectory is None else group.trajectory.to(device, dtype),
                 log_likelihoods=(
                     None if group.log_likelihoods is None else group.log_likelihoods.to(device, dtype)
@@ -224,6 +226,18 @@ class Updater:
             for group, values, live in zip(groups, advantages.values, advantages.live.tolist(), strict=True)
             if live
         ]
+
+    def _by_reference(
+        self, groups: Sequence[LiveGroup]
+    ) -> list[tuple[list[LiveGroup], Mapping[str, Tensor] | None]]:
+        """Groups and the reference they are compared with; None: it equals the policy as it is now."""
+        now = None if self._reference_is_policy or self._reference is None else self._reference.tensors
+        found: dict[int | None, tuple[list[LiveGroup], Mapping[str, Tensor] | None]] = {}
+        for group in groups:
+            past = self._past.at(group.sampled_at)
+            key, reference = (None, now) if past is None else (group.sampled_at, past)
+            found.setdefault(key, ([], reference))[0].append(group)
+        return list(found.values())
 
     def _optimize(self, rate: float, step: int) -> Tensor:
         norm = torch.nn.utils.clip_grad_norm_(
@@ -245,6 +259,7 @@ class Updater:
             self._ema.fold(self._parameters, decay)
         if self._reference is not None:
             assert isinstance(self.config.objective, WithReference)
+            self._past.keep(step, self._reference.tensors)
             decay = reference_decay(self.config.objective, step + 1)
             self._reference.fold(self._parameters, decay)
             self._reference_is_policy = decay == 0.0

@@ -37,6 +37,8 @@ class TrainingGroup:
     """Name -> G scores, in the order of the latents; held-out rewards too."""
     condition: Condition
     """Of the group's prompt."""
+    sampled_at: int | None = None
+    """Updates behind the weights that sampled it; None: those of now."""
     trajectory: Tensor | None = None
     """(G, steps, C, h, w) where the objective needs it: rollout_workers/solvers.py `Trajectory`."""
     log_likelihoods: Tensor | None = None
@@ -53,6 +55,7 @@ class LiveGroup:
     advantages: Tensor
     """(G,), the same dtype."""
     condition: Condition
+    sampled_at: int | None = None
     trajectory: Tensor | None = None
     log_likelihoods: Tensor | None = None
 

@@ -77,6 +77,9 @@ class WithReference(AnyObjective):
     """Largest EMA decay of the reference; 0 makes it the policy at the start of the update."""
     reference_ramp: float = Field(default=0.001, gt=0)
     """Decay at update k is min(reference_decay, reference_ramp * k)."""
+    reference_of: Literal["update", "rollout"] = "update"
+    """For stale groups: the EMA reference as it is now, or as it was when the group was sampled, of which the
+    learner keeps `queue.max_staleness` copies."""
     switch_step: int | None = Field(default=None, ge=0)
     """From this update on rollouts use the EMA reference's weights; null: always the current ones."""
 

@@ -14,7 +14,7 @@ from toy_policy import SHAPE, ToyPolicy, toy_config, training_groups
 from learner.advantages import group_advantages, total_rewards
 from learner.checkpoint import newest_checkpoint, write_checkpoint
 from learner.ema import reference_decay
-from learner.objectives.base import LiveGroup, make_objective
+from learner.objectives.base import LiveGroup, TrainingGroup, make_objective
 from learner.timesteps import training_timesteps
 from learner.update import UpdateError, Updater, learning_rate
 from policy import load_policy
@@ -241,6 +241,68 @@ def test_ema_and_reference_follow_their_closed_forms() -> None:
     for name, tensor in updater.rollout_tensors(6).items():
         torch.testing.assert_close(tensor, reference[name])
     assert all(torch.equal(t, history[-1][n]) for n, t in updater.rollout_tensors(2).items())
+
+
+def sampled(at: list[int], seed: int) -> list[TrainingGroup]:
+    groups = training_groups(len(at), seed=seed)
+    return [dataclasses.replace(group, sampled_at=step) for group, step in zip(groups, at, strict=True)]
+
+
+def test_a_stale_group_is_compared_with_the_reference_of_its_rollout() -> None:
+    objective = REFERENCES[0] | {"clip_range": 1e-4, "reference_of": "rollout"}
+    config = config_with(objective, queue={"max_staleness": 2}, learner={"learning_rate": 0.01})
+    updater = Updater(ToyPolicy(), config)
+    history = [updater.policy.tensors()]
+    for step, at in enumerate(([0, 0, 0], [0, 1, 0], [0, 1, 2], [1, 3, 2])):
+        groups = sampled(at, seed=step)
+        twin = ToyPolicy()
+        twin.install(updater.policy.tensors())
+        updater.step(groups, step)
+        history.append(updater.policy.tensors())
+    totals = torch.stack([total_rewards(g.rewards, config.trained_rewards) for g in groups])
+    values = group_advantages(totals, config.advantage).values
+    (part,) = training_timesteps(config.objective.timesteps, range(3), seed=0, step=3, optimizer_steps=1)
+    formula = make_objective(twin, config, make_schedule(config.rollout))
+    cut = 0
+    for group, advantages in zip(groups, values, strict=True):
+        live = LiveGroup(group.ordinal, group.latents.double(), advantages, group.condition)
+        assert group.sampled_at is not None
+        gained = formula.accumulate([live], part, step=3, scale=1 / 6, reference=history[group.sampled_at])
+        cut += float(gained.sums["clip_fraction"]) > 0
+    expected = [p.grad for p in twin.trainable().values()]
+    assert cut, "nothing has moved: the test would not see the clip"
+    seen: list[Tensor] = []
+    again = Updater(ToyPolicy(), config)
+    for step, at in enumerate(([0, 0, 0], [0, 1, 0], [0, 1, 2])):
+        again.step(sampled(at, seed=step), step)
+    again._optimize = lambda rate, step: (  # type: ignore[method-assign]
+        seen.extend(p.grad.clone() for p in again.policy.trainable().values() if p.grad is not None)
+        or torch.zeros(())
+    )
+    again.step(groups, 3)
+    for ours, theirs in zip(seen, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_without_staleness_it_does_not_matter_whose_reference() -> None:
+    ends = []
+    for reference_of in ("update", "rollout"):
+        config = config_with(REFERENCES[1] | {"reference_of": reference_of}, queue={"max_staleness": 2})
+        updater = Updater(ToyPolicy(), config)
+        for step in range(3):
+            updater.step(sampled([step, step], seed=step), step)
+        ends.append(weights(updater))
+    assert equal(*ends)
+
+
+def test_by_default_all_groups_are_compared_with_the_reference_of_now() -> None:
+    ends = []
+    for stale in (0, 1):
+        updater = Updater(ToyPolicy(), config_with(REFERENCES[0], queue={"max_staleness": 2}))
+        for step in range(3):
+            updater.step(sampled([max(0, step - stale)] * 2, seed=step), step)
+        ends.append(weights(updater))
+    assert equal(*ends)
 
 
 def test_without_a_reference_none_is_kept() -> None:
