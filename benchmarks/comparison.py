@@ -16,7 +16,7 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.comparisons import COMPARISONS, Entry
 from services.config import Config
 from services.config_file import load_config
 from services.metrics import Estimate
@@ -32,15 +33,6 @@ from services.telemetry import read_metrics
 RUN_DEADLINE_S = 3600.0
 LEVELS = (0.85, 0.90, 0.93)
 """Held-out scores to which time and images are told."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What is compared."""
-
-    name: str
-    recipe: str = "quickstart"
-    overrides: tuple[str, ...] = ()
 
 
 _EVALUATED = (
@@ -53,81 +45,6 @@ _EVALUATED = (
 )
 _ALONE = "rewards.1.every=1000000"
 """The independent engine is for evaluations here: it takes no time from training."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Entries, and what holds for all of them."""
-
-    entries: tuple[Entry, ...]
-    overrides: tuple[str, ...] = ()
-    first_seed: int = 0
-
-
-def _search() -> Iterator[Entry]:
-    """Every objective's recipe, and four settings beside it."""
-    rate, final = "learner.learning_rate", "learner.final_learning_rate"
-    searched = {
-        "DGPO": (
-            "quickstart",
-            (f"{rate}=1.25e-4", f"{rate}=5.0e-4", "objective.beta=100", "objective.clip_range=2.0e-2"),
-        ),
-        "Flow-GRPO": (
-            "quickstart-flow-grpo",
-            (f"{rate}=5.0e-4", f"{rate}=1.0e-3", f"{final}=2.5e-4", "learner.optimizer_steps=3"),
-        ),
-        "DiffusionNFT": (
-            "quickstart-diffusion-nft",
-            (f"{rate}=1.25e-4", f"{rate}=5.0e-4", "objective.beta=1.0", "objective.reference_decay=0.5"),
-        ),
-    }
-    for objective, (recipe, changes) in searched.items():
-        yield Entry(objective, recipe)
-        for change in changes:
-            yield Entry(f"{objective}: {change.partition('.')[2]}", recipe, (change,))
-
-
-COMPARISONS: dict[str, Comparison] = {
-    "search": Comparison(
-        tuple(_search()),
-        overrides=("eval.every_steps=12",),
-        first_seed=100,  # none of those that results are told of
-    ),
-    "objectives": Comparison(
-        (
-            Entry("DGPO"),
-            Entry("Flow-GRPO", "quickstart-flow-grpo"),
-            Entry("DiffusionNFT", "quickstart-diffusion-nft"),
-        )
-    ),
-    "ablations": Comparison(
-        (
-            Entry("as published, but for timesteps.skip 2"),
-            Entry("timesteps.skip 0", overrides=("objective.timesteps.skip=0",)),
-            Entry(
-                "no timestep clip", overrides=("objective.timesteps.first=10", "objective.timesteps.skip=0")
-            ),
-            Entry("SDE rollouts", overrides=("rollout.solver=sde",)),
-            Entry("equal weights", overrides=("advantage.weights=equal",)),
-            Entry("independent noise", overrides=("objective.shared_noise=false",)),
-        )
-    ),
-    "staleness": Comparison(
-        (
-            *(
-                Entry(f"staleness {lag}", overrides=(f"queue.max_staleness={lag}",))
-                for lag in (0, 1, 2, 4, 8)
-            ),
-            *(
-                Entry(
-                    f"staleness {lag}: reference of the rollout",
-                    overrides=(f"queue.max_staleness={lag}", "objective.reference_of=rollout"),
-                )
-                for lag in (1, 2, 4, 8)
-            ),
-        )
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -186,21 +103,33 @@ def run_comparison(
 def _trained(entry: Entry, seed: int, place: Path, overrides: Sequence[str], screen: Console) -> Curve:
     settings = [*_EVALUATED, _ALONE, *entry.overrides, *overrides, f"run.seed={seed}"]
     settings.append(f"run.directory={place.resolve()}")
+    if entry.recorded:
+        settings.append(f"prompts.path={(place / 'recording').resolve()}")
     config = load_config(entry.recipe, settings)  # refused before anything is spent
     if (run := _finished(place, config)) is None:
         place.mkdir(parents=True, exist_ok=True)
         screen.print(f"training {entry.name}, seed {seed}: {place}")
-        command = [sys.executable, "-m", "services.train", "--config", entry.recipe]
-        command += [part for setting in settings for part in ("--set", setting)]
         log = place / "output.log"
-        with log.open("w") as output:
-            code = subprocess.run(
-                command, stdout=output, stderr=output, timeout=RUN_DEADLINE_S, check=False
-            ).returncode
+        log.unlink(missing_ok=True)
+        code = 0
+        if entry.recorded and not (place / "recording").exists():
+            source = ["quickstart", "--groups", str(entry.recorded), "--out", str(place / "recording")]
+            code = _run(["services.cli", "record", *source, "--set", f"run.seed={seed}"], log)
+        if not code:
+            overrides = [part for setting in settings for part in ("--set", setting)]
+            code = _run(["services.train", "--config", entry.recipe, *overrides], log)
         run = _finished(place, config)
         if code or run is None:
             raise RuntimeError(f"{entry.name}, seed {seed}: exit code {code}; see {log}")
     return curve(run)
+
+
+def _run(module: Sequence[str], log: Path) -> int:
+    """Exit code of a module of ours."""
+    with log.open("a") as output:
+        return subprocess.run(
+            [sys.executable, "-m", *module], stdout=output, stderr=output, timeout=RUN_DEADLINE_S, check=False
+        ).returncode
 
 
 def _finished(place: Path, config: Config) -> Path | None:

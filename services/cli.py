@@ -227,7 +227,8 @@ def bench_compare(
     as_json: Json = False,
 ) -> None:
     """Whole training runs side by side: score against seconds and images, over seeds."""
-    from benchmarks.comparison import COMPARISONS, run_comparison
+    from benchmarks.comparison import run_comparison
+    from benchmarks.comparisons import COMPARISONS
 
     if name not in COMPARISONS:
         raise typer.BadParameter(f"{name!r} is none of {', '.join(COMPARISONS)}")

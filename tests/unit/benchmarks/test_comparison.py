@@ -11,7 +11,8 @@ import pytest
 from rich.console import Console
 
 from benchmarks import comparison
-from benchmarks.comparison import COMPARISONS, Entry, curve, run_comparison
+from benchmarks.comparison import curve, run_comparison
+from benchmarks.comparisons import COMPARISONS, Comparison, Entry
 from benchmarks.plots import draw
 from services.config_file import dump_config, load_config
 
@@ -70,7 +71,7 @@ def test_a_curve_counts_from_the_start_of_the_loop(tmp_path: Path) -> None:
 
 
 def test_ratios_are_told_where_every_seed_arrived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(COMPARISONS, "two", comparison.Comparison((Entry("fast"), Entry("slow"))))
+    monkeypatch.setitem(COMPARISONS, "two", Comparison((Entry("fast"), Entry("slow"))))
     place = tmp_path / "two"
     for seed in range(2):
         configured(write_run(place / "fast" / f"seed-{seed}" / "run", {0: 0.4, 2: 0.95}), seed)
@@ -104,12 +105,12 @@ def test_the_same_curves_draw_the_same_picture(tmp_path: Path) -> None:
 
 def test_a_run_that_fails_is_named_with_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(
-        COMPARISONS, "one", comparison.Comparison((Entry("broken", overrides=("prompts.source=file",)),))
+        COMPARISONS, "one", Comparison((Entry("broken", overrides=("prompts.source=file",)),))
     )
     with pytest.raises(ValueError, match="needs a path"):
         run_comparison("one", seeds=1, runs=tmp_path, screen=Console(file=io.StringIO()))
     absent = ("prompts.source=file", "prompts.path=/nowhere.txt")
-    monkeypatch.setitem(COMPARISONS, "one", comparison.Comparison((Entry("broken", overrides=absent),)))
+    monkeypatch.setitem(COMPARISONS, "one", Comparison((Entry("broken", overrides=absent),)))
     with pytest.raises(RuntimeError, match=r"broken, seed 0: exit code \d+; see .*output.log"):
         run_comparison("one", seeds=1, runs=tmp_path, screen=Console(file=io.StringIO()))
 
