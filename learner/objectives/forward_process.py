@@ -19,14 +19,16 @@ from services.seeds import derive_seed
 
 @dataclass(frozen=True)
 class NoisedBatch:
-    """Some samples at one timestep, as the model sees them."""
+    """Some samples at one timestep, as the model sees them.
+
+    What the model sees is computed whenever it is asked for, which costs nothing beside the model: of a group
+    in pieces, only the piece is in memory.
+    """
 
     x0: Tensor
     """(N, C, h, w) final latents."""
-    x: Tensor
-    """(N, C, h, w) x_t = (1 - sigma) x0 + sigma noise."""
-    target: Tensor
-    """(N, C, h, w) noise - x0."""
+    noise: Tensor
+    """(N, C, h, w)."""
     sigma: Tensor
     """()."""
     timestep: Tensor
@@ -34,9 +36,19 @@ class NoisedBatch:
     conditions: Sequence[Condition]
     """Each shared by equally many consecutive samples."""
 
+    @property
+    def x(self) -> Tensor:
+        """(N, C, h, w) x_t = (1 - sigma) x0 + sigma noise."""
+        return (1 - self.sigma) * self.x0 + self.sigma * self.noise
+
+    @property
+    def target(self) -> Tensor:
+        """(N, C, h, w) noise - x0."""
+        return self.noise - self.x0
+
     def part(self, samples: slice) -> NoisedBatch:
         """Some of the samples of a batch that has one condition, or all of them."""
-        return replace(self, x0=self.x0[samples], x=self.x[samples], target=self.target[samples])
+        return replace(self, x0=self.x0[samples], noise=self.noise[samples])
 
 
 def noised(
@@ -48,17 +60,19 @@ def noised(
         seed: of the run; the noise follows from it, the step, the ordinal and the timestep alone.
         shared: one noise for all samples of a group, or one a sample.
     """
-    x0 = torch.cat([group.latents for group in groups])
-    noise = torch.cat([_noise(group, index, seed, step, shared) for group in groups])
-    sigma = schedule.sigmas[index].to(x0)
+    x0 = _joined([group.latents for group in groups])
     return NoisedBatch(
         x0=x0,
-        x=(1 - sigma) * x0 + sigma * noise,
-        target=noise - x0,
-        sigma=sigma,
+        noise=_joined([_noise(group, index, seed, step, shared) for group in groups]),
+        sigma=schedule.sigmas[index].to(x0),
         timestep=schedule.timesteps[index],
         conditions=[group.condition for group in groups],
     )
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    """One after another; of one tensor no copy is made."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
 def _noise(group: LiveGroup, index: int, seed: int, step: int, shared: bool) -> Tensor:

@@ -162,7 +162,7 @@ def time_breakdowns(updates: Sequence[UpdateRow]) -> list[TimeBreakdown]:
     order = sorted(phases, key=lambda name: list(_PHASES).index(name) if name in _PHASES else len(_PHASES))
     labelled = [(*_PHASES.get(name, (name.removesuffix("_s"), _OTHER_TONE)), phases[name]) for name in order]
     labelled.append(("other", _OTHER_TONE, whole - sum(phases.values())))
-    note = f"Codec, publish and commit together: {overhead / whole:.1%} of an update." if whole else ""
+    note = f"Codec, publish and commit of the learner: {overhead / whole:.1%} of an update." if whole else ""
     found = [_breakdown("An update of the learner", "update", labelled, note)]
     rollout = {
         name: [row.rollout[name] for row in rows if name in row.rollout] for name in ("sample_s", "reward_s")
