@@ -11,7 +11,6 @@ Promises
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,51 +18,20 @@ import torch
 
 from policy.base import Policy
 from policy.errors import PolicyError
+from policy.model_card import Training, write_card
 from policy.schedule import make_scheduler
 from services.config import RolloutConfig
 
-CARD = """---
-library_name: diffusers
-tags:
-- text-to-image
-- dgpo
-{base_model}---
-
-# {title}
-
-{what} post-trained with Direct Group Preference Optimization
-([arXiv 2510.08425](https://arxiv.org/abs/2510.08425)) by dgpo-cluster.
-
-{facts}
-## Use
-
-```python
-import torch
-from diffusers import {imports}
-
-{load}
-image = pipeline(
-    'a sign that says "K7QX"',
-    height={height},
-    width={width},
-    num_inference_steps={steps},
-    guidance_scale={guidance},
-    max_sequence_length={length},
-    generator=torch.Generator().manual_seed(0),
-).images[0]
-```
-"""
-
 
 def export_policy(
-    policy: Policy, directory: Path, *, rollout: RolloutConfig, facts: Mapping[str, Any] | None = None
+    policy: Policy, directory: Path, *, rollout: RolloutConfig, training: Training | None = None
 ) -> list[Path]:
     """Write `pipeline/`, and `lora/` where adapters were trained, into a directory.
 
     Args:
         policy: with the weights to export installed, its text encoders and its VAE.
         rollout: the solver and the guidance that it was trained with.
-        facts: lines of the model card (run, step, scores).
+        training: what the model card tells of how it came about.
 
     Returns:
         The directories written.
@@ -71,14 +39,14 @@ def export_policy(
     Raises:
         PolicyError: a component is not loaded.
     """
-    written = [export_pipeline(policy, directory / "pipeline", rollout=rollout, facts=facts)]
+    written = [export_pipeline(policy, directory / "pipeline", rollout=rollout, training=training)]
     if policy.config.train == "lora":
-        written.append(export_lora(policy, directory / "lora", rollout=rollout, facts=facts))
+        written.append(export_lora(policy, directory / "lora", rollout=rollout, training=training))
     return written
 
 
 def export_pipeline(
-    policy: Policy, directory: Path, *, rollout: RolloutConfig, facts: Mapping[str, Any] | None = None
+    policy: Policy, directory: Path, *, rollout: RolloutConfig, training: Training | None = None
 ) -> Path:
     """Write the whole pipeline, adapters merged; see `export_policy`."""
     pipeline = policy.pipeline
@@ -95,11 +63,11 @@ def export_pipeline(
     finally:
         pipeline.register_modules(transformer=own_transformer, scheduler=own_scheduler)
     name = type(pipeline).__name__
-    _write_card(
+    write_card(
         policy,
         directory,
         rollout,
-        facts,
+        training,
         imports=name,
         load=f'pipeline = {name}.from_pretrained("{directory.name}")',
     )
@@ -107,7 +75,7 @@ def export_pipeline(
 
 
 def export_lora(
-    policy: Policy, directory: Path, *, rollout: RolloutConfig, facts: Mapping[str, Any] | None = None
+    policy: Policy, directory: Path, *, rollout: RolloutConfig, training: Training | None = None
 ) -> Path:
     """Write the adapters in the format of peft and diffusers, alpha included; see `export_policy`."""
     if policy.config.train != "lora":
@@ -137,7 +105,7 @@ def export_lora(
         f"pipeline.scheduler = {kind}({arguments})\n"
         f'pipeline.load_lora_weights("{directory.name}")'
     )
-    _write_card(policy, directory, rollout, facts, imports=f"{kind}, {name}", load=load)
+    write_card(policy, directory, rollout, training, imports=f"{kind}, {name}", load=load)
     return directory
 
 
@@ -156,31 +124,3 @@ def _merged(policy: Policy) -> Any:
     merged.fuse_lora()
     merged.unload_lora()
     return merged.to(dtype)
-
-
-def _write_card(
-    policy: Policy,
-    directory: Path,
-    rollout: RolloutConfig,
-    facts: Mapping[str, Any] | None,
-    *,
-    imports: str,
-    load: str,
-) -> None:
-    config = policy.config
-    local = Path(config.path).exists() or config.path.count("/") != 1
-    what = "LoRA adapters" if directory.name == "lora" else "A text-to-image pipeline"
-    text = CARD.format(
-        base_model="" if local else f"base_model: {config.path}\n",
-        title=directory.name if local else f"{config.path} with DGPO",
-        what=f"{what} (trained: {config.train}, base: {Path(config.path).name})",
-        facts="".join(f"- {name}: {value}\n" for name, value in (facts or {}).items()),
-        imports=imports,
-        load=load,
-        height=config.height,
-        width=config.width,
-        steps=rollout.steps,
-        guidance=rollout.guidance,
-        length=config.max_sequence_length,
-    )
-    (directory / "README.md").write_text(text)

@@ -14,8 +14,10 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from services.config import Config
 from services.config_file import ConfigError
 from services.formatting import estimate
+from services.prompts import prompt_source
 from services.run_directory import RunDirectory
 from services.telemetry import read_metrics
 
@@ -40,6 +42,7 @@ def export_run(run_dir: Path, out: Path, weights: str) -> list[Path]:
     from learner.checkpoint import newest_checkpoint
     from policy import load_policy
     from policy.export import export_policy
+    from policy.model_card import Training
 
     run = RunDirectory.open(run_dir)
     config = run.config()
@@ -54,8 +57,13 @@ def export_run(run_dir: Path, out: Path, weights: str) -> list[Path]:
     model = config.model.model_copy(update={"device": "cpu"})
     policy = load_policy(model, text_encoders=True, vae=True, base=False, seed=config.run.seed)
     policy.install(checkpoint.state[weights])
-    facts = _facts(run, checkpoint, weights)
-    return export_policy(policy, out, rollout=config.evaluation_rollout, facts=facts)
+    training = Training(
+        objective=type(config.objective),
+        name=run.name,
+        prompt=_example(config) or Training.prompt,
+        facts=_facts(run, checkpoint, weights),
+    )
+    return export_policy(policy, out, rollout=config.evaluation_rollout, training=training)
 
 
 def export_into(run: RunDirectory) -> Path:
@@ -76,6 +84,15 @@ def export_into(run: RunDirectory) -> Path:
     partial.rename(final)
     shutil.rmtree(former, ignore_errors=True)
     return final
+
+
+def _example(config: Config) -> str | None:
+    """A held-out prompt of the run, if it has any that can still be read."""
+    try:
+        found = prompt_source(config).heldout(config.run.seed, 1)
+    except ConfigError:
+        return None
+    return found[0].text if found else None
 
 
 def _facts(run: RunDirectory, checkpoint: Checkpoint, weights: str) -> dict[str, object]:

@@ -5,7 +5,7 @@ Each has the keys that it heeds and no others, so a key that would do nothing is
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -44,6 +44,11 @@ class TimestepConfig(Section):
 
 class AnyObjective(Section):
     """What all objectives have."""
+
+    method: ClassVar[str]
+    """What it is called in print."""
+    arxiv: ClassVar[str]
+    """Number of the paper."""
 
     timesteps: TimestepConfig = TimestepConfig()
     kl: float = Field(default=0.0, ge=0)
@@ -90,6 +95,9 @@ class WithReference(AnyObjective):
 class DgpoConfig(WithReference):
     """Direct Group Preference Optimization (arXiv 2510.08425)."""
 
+    method = "Direct Group Preference Optimization"
+    arxiv = "2510.08425"
+
     name: Literal["dgpo"] = "dgpo"
     """The objective."""
     beta: float = Field(default=100.0, gt=0)
@@ -126,6 +134,9 @@ class DgpoConfig(WithReference):
 class FlowGrpoConfig(AnyObjective):
     """Flow-GRPO (arXiv 2505.05470): policy gradients on the steps of a stochastic sampler."""
 
+    method = "Flow-GRPO"
+    arxiv = "2505.05470"
+
     name: Literal["flow_grpo"]
     """The objective."""
     clip_range: float = Field(default=1e-4, gt=0)
@@ -139,6 +150,9 @@ class FlowGrpoConfig(AnyObjective):
 
 class DiffusionNftConfig(WithReference):
     """DiffusionNFT (arXiv 2509.16117): implicit positive and negative policies on the forward process."""
+
+    method = "DiffusionNFT"
+    arxiv = "2509.16117"
 
     name: Literal["diffusion_nft"]
     """The objective."""

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from policy import Policy, PolicyError, load_policy
 from policy.export import export_lora, export_pipeline, export_policy
+from policy.model_card import Training
 from policy.schedule import make_scheduler
 from rollout_workers.sampling import sample
 from services.config import LoraConfig, ModelConfig, RolloutConfig
@@ -54,7 +55,9 @@ def theirs(pipeline: Any) -> NDArray[np.uint8]:
 def test_full_pipeline_round_trip(model_config: ModelConfig, tmp_path: Path) -> None:
     policy = trained(model_config)
     before = ours(load_policy(model_config, text_encoders=True, vae=True))
-    (path,) = export_policy(policy, tmp_path, rollout=ROLLOUT, facts={"step": 7})
+    (path,) = export_policy(
+        policy, tmp_path, rollout=ROLLOUT, training=Training(name="spell-7", facts={"step": 7})
+    )
     pipeline = StableDiffusion3Pipeline.from_pretrained(path)
     assert isinstance(pipeline.scheduler, DPMSolverMultistepScheduler)
     assert np.array_equal(theirs(pipeline), ours(policy))
@@ -62,6 +65,7 @@ def test_full_pipeline_round_trip(model_config: ModelConfig, tmp_path: Path) -> 
     card = (path / "README.md").read_text()
     assert "step: 7" in card
     assert "num_inference_steps=4" in card
+    assert "# spell-7\n" in card
 
 
 def test_lora_round_trip(model_config: ModelConfig, tmp_path: Path) -> None:

@@ -60,6 +60,30 @@ def test_the_device_of_the_run_need_not_be_here(tmp_path: Path, tiny_sd3: Path) 
     assert export_into(run) == run.root / "export"
 
 
+@pytest.mark.parametrize(
+    ("recipe", "method", "tag"),
+    [
+        (
+            "quickstart",
+            "with Direct Group Preference Optimization",
+            "- direct-group-preference-optimization\n",
+        ),
+        ("quickstart-flow-grpo", "with Flow-GRPO\n([arXiv 2505.05470]", "- flow-grpo\n"),
+        ("quickstart-diffusion-nft", "with DiffusionNFT\n([arXiv 2509.16117]", "- diffusionnft\n"),
+    ],
+)
+def test_the_card_names_the_objective(
+    recipe: str, method: str, tag: str, tmp_path: Path, tiny_sd3: Path
+) -> None:
+    run = RunDirectory.create(load_config(recipe, [f"run.directory={tmp_path}", f"model.path={tiny_sd3}"]))
+    checkpoint(run, 1)
+    text = card(export_into(run))
+    assert method in text
+    assert tag in text
+    assert f"# {run.name}\n" in text
+    assert "'a sign that says" in text
+
+
 def test_a_later_export_of_the_run_replaces_the_earlier(run: RunDirectory) -> None:
     assert export_into(run) == run.root / "export"
     (run.root / "export" / "pipeline" / "left over").touch()
