@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -113,15 +114,27 @@ def _trained(entry: Entry, seed: int, place: Path, overrides: Sequence[str], scr
         log.unlink(missing_ok=True)
         code = 0
         if entry.recorded and not (place / "recording").exists():
-            source = ["quickstart", "--groups", str(entry.recorded), "--out", str(place / "recording")]
-            code = _run(["services.cli", "record", *source, "--set", f"run.seed={seed}"], log)
+            code = _record(entry.recorded, [*overrides, f"run.seed={seed}"], place, log)
         if not code:
-            overrides = [part for setting in settings for part in ("--set", setting)]
-            code = _run(["services.train", "--config", entry.recipe, *overrides], log)
+            code = _run(["services.train", "--config", entry.recipe, *_given(settings)], log)
         run = _finished(place, config)
         if code or run is None:
             raise RuntimeError(f"{entry.name}, seed {seed}: exit code {code}; see {log}")
     return curve(run)
+
+
+def _record(groups: int, overrides: Sequence[str], place: Path, log: Path) -> int:
+    partial = place / "recording.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    counted = ["--groups", str(groups), "--out", str(partial)]
+    code = _run(["services.cli", "record", "quickstart", *counted, *_given(overrides)], log)
+    if not code:
+        partial.rename(place / "recording")
+    return code
+
+
+def _given(settings: Sequence[str]) -> list[str]:
+    return [word for setting in settings for word in ("--set", setting)]
 
 
 def _run(module: Sequence[str], log: Path) -> int:

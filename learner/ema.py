@@ -35,30 +35,25 @@ class Ema:
 class PastReferences:
     """The reference as it was at the last updates, for groups that were sampled then.
 
-    They are not part of a checkpoint: after a resume, groups of before it are compared with the reference of
-    now.
-
     Args:
+        tensors: the reference of now, which all of them are at first.
         count: of past updates to keep.
     """
 
-    def __init__(self, count: int) -> None:
-        self._count = count
-        self._kept: dict[int, dict[str, Tensor]] = {}
+    def __init__(self, tensors: Mapping[str, Tensor], count: int) -> None:
+        self.kept = [Ema(tensors) for _ in range(count)]
+        """The last update's first."""
 
-    def keep(self, step: int, tensors: Mapping[str, Tensor]) -> None:
-        """Copy the reference of update `step`, into the memory of the oldest where there are enough."""
-        if not self._count:
-            return
-        room = self._kept.pop(min(self._kept)) if len(self._kept) == self._count else None
-        if room is None:
-            room = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
-        torch._foreach_copy_(list(room.values()), [tensors[name].detach() for name in room])
-        self._kept[step] = room
+    def keep(self, tensors: Mapping[str, Tensor]) -> None:
+        """Another update is over, and this was its reference: a copy takes the place of the oldest."""
+        if self.kept:
+            oldest = self.kept.pop()
+            oldest.fold(tensors, 0.0)
+            self.kept.insert(0, oldest)
 
-    def at(self, step: int | None) -> Mapping[str, Tensor] | None:
-        """The reference of update `step`; None: it is the one of now, or not kept."""
-        return None if step is None else self._kept.get(step)
+    def before(self, updates: int) -> Mapping[str, Tensor] | None:
+        """The reference of so many updates ago; None: it is the one of now, or older than any kept."""
+        return self.kept[updates - 1].tensors if 0 < updates <= len(self.kept) else None
 
 
 def reference_decay(config: WithReference, step: int) -> float:

@@ -32,7 +32,8 @@ from services.config import Config, LearnerConfig, WithReference
 __all__ = ["State", "TrainingGroup", "UpdateError", "UpdateMetrics", "Updater", "learning_rate"]
 
 State = dict[str, dict[str, Tensor]]
-"""File name -> tensors: policy, ema, reference (when the objective needs one), optimizer."""
+"""File name -> tensors: policy, ema, optimizer; where the objective needs them reference, and reference-k of k
+updates ago."""
 
 
 class UpdateError(RuntimeError):
@@ -74,9 +75,7 @@ class Updater:
         wanted = self._objective.uses_reference
         self._reference = Ema(self._parameters) if wanted else None
         self._reference_is_policy = True
-        objective = config.objective
-        relative = isinstance(objective, WithReference) and objective.reference_of == "rollout"
-        self._past = PastReferences(config.queue.max_staleness if wanted and relative else 0)
+        self._past = PastReferences(self._parameters, config.past_references)
 
     def step(self, groups: Sequence[TrainingGroup], step: int) -> UpdateMetrics:
         """Train on whole groups.
@@ -106,7 +105,7 @@ class Updater:
         # Without any preference there is nothing to learn: momentum and weight decay must not act alone.
         for part in parts if live else ():
             self.optimizer.zero_grad(set_to_none=True)
-            for sampled, reference in self._by_reference(live):
+            for sampled, reference in self._by_reference(live, step):
                 gained = self._objective.accumulate(
                     sampled, part, step=step, scale=1 / (len(ordered) * len(part)), reference=reference
                 )
@@ -146,6 +145,8 @@ class Updater:
         }
         if self._reference is not None:
             state["reference"] = dict(self._reference.tensors)
+        for ago, past in enumerate(self._past.kept, start=1):
+            state[f"reference-{ago}"] = dict(past.tensors)
         return state
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -228,13 +229,13 @@ class Updater:
         ]
 
     def _by_reference(
-        self, groups: Sequence[LiveGroup]
+        self, groups: Sequence[LiveGroup], step: int
     ) -> list[tuple[list[LiveGroup], Mapping[str, Tensor] | None]]:
         """Groups and the reference they are compared with; None: it equals the policy as it is now."""
         now = None if self._reference_is_policy or self._reference is None else self._reference.tensors
         found: dict[int | None, tuple[list[LiveGroup], Mapping[str, Tensor] | None]] = {}
         for group in groups:
-            past = self._past.at(group.sampled_at)
+            past = None if group.sampled_at is None else self._past.before(step - group.sampled_at)
             key, reference = (None, now) if past is None else (group.sampled_at, past)
             found.setdefault(key, ([], reference))[0].append(group)
         return list(found.values())
@@ -259,7 +260,7 @@ class Updater:
             self._ema.fold(self._parameters, decay)
         if self._reference is not None:
             assert isinstance(self.config.objective, WithReference)
-            self._past.keep(step, self._reference.tensors)
+            self._past.keep(self._reference.tensors)
             decay = reference_decay(self.config.objective, step + 1)
             self._reference.fold(self._parameters, decay)
             self._reference_is_policy = decay == 0.0

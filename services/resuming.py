@@ -76,10 +76,11 @@ def fixed_settings(config: Config) -> dict[str, Any]:
             f"rewards[].{key}": [reward[key] for reward in raw["rewards"]]
             for key in ("name", "heldout", "required")
         },
-        # Whether checkpoints hold an EMA reference.
+        # Which references checkpoints hold.
         "objective.name": raw["objective"]["name"],
         "objective.reference": raw["objective"].get("reference"),
         "objective.clip_range is null": raw["objective"].get("clip_range") is None,
+        "references kept of past updates": config.past_references,
         # Scores before and after are of the same prompts, noise and solver.
         **{f"eval.{key}": raw["eval"][key] for key in ("seed", "path", "solver")},
     }

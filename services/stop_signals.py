@@ -44,7 +44,7 @@ class StopSignals:
     def check(self) -> None:
         """Raises Interrupted when somebody wants the run to stop."""
         if self.requested.is_set():
-            raise Interrupted("stopped before the run began: nothing to go on from")
+            raise Interrupted("stopped before training began; --resume RUN_DIR begins again")
 
     def _caught(self, number: int, frame: FrameType | None) -> None:
         if self.requested.is_set():

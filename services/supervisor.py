@@ -3,8 +3,9 @@
 Promises
 - A worker that dies is made anew after a pause that doubles each time; `on_death` lets what it held be issued
   again at once.
-- A worker that dies more often than its budget ends the run with its last error; one whose error would come
-  again with every restart does so at once.
+- A worker that dies more often than its budget ends the run with its last error; one that cannot even start,
+  for a reason that no restart mends, does so at once. A worker that has been made anew keeps its budget: its
+  new node may lack what the others have.
 - A worker that returns has seen the end of the run: it is not made anew.
 
 Knows Ray only through `ray.wait` and `ray.get`; how a worker is made is handed in.
@@ -103,7 +104,7 @@ class Supervisor:
             ray.get(reference)
         except ray.exceptions.RayError as error:
             worker.last_error = _last_line(error)
-            worker.lasting = isinstance(getattr(error, "cause", None), LASTING)
+            worker.lasting = not worker.restarts and isinstance(getattr(error, "cause", None), LASTING)
         else:
             logger.info("%s has ended with the run", name)
             return

@@ -104,6 +104,13 @@ class Config(Section):
         return objective.guided_base > 1 or (objective.needs_trajectory and self.rollout.guidance > 1)
 
     @property
+    def past_references(self) -> int:
+        """References of past updates that the learner keeps for stale groups, and checkpoints hold."""
+        objective = self.objective
+        relative = isinstance(objective, WithReference) and objective.reference_of == "rollout"
+        return self.queue.max_staleness if relative else 0
+
+    @property
     def evaluation_rollout(self) -> RolloutConfig:
         """How evaluations and exported pipelines sample: as rollouts do, but never stochastically."""
         used = self.rollout.solver

@@ -126,6 +126,10 @@ class DgpoConfig(WithReference):
     def _possible(self) -> DgpoConfig:
         if self.switch_step is not None and self.reference != "ema":
             raise ValueError("switch_step needs reference 'ema': there is no EMA to switch to")
+        if self.reference_of != "update" and self.reference != "ema" and self.clip_range is None:
+            raise ValueError(
+                "reference_of has no effect with reference 'frozen' and no clip_range: leave it out"
+            )
         if self.kl_cfg > 1 and self.reference != "frozen" and self.kl == 0:
             raise ValueError("kl_cfg has no effect without reference 'frozen' or kl > 0")
         return self

@@ -184,7 +184,7 @@ def test_ctrl_c_while_the_parts_start_ends_the_run_there(tmp_path: Path) -> None
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    assert "stopped before the run began" in lines[-1]
+    assert "stopped before training began" in lines[-1]
     assert not any("step 1/" in line for line in lines)
 
 

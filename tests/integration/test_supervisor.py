@@ -23,13 +23,13 @@ class Failing:
         raise self._error
 
 
-def supervise(error: Exception, *, max_restarts: int) -> tuple[list[int], str]:
-    """The indices of all workers made until the run ended, and what it ended with."""
+def supervise(*errors: Exception, max_restarts: int) -> tuple[list[int], str]:
+    """With an error for each life of a worker: the indices of all that were made, and what the run ended with."""
     made: list[int] = []
 
     def spawn(index: int) -> tuple[Any, Any]:
+        worker = Failing.remote(errors[min(len(made), len(errors) - 1)])
         made.append(index)
-        worker = Failing.remote(error)
         return worker, worker.run.remote()
 
     supervisor = Supervisor(spawn, count=1, max_restarts=max_restarts, on_death=lambda part, why: None)
@@ -53,3 +53,9 @@ def test_what_no_restart_mends_ends_the_run_at_once() -> None:
     assert made == [0]
     assert "rollout-0 cannot work: PolicyError: no model_index.json in /models/none" in said
     assert "logs/rollout-0.log" in said
+
+
+def test_a_worker_that_was_made_anew_keeps_its_budget() -> None:
+    made, said = supervise(RuntimeError("node lost"), PolicyError("no model here"), max_restarts=2)
+    assert made == [0, 0, 0]
+    assert "rollout-0 died 3 times" in said

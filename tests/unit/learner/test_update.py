@@ -156,12 +156,14 @@ def test_an_update_without_any_preference_leaves_the_weights() -> None:
     assert metrics.row()["reward_mean"] == 1.0
 
 
-@pytest.mark.parametrize("objective", REFERENCES, ids=str)
+@pytest.mark.parametrize("objective", [*REFERENCES, REFERENCES[1] | {"reference_of": "rollout"}], ids=str)
 def test_a_continuation_is_bit_identical(objective: dict[str, Any], tmp_path: Path) -> None:
-    config = config_with(objective, learner={"optimizer_steps": 2, "ema_every": 2})
+    config = config_with(
+        objective, queue={"max_staleness": 2}, learner={"optimizer_steps": 2, "ema_every": 2}
+    )
     straight = Updater(ToyPolicy(torch.float32), config)
     for step in range(6):
-        straight.step(training_groups(2, seed=step), step)
+        straight.step(sampled([max(0, step - 2), step], seed=step), step)
         if step == 2:
             write_checkpoint(tmp_path, 3, straight.state(), {"epoch": 0}, keep=1)
     resumed = Updater(ToyPolicy(torch.float32), config)
@@ -169,7 +171,7 @@ def test_a_continuation_is_bit_identical(objective: dict[str, Any], tmp_path: Pa
     assert found is not None
     resumed.load_state(found.state)
     for step in range(found.step, 6):
-        resumed.step(training_groups(2, seed=step), step)
+        resumed.step(sampled([max(0, step - 2), step], seed=step), step)
     assert equal(everything(resumed), everything(straight))
 
 

@@ -43,6 +43,7 @@ def test_every_shipped_recipe_is_valid_and_round_trips(recipe: Path) -> None:
         ("queue.max_groups=4", ["cannot hold"]),
         ("run.name=../evil", ["run.name"]),
         ("model=null", ["model"]),
+        ("objective={name: dgpo, reference: frozen, clip_range: null, reference_of: rollout}", ["no effect"]),
         ("rewards=[]", ["rewards", "at least 1"]),
         ("rollout.solver=heunn", ["rollout.solver", "'euler'", "did you mean 'heun'?"]),
         ("objective.reference=x", ["objective.reference", "'x' is none of 'frozen' or 'ema'"]),

@@ -59,6 +59,7 @@ def test_nothing_is_written_where_nothing_changes(run: RunDirectory) -> None:
         "rewards.0.name=other",
         "rewards.1.required=false",
         "objective.reference=frozen",
+        "objective.reference_of=rollout",
         "objective.clip_range=null",
         "eval.seed=1",
         "eval.solver=euler",
