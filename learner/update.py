@@ -32,8 +32,8 @@ from services.config import Config, LearnerConfig, WithReference
 __all__ = ["State", "TrainingGroup", "UpdateError", "UpdateMetrics", "Updater", "learning_rate"]
 
 State = dict[str, dict[str, Tensor]]
-"""File name -> tensors: policy, ema, optimizer; where the objective needs them reference, and reference-k of k
-updates ago."""
+"""File name -> tensors: policy, ema, optimizer; where the objective needs them, reference and reference-k of
+k updates ago."""
 
 
 class UpdateError(RuntimeError):

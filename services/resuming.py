@@ -78,9 +78,10 @@ def fixed_settings(config: Config) -> dict[str, Any]:
         },
         # Which references checkpoints hold.
         "objective.name": raw["objective"]["name"],
+        "objective.reference_of": raw["objective"].get("reference_of"),
         "objective.reference": raw["objective"].get("reference"),
         "objective.clip_range is null": raw["objective"].get("clip_range") is None,
-        "references kept of past updates": config.past_references,
+        "queue.max_staleness (objective.reference_of: rollout)": config.past_references,
         # Scores before and after are of the same prompts, noise and solver.
         **{f"eval.{key}": raw["eval"][key] for key in ("seed", "path", "solver")},
     }

@@ -24,7 +24,7 @@ class Failing:
 
 
 def supervise(*errors: Exception, max_restarts: int) -> tuple[list[int], str]:
-    """With an error for each life of a worker: the indices of all that were made, and what the run ended with."""
+    """With an error for each life of a worker: the indices of all made, and what the run ended with."""
     made: list[int] = []
 
     def spawn(index: int) -> tuple[Any, Any]:

@@ -95,6 +95,13 @@ def test_what_may_change_may(run: RunDirectory, override: str) -> None:
     assert run.config() == config
 
 
+def test_checkpoints_with_past_references_hold_the_staleness(tmp_path: Path) -> None:
+    settings = [f"run.directory={tmp_path}", "objective.reference_of=rollout"]
+    run = RunDirectory.create(load("quickstart", settings))
+    with pytest.raises(ConfigError, match="queue.max_staleness"):
+        reconfigure(run, run.config(("queue.max_staleness=2",)))
+
+
 def test_a_run_that_is_done_has_nothing_to_resume(run: RunDirectory) -> None:
     state = {"policy": {"w": torch.zeros(1)}}
     write_checkpoint(run.root, 36, state, {"epoch": 0}, keep=1)
