@@ -98,7 +98,7 @@ def test_what_may_change_may(run: RunDirectory, override: str) -> None:
 def test_checkpoints_with_past_references_hold_the_staleness(tmp_path: Path) -> None:
     settings = [f"run.directory={tmp_path}", "objective.reference_of=rollout"]
     run = RunDirectory.create(load("quickstart", settings))
-    with pytest.raises(ConfigError, match="queue.max_staleness"):
+    with pytest.raises(ConfigError, match=r"queue\.max_staleness"):
         reconfigure(run, run.config(("queue.max_staleness=2",)))
 
 
