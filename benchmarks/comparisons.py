@@ -28,25 +28,34 @@ class Comparison:
 
 def _search() -> Iterator[Entry]:
     """Every objective's recipe, and four settings beside it."""
-    rate, final = "learner.learning_rate", "learner.final_learning_rate"
     searched = {
         "DGPO": (
             "quickstart",
-            (f"{rate}=1.25e-4", f"{rate}=5.0e-4", "objective.beta=100", "objective.clip_range=2.0e-2"),
+            ("learner.learning_rate=1.25e-4",),
+            ("learner.learning_rate=5.0e-4",),
+            ("objective.beta=100",),
+            ("objective.clip_range=2.0e-2",),
         ),
         "Flow-GRPO": (
             "quickstart-flow-grpo",
-            (f"{rate}=5.0e-4", f"{rate}=1.0e-3", f"{final}=2.5e-4", "learner.optimizer_steps=3"),
+            ("learner.learning_rate=2.5e-4",),
+            ("learner.learning_rate=1.0e-3",),
+            ("learner.learning_rate=2.5e-4", "learner.final_learning_rate=2.5e-4"),
+            ("learner.learning_rate=2.5e-4", "learner.optimizer_steps=3"),
         ),
         "DiffusionNFT": (
             "quickstart-diffusion-nft",
-            (f"{rate}=1.25e-4", f"{rate}=5.0e-4", "objective.beta=1.0", "objective.reference_decay=0.5"),
+            ("learner.learning_rate=1.25e-4",),
+            ("learner.learning_rate=5.0e-4",),
+            ("objective.beta=1.0",),
+            ("objective.reference_decay=0.5",),
         ),
     }
-    for objective, (recipe, changes) in searched.items():
+    for objective, (recipe, *settings) in searched.items():
         yield Entry(objective, recipe)
-        for change in changes:
-            yield Entry(f"{objective}: {change.partition('.')[2]}", recipe, (change,))
+        for changes in settings:
+            named = " ".join(change.partition(".")[2] for change in changes)
+            yield Entry(f"{objective}: {named}", recipe, changes)
 
 
 COMPARISONS: dict[str, Comparison] = {
