@@ -17,7 +17,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,8 @@ class Curve:
     images: list[int]
     scores: list[float]
     exact: list[float]
+    diversity: float
+    """What is left of the spread across prompts (colours, placement, glyph size), 1 is all; nan: not known."""
 
     def reached(self, level: float) -> tuple[float, float] | None:
         """Seconds and images to a score, between two evaluations by the straight line; None: never."""
@@ -149,9 +151,15 @@ def _finished(place: Path, config: Config) -> Path | None:
     """The newest finished run in a folder that was made with this very configuration."""
     for file in sorted(place.glob("*/config.yaml"), reverse=True):
         run = file.parent
-        if read_metrics(run).evaluation("after") is not None and load_config(file) == config:
+        if read_metrics(run).evaluation("after") is not None and _same(load_config(file), config):
             return run
     return None
+
+
+def _same(one: Config, other: Config) -> bool:
+    """But for where the run lies: folders may be moved."""
+    run = other.run.model_copy(update={"directory": one.run.directory})
+    return one == other.model_copy(update={"run": run})
 
 
 def curve(run: Path) -> Curve:
@@ -168,7 +176,13 @@ def curve(run: Path) -> Curve:
         images=[at[row.step][1] for row in rows],
         scores=[_known(row.rewards.get(reward)) for row in rows],
         exact=[_known(row.exact.get(reward)) for row in rows],
+        diversity=_kept(rows[0].diversity, rows[-1].diversity),
     )
+
+
+def _kept(before: Mapping[str, float], after: Mapping[str, float]) -> float:
+    kept = [after[name] / before[name] for name in after if name.endswith("_across") and before.get(name)]
+    return statistics.fmean(kept) if kept else math.nan
 
 
 def _known(value: Estimate | None) -> float:
@@ -181,6 +195,7 @@ def _row(name: str, curves: dict[str, list[Curve]]) -> dict[str, Any]:
         "name": name,
         "final": _mean([one.scores[-1] for one in mine]),
         "exact": _mean([one.exact[-1] for one in mine]),
+        "diversity": _mean([one.diversity for one in mine]),
         "seconds": _mean([one.seconds[-1] for one in mine]),
         "images": _mean([float(one.images[-1]) for one in mine]),
     }
@@ -213,10 +228,17 @@ def _mean(values: Sequence[float]) -> dict[str, float] | None:
 def _table(result: dict[str, Any]) -> Table:
     table = Table(title=f"{result['benchmark']}, seeds: {result['seeds']}", title_justify="left")
     table.add_column("", no_wrap=True)
-    for heading in ("final score", "exact", "seconds", *(f"s to {level:g} (ratio)" for level in LEVELS)):
+    for heading in (
+        "final score",
+        "exact",
+        "diversity",
+        "seconds",
+        *(f"s to {level:g} (ratio)" for level in LEVELS),
+    ):
         table.add_column(heading, justify="right")
     for row in result["entries"]:
-        cells = [_shown(row["final"], 3), _shown(row["exact"], 3), _shown(row["seconds"], 0)]
+        cells = [_shown(row[name], 3) for name in ("final", "exact", "diversity")]
+        cells.append(_shown(row["seconds"], 0))
         for level in LEVELS:
             to, ratio = row[f"to_{level}"], row[f"to_{level}"]["ratio_seconds"]
             missed = "" if to["reached"] == result["seeds"] else f" [{to['reached']}/{result['seeds']}]"

@@ -53,6 +53,8 @@ def test_only_a_finished_run_of_the_same_configuration_is_taken(tmp_path: Path) 
     run = write_run(tmp_path / "a", {0: 0.4, 2: 0.95})
     (run / "config.yaml").write_text(dump_config(config))
     assert comparison._finished(tmp_path, config) == run
+    moved = load_config("quickstart", ["run.directory=elsewhere"])
+    assert comparison._finished(tmp_path, moved) == run
     other = load_config("quickstart", [f"run.directory={tmp_path.resolve()}", "learner.max_steps=8"])
     assert comparison._finished(tmp_path, other) is None
     unfinished = run / "metrics.jsonl"
