@@ -7,6 +7,16 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class BaseModel:
+    """A base model to pretrain first, other than the quickstart's."""
+
+    layers: int = 4
+    heads: int = 3
+    """Of 32 channels each."""
+    steps: int = 3000
+
+
+@dataclass(frozen=True)
 class Entry:
     """What is compared."""
 
@@ -15,6 +25,9 @@ class Entry:
     overrides: tuple[str, ...] = ()
     recorded: int = 0
     """Groups of the quickstart to record first, with the same seed, for a recipe that trains from them."""
+    base: BaseModel | None = None
+    against: str | None = None
+    """Entry that ratios are told to; None: the first."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +72,36 @@ def _search() -> Iterator[Entry]:
             yield Entry(f"{objective}: {named}", recipe, changes)
 
 
+_CHOSEN = ("objective.clip_range=2.0e-2",)
+"""Of the search the setting with which DGPO ended at the highest score; its peers' are in their recipes."""
+
+
+def _conditions() -> Iterator[Entry]:
+    """One thing differs from the quickstart: what the ratio of DGPO to Flow-GRPO depends on."""
+    yield Entry("DGPO", overrides=_CHOSEN)
+    for level in ("0.3", "1.0"):
+        overrides = (f"rollout.noise_level={level}",)
+        yield Entry(f"Flow-GRPO, noise level {level}", "quickstart-flow-grpo", overrides)
+    changed: dict[str, tuple[tuple[str, ...], tuple[str, ...], BaseModel | None]] = {
+        "20 solver steps": (
+            ("rollout.steps=20", "objective.timesteps.first=16", "objective.timesteps.skip=4"),
+            ("rollout.steps=20", "objective.timesteps.first=19", "objective.timesteps.per_update=19"),
+            None,
+        ),
+        "guidance 2": (
+            ("rollout.guidance=2", "objective.cfg_free=false"),
+            ("rollout.guidance=2",),
+            None,
+        ),
+        "half the pretraining": ((), (), BaseModel(steps=1500)),
+        "twice the width": ((), (), BaseModel(heads=6)),
+    }
+    for what, (dgpo, flow_grpo, base) in changed.items():
+        first = f"DGPO, {what}"
+        yield Entry(first, overrides=(*_CHOSEN, *dgpo), base=base, against=first)
+        yield Entry(f"Flow-GRPO, {what}", "quickstart-flow-grpo", flow_grpo, base=base, against=first)
+
+
 COMPARISONS: dict[str, Comparison] = {
     "search": Comparison(
         tuple(_search()),
@@ -67,7 +110,7 @@ COMPARISONS: dict[str, Comparison] = {
     ),
     "objectives": Comparison(
         (  # each with the setting of the search that ended at the highest score
-            Entry("DGPO", overrides=("objective.clip_range=2.0e-2",)),
+            Entry("DGPO", overrides=_CHOSEN),
             Entry("DGPO, quickstart"),  # clips earlier: more diversity is left
             Entry("Flow-GRPO", "quickstart-flow-grpo"),
             Entry("DiffusionNFT", "quickstart-diffusion-nft"),
@@ -101,4 +144,5 @@ COMPARISONS: dict[str, Comparison] = {
             ),
         )
     ),
+    "conditions": Comparison(tuple(_conditions())),
 }

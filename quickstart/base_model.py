@@ -30,23 +30,32 @@ FLOW_SHIFT: Final = 3.0
 LAYERS: Final = 4
 HEADS: Final = 3
 WIDTH_OF_HEAD: Final = 32
+PATCHES: Final = 8
 UNCONDITIONAL_PROMPT: Final = ""
 
 
-def new_transformer() -> SD3Transformer2DModel:
-    """An untrained transformer: 4 layers, width 96, 32 image tokens; 1.3 M parameters."""
+def new_transformer(
+    layers: int = LAYERS, heads: int = HEADS, patches: int = PATCHES
+) -> SD3Transformer2DModel:
+    """An untrained transformer; as it is by default: 4 layers, width 96, 1.3 M parameters.
+
+    Args:
+        layers: joint attention blocks.
+        heads: of 32 channels each.
+        patches: the largest height or width, in patches of 2 x 2 latents (8 x 8 pixels).
+    """
     transformer = SD3Transformer2DModel(
         sample_size=WIDTH // 4,
         patch_size=2,
         in_channels=4,
         out_channels=4,
-        num_layers=LAYERS,
-        num_attention_heads=HEADS,
+        num_layers=layers,
+        num_attention_heads=heads,
         attention_head_dim=WIDTH_OF_HEAD,
         joint_attention_dim=JOINT_WIDTH,
-        caption_projection_dim=HEADS * WIDTH_OF_HEAD,
+        caption_projection_dim=heads * WIDTH_OF_HEAD,
         pooled_projection_dim=POOLED_WIDTH,
-        pos_embed_max_size=8,
+        pos_embed_max_size=patches,
         qk_norm="rms_norm",
     )
     gates = [transformer.norm_out.linear, transformer.proj_out]

@@ -17,7 +17,7 @@ from typing import Final
 import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 
-from quickstart.base_model import new_pipeline, new_transformer
+from quickstart.base_model import HEADS, LAYERS, new_pipeline, new_transformer
 from quickstart.pretrain_transformer import train_transformer
 from quickstart.pretrain_vae import train_vae
 
@@ -26,13 +26,19 @@ TRANSFORMER_STEPS: Final = 3000
 
 
 def pretrain(
-    seed: int, vae_steps: int, transformer_steps: int, vae: AutoencoderKL | None = None
+    seed: int,
+    vae_steps: int,
+    transformer_steps: int,
+    vae: AutoencoderKL | None = None,
+    *,
+    layers: int = LAYERS,
+    heads: int = HEADS,
 ) -> StableDiffusion3Pipeline:
     """Train an autoencoder, unless one is given, and then a transformer on its latents."""
     if vae is None:
         vae = train_vae(vae_steps, seed)
     torch.manual_seed(seed)
-    pipeline = new_pipeline(new_transformer(), vae, seed)
+    pipeline = new_pipeline(new_transformer(layers, heads), vae, seed)
     train_transformer(pipeline, transformer_steps, seed)
     return pipeline
 
@@ -45,13 +51,22 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="threads of torch")
     parser.add_argument("--vae-steps", type=int, default=VAE_STEPS)
     parser.add_argument("--steps", type=int, default=TRANSFORMER_STEPS, help="transformer steps")
+    parser.add_argument("--layers", type=int, default=LAYERS, help="of the transformer")
+    parser.add_argument("--heads", type=int, default=HEADS, help="of the transformer, 32 channels each")
     parser.add_argument("--vae", type=Path, help="take the autoencoder of this pipeline directory")
     arguments = parser.parse_args()
 
     torch.set_num_threads(arguments.threads)
     began = time.perf_counter()
     vae = AutoencoderKL.from_pretrained(arguments.vae, subfolder="vae") if arguments.vae else None
-    pipeline = pretrain(arguments.seed, arguments.vae_steps, arguments.steps, vae)
+    pipeline = pretrain(
+        arguments.seed,
+        arguments.vae_steps,
+        arguments.steps,
+        vae,
+        layers=arguments.layers,
+        heads=arguments.heads,
+    )
     pipeline.save_pretrained(arguments.out)
     minutes = (time.perf_counter() - began) / 60
     sys.stdout.write(f"made {arguments.out} in {minutes:.1f} minutes\n")

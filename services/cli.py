@@ -218,7 +218,7 @@ def bench_memory(as_json: Json = False) -> None:
 
 @bench.command("compare")
 def bench_compare(
-    name: Annotated[str, typer.Argument(help="search, objectives, ablations or staleness.")],
+    name: Annotated[str, typer.Argument(help="search, objectives, ablations, staleness or conditions.")],
     runs: Annotated[Path, typer.Option(help="Folder of the runs; what is finished there is kept.")] = Path(
         "runs/compare"
     ),

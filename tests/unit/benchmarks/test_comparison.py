@@ -11,8 +11,9 @@ import pytest
 from rich.console import Console
 
 from benchmarks import comparison
-from benchmarks.comparison import curve, run_comparison
+from benchmarks.comparison import run_comparison
 from benchmarks.comparisons import COMPARISONS, Comparison, Entry
+from benchmarks.curves import curve
 from benchmarks.plots import draw
 from services.config_file import dump_config, load_config
 
@@ -24,10 +25,11 @@ def write_run(directory: Path, scores: dict[int, float], *, step_s: float = 2.0)
     rows: list[dict[str, object]] = []
     for step, score in scores.items():
         when = "before" if step == 0 else "after" if step == last else "during"
+        diversity = {"text_across": 10.0 - step, "text_within": 1.0}
         estimate = {"ocr": {"mean": score, "se": 0.01}}
         rows.append(
             {"kind": "eval", "time": 0.0, "when": when, "epoch": 0, "step": step, "prompts": 8}
-            | {"rewards": estimate, "exact": estimate}
+            | {"rewards": estimate, "exact": estimate, "diversity": diversity}
         )
     for step in range(1, last + 1):
         row = {"kind": "update", "epoch": 0, "step": step, "max_steps": last, "images": 128 * step}
@@ -68,6 +70,7 @@ def test_a_curve_counts_from_the_start_of_the_loop(tmp_path: Path) -> None:
     assert found.seconds == [0.0, 14.0, 18.0]
     assert found.images == [0, 256, 512]
     assert found.scores == found.exact == [0.4, 0.8, 0.9]
+    assert found.diversity == pytest.approx(0.6)
     assert found.reached(0.85) == pytest.approx((16.0, 384.0))
     assert found.reached(0.95) is None
 
@@ -94,9 +97,23 @@ def test_ratios_are_told_where_every_seed_arrived(tmp_path: Path, monkeypatch: p
         "ratio_images": None,
     }
     assert slow_row["final"]["mean"] == pytest.approx(0.915)
-    assert "[1/2]" in screen.getvalue()
+    assert "1 of 2" in screen.getvalue()
+    page = Path(result["page"]).read_text()
+    assert "| slow | 0.915 ± 0.035 |" in page
+    assert "1 of 2 seeds" in page
     for against in ("seconds", "images"):
         assert ElementTree.parse(result[f"plot_{against}"]).getroot().tag.endswith("svg")
+
+
+def test_a_ratio_is_told_to_the_entry_it_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = (Entry("first"), Entry("fast"), Entry("slow", against="fast"))
+    monkeypatch.setitem(COMPARISONS, "pairs", Comparison(entries))
+    for name, step_s in (("first", 1.0), ("fast", 2.0), ("slow", 6.0)):
+        place = tmp_path / "pairs" / name / "seed-0" / "run"
+        configured(write_run(place, {0: 0.4, 20: 0.95}, step_s=step_s), 0)
+    result = run_comparison("pairs", seeds=1, runs=tmp_path, screen=Console(file=io.StringIO()))
+    first, fast, slow = (row["to_0.9"]["ratio_seconds"] for row in result["entries"])
+    assert (first, fast, slow) == pytest.approx((1.0, 50 / 30, 130 / 50))
 
 
 def test_the_same_curves_draw_the_same_picture(tmp_path: Path) -> None:
@@ -121,6 +138,7 @@ def test_a_run_that_fails_is_named_with_its_log(tmp_path: Path, monkeypatch: pyt
 def test_every_entry_can_be_configured(name: str) -> None:
     names = [entry.name for entry in COMPARISONS[name].entries]
     assert len(set(names)) == len(names)
+    assert {entry.against for entry in COMPARISONS[name].entries} <= {None, *names}
     for entry in COMPARISONS[name].entries:
         settings = [*comparison._EVALUATED, comparison._ALONE, *entry.overrides]
         assert load_config(entry.recipe, settings).evaluation_rollout.solver == "dpmsolver++"
