@@ -216,6 +216,14 @@ def bench_memory(as_json: Json = False) -> None:
     _bench(run_memory_bench(screen), as_json)
 
 
+@bench.command("cost")
+def bench_cost(as_json: Json = False) -> None:
+    """Forward passes and time of sampling and of an update, for each objective and several models."""
+    from benchmarks.cost import run_cost_bench
+
+    _bench(run_cost_bench(screen), as_json)
+
+
 @bench.command("compare")
 def bench_compare(
     name: Annotated[str, typer.Argument(help="search, objectives, ablations, staleness or conditions.")],
