@@ -81,9 +81,10 @@ def load_network(kind: type[Network], source: str, options: NeuralOptions, **mor
 def frozen(network: Network, options: NeuralOptions) -> Network:
     """In evaluation mode, without gradients, in the dtype and on the device of the options."""
     try:
-        return network.eval().requires_grad_(False).to(device=options.device, dtype=options.torch_dtype)
+        network.eval().requires_grad_(False).to(device=options.device, dtype=options.torch_dtype)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         raise ValueError(f"device {options.device!r}: {error}") from error
+    return network
 
 
 def batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
