@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 
 from services.config import Config
-from services.config_file import load_config
+from services.config_file import ConfigError, load_config
 from services.exit_codes import run
 from services.prompts import prompt_source
 from services.run_directory import RunDirectory
@@ -93,6 +93,19 @@ def _report(directory: RunDirectory) -> str:
         return f"report: not written ({type(error).__name__}: {error}); try dgpo report {directory.root}"
 
 
+def _refuse_unusable(config: Config) -> None:
+    """Prompts, recordings and timesteps, before there is a run directory to leave behind."""
+    from learner.timesteps import timestep_window
+    from policy.schedule import make_schedule
+
+    prompt_source(config)
+    try:
+        sigmas = make_schedule(config.rollout).sigmas
+        timestep_window(config.objective.timesteps, sigmas, config.rollout.shift)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -113,8 +126,7 @@ def job(
         settings = directory.config(tuple(overrides or ()))
     else:
         settings = load_config(str(config), overrides or ())
-        # Refuses prompts and recordings that cannot be used, before there is a run directory to leave behind.
-        prompt_source(settings)
+        _refuse_unusable(settings)
         directory = RunDirectory.create(settings)
     result = run_training(settings, directory, resume=resume is not None, screen=Console(stderr=True))
     if as_json:

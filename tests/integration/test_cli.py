@@ -201,6 +201,11 @@ def test_the_version_is_that_of_the_package() -> None:
         (["train", "--resume", "/nonexistent"], 2, "not a run directory"),
         (["train", "nothing"], 2, "quickstart"),
         (["train", "offline", "--set", "prompts.path=/nonexistent"], 2, "make one with dgpo record"),
+        (
+            "train quickstart --set objective.timesteps.first=null --set objective.timesteps.t_min=0.9".split(),
+            2,
+            "lower per_update, skip or t_min",
+        ),
         (["record", "quickstart", "--groups", "2", "--out", "/"], 2, "exists and is not an empty directory"),
         (["report", "/nonexistent"], 2, "not a run directory"),
         (["config", "quickstart", "--set", "rollout.steps=x"], 2, "rollout.steps"),
