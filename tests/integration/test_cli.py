@@ -202,7 +202,7 @@ def test_the_version_is_that_of_the_package() -> None:
         (["train", "nothing"], 2, "quickstart"),
         (["train", "offline", "--set", "prompts.path=/nonexistent"], 2, "make one with dgpo record"),
         (
-            "train quickstart --set objective.timesteps.first=null --set objective.timesteps.t_min=0.9".split(),
+            ["train", "quickstart", "--set", "objective.timesteps={first: null, t_min: 0.9}"],
             2,
             "lower per_update, skip or t_min",
         ),
