@@ -25,7 +25,7 @@ from benchmarks.comparison_table import compare, markdown, table
 from benchmarks.comparisons import COMPARISONS, BaseModel, Entry
 from benchmarks.curves import Curve, curve
 from services.config import Config
-from services.config_file import load_config
+from services.config_file import find, load_config
 from services.telemetry import read_metrics
 
 RUN_DEADLINE_S = 3600.0
@@ -117,7 +117,7 @@ def _pretrained(base: BaseModel, runs: Path, screen: Console) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         partial.parent.mkdir(parents=True, exist_ok=True)
         screen.print(f"pretraining {made}")
-        words = ["--out", str(partial), "--vae", "quickstart/model", "--steps", str(base.steps)]
+        words = ["--out", str(partial), "--vae", str(find("quickstart/model")), "--steps", str(base.steps)]
         words += ["--layers", str(base.layers), "--heads", str(base.heads)]
         log = partial.with_suffix(".log")
         if code := _run(["quickstart.pretrain", *words], log, PRETRAINING_DEADLINE_S):
@@ -142,12 +142,19 @@ def _finished(place: Path, config: Config) -> Path | None:
     """The newest finished run in a folder that was made with this very configuration."""
     for file in sorted(place.glob("*/config.yaml"), reverse=True):
         run = file.parent
-        if read_metrics(run).evaluation("after") is not None and _same(load_config(file), config):
+        if read_metrics(run).evaluation("after") is not None and _unplaced(load_config(file)) == _unplaced(
+            config
+        ):
             return run
     return None
 
 
-def _same(one: Config, other: Config) -> bool:
-    """But for where the run lies: folders may be moved."""
-    run = other.run.model_copy(update={"directory": one.run.directory})
-    return one == other.model_copy(update={"run": run})
+def _unplaced(config: Config) -> str:
+    """A configuration but for where its run, recording and base model lie: folders may be moved."""
+    place = Path(config.run.directory)
+    run = config.run.model_copy(update={"directory": "."})
+    text = config.model_copy(update={"run": run}).model_dump_json()
+    # Of RUNS/NAME/ENTRY/SEED: recordings are in the last, base models in RUNS/NAME/models.
+    for folder in (place, *place.parents[1:2]):
+        text = text.replace(f'"{folder}/', '"')
+    return text

@@ -28,9 +28,8 @@ def compare(curves: Mapping[str, Sequence[Curve]], against: Mapping[str, str]) -
 
 def table(title: str, rows: Sequence[Mapping[str, Any]], seeds: int) -> Table:
     """For a screen of 80 columns."""
-    found = Table(
-        title=f"{title}, seeds: {seeds}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
+    told = f"{title}, seeds: {seeds}; to a score: seconds, and their ratio"
+    found = Table(title=told, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     found.add_column("", overflow="fold", min_width=16)
     for heading in ("score", "exact", "divers.", "seconds", *(f"to {level:g}" for level in LEVELS)):
         found.add_column(heading, justify="right", no_wrap=True)
@@ -39,7 +38,7 @@ def table(title: str, rows: Sequence[Mapping[str, Any]], seeds: int) -> Table:
         cells.append(_shown(row["seconds"], 0, "\n"))
         for level in LEVELS:
             to = row[f"to_{level}"]
-            parts = [_shown(to["seconds"], 0) + " s" if to["reached"] else "never"]
+            parts = [_shown(to["seconds"], 0, "\n") if to["reached"] else "never"]
             parts += [f"{to['ratio_seconds']:.2f} x"] if to["ratio_seconds"] else []
             parts += [f"{to['reached']} of {seeds}"] if 0 < to["reached"] < seeds else []
             cells.append("\n".join(parts))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from diffusers import AutoencoderKL
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -84,6 +85,7 @@ def run_cost_bench(screen: Console | None = None) -> dict[str, Any]:
         `update_time` as timed in forward passes; all on one thread.
     """
     torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
     shapes = {}
     for shape in track(SHAPES, "measuring", console=screen or Console(stderr=True), transient=True):
         with tempfile.TemporaryDirectory() as folder:

@@ -12,7 +12,8 @@ import random
 
 from torch import Tensor
 
-from services.config import TimestepConfig
+from policy.schedule import make_schedule
+from services.config import Config, TimestepConfig
 from services.seeds import derive_seed
 
 
@@ -45,6 +46,16 @@ def timestep_window(config: TimestepConfig, sigmas: Tensor, shift: float) -> ran
             "lower per_update, skip or t_min, or raise rollout.steps"
         )
     return window
+
+
+def configured_window(config: Config) -> range:
+    """The window of a run, before anything of it is there.
+
+    Raises:
+        ValueError: fewer steps in it than an update draws.
+    """
+    schedule = make_schedule(config.rollout)
+    return timestep_window(config.objective.timesteps, schedule.sigmas, config.rollout.shift)
 
 
 def training_timesteps(

@@ -23,7 +23,7 @@ from torch import Tensor
 from learner.advantages import Advantages, group_advantages, preferences, total_rewards
 from learner.ema import Ema, PastReferences, evaluation_decay, reference_decay
 from learner.objectives.base import LiveGroup, Measurements, Phases, TrainingGroup, make_objective
-from learner.timesteps import timestep_window, training_timesteps
+from learner.timesteps import configured_window, training_timesteps
 from learner.update_metrics import UpdateMetrics, reward_spreads, spread
 from policy.base import Policy
 from policy.schedule import make_schedule
@@ -54,9 +54,7 @@ class Updater:
         self._parameters = policy.trainable()
         self._schedule = make_schedule(config.rollout)
         self._objective = make_objective(policy, config, self._schedule)
-        self._window = timestep_window(
-            config.objective.timesteps, self._schedule.sigmas, config.rollout.shift
-        )
+        self._window = configured_window(config)
         self.optimizer = torch.optim.AdamW(
             list(self._parameters.values()),
             lr=config.learner.learning_rate,

@@ -46,6 +46,7 @@ def examine(config: Config) -> list[Finding]:
         _model,
         _devices,
         _prompts,
+        _timesteps,
         _queue,
         _rewards,
         _memory,
@@ -145,6 +146,17 @@ def _prompts(config: Config) -> list[Finding]:
             Finding(what="prompts", ok=False, found=str(error), remedy="mend the file or set prompts.path")
         ]
     return [Finding(what="prompts", ok=True, found=f"the first one: {first}")]
+
+
+def _timesteps(config: Config) -> list[Finding]:
+    from learner.timesteps import configured_window
+
+    try:
+        window = configured_window(config)
+    except ValueError as error:
+        return [Finding(what="timesteps", ok=False, found=str(error), remedy="see objective.timesteps")]
+    found = f"training on solver steps {window.start + 1} to {window.stop} of {config.rollout.steps}"
+    return [Finding(what="timesteps", ok=True, found=found)]
 
 
 def _recording(config: Config) -> Finding:

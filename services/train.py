@@ -95,13 +95,11 @@ def _report(directory: RunDirectory) -> str:
 
 def _refuse_unusable(config: Config) -> None:
     """Prompts, recordings and timesteps, before there is a run directory to leave behind."""
-    from learner.timesteps import timestep_window
-    from policy.schedule import make_schedule
+    from learner.timesteps import configured_window
 
     prompt_source(config)
     try:
-        sigmas = make_schedule(config.rollout).sigmas
-        timestep_window(config.objective.timesteps, sigmas, config.rollout.shift)
+        configured_window(config)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -124,6 +122,7 @@ def job(
     if resume is not None:
         directory = RunDirectory.open(resume)
         settings = directory.config(tuple(overrides or ()))
+        _refuse_unusable(settings)
     else:
         settings = load_config(str(config), overrides or ())
         _refuse_unusable(settings)

@@ -15,6 +15,7 @@ from benchmarks.comparison import run_comparison
 from benchmarks.comparisons import COMPARISONS, Comparison, Entry
 from benchmarks.curves import curve
 from benchmarks.plots import draw
+from services.config import Config
 from services.config_file import dump_config, load_config
 
 
@@ -64,6 +65,18 @@ def test_only_a_finished_run_of_the_same_configuration_is_taken(tmp_path: Path) 
     assert comparison._finished(tmp_path, config) is None
 
 
+def test_a_moved_folder_is_taken_with_what_lies_in_it(tmp_path: Path) -> None:
+    def at(root: str, model: str) -> Config:
+        place = f"{root}/ablations/offline/seed-0"
+        settings = [f"run.directory={place}", f"prompts.path={place}/recording"]
+        return load_config("offline", [*settings, f"model.path={root}/ablations/models/{model}"])
+
+    run = write_run(tmp_path / "run", {0: 0.4, 2: 0.95})
+    (run / "config.yaml").write_text(dump_config(at("/first", "one")))
+    assert comparison._finished(tmp_path, at("/second/place", "one")) == run
+    assert comparison._finished(tmp_path, at("/second/place", "other")) is None
+
+
 def test_a_curve_counts_from_the_start_of_the_loop(tmp_path: Path) -> None:
     found = curve(write_run(tmp_path / "run", {0: 0.4, 2: 0.8, 4: 0.9}))
     assert found.steps == [0, 2, 4]
@@ -83,8 +96,7 @@ def test_ratios_are_told_where_every_seed_arrived(tmp_path: Path, monkeypatch: p
         slow = {0: 0.4, 2: 0.6, 8: 0.88 if seed else 0.95}
         configured(write_run(place / "slow" / f"seed-{seed}" / "run", slow), seed)
     screen = io.StringIO()
-    console = Console(file=screen, width=200)
-    result = run_comparison("two", seeds=2, runs=tmp_path, screen=console)
+    result = run_comparison("two", seeds=2, runs=tmp_path, screen=Console(file=screen, width=80))
     fast, slow_row = result["entries"]
     assert fast["to_0.85"]["ratio_seconds"] == 1.0
     assert slow_row["to_0.85"]["ratio_images"] > 2
@@ -98,6 +110,8 @@ def test_ratios_are_told_where_every_seed_arrived(tmp_path: Path, monkeypatch: p
     }
     assert slow_row["final"]["mean"] == pytest.approx(0.915)
     assert "1 of 2" in screen.getvalue()
+    assert "to 0.93 " in screen.getvalue(), "all columns are there at a width of 80"
+    assert "…" not in screen.getvalue()
     page = Path(result["page"]).read_text()
     assert "| slow | 0.915 ± 0.035 |" in page
     assert "1 of 2 seeds" in page

@@ -35,7 +35,7 @@ def test_forward_passes_of_an_update(
     def encode(prompt: str) -> Condition:
         raise AssertionError(f"{prompt}: text is encoded once a group, by whoever samples it")
 
-    monkeypatch.setattr(policy, "_encode", encode)
+    monkeypatch.setattr(policy, "encode", encode)
     jobs["update"]()
     pairs = 2 * 4 * config.objective.timesteps.per_update
     assert counter.passes == pairs * (3 + references)

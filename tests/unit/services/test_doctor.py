@@ -16,6 +16,7 @@ from services.doctor import examine
         ("model.path=./nowhere", "model", "set model.path to a directory"),
         ("model.device=cuda", "devices", "set model.device to cpu or auto"),
         ("rollout.num_gpus=100", "devices", "lower num_gpus"),
+        ("objective.timesteps={first: null, t_min: 0.9}", "timesteps", "see objective.timesteps"),
     ],
 )
 def test_what_cannot_run_is_found(
