@@ -57,6 +57,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return result_of(done.stdout)
 
 
+def test_timesteps_that_cannot_be_are_refused_on_resume_before_anything_starts(
+    finished: dict[str, Any],
+) -> None:
+    changed = ["learner.max_steps=4", "objective.timesteps={first: null, t_min: 0.9, skip: 0}"]
+    words = [word for pair in changed for word in ("--set", pair)]
+    done = dgpo("train", "--resume", finished["run_dir"], *words, timeout=60)
+    assert done.returncode == 2, done.stderr
+    assert "lower per_update, skip or t_min" in done.stderr
+
+
 def test_quickstart_prints_its_result(finished: dict[str, Any]) -> None:
     assert finished["steps"] == 3
     assert finished["groups"] == 6

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -12,6 +14,7 @@ from rich.console import Console
 
 from benchmarks import comparison
 from benchmarks.comparison import run_comparison
+from benchmarks.comparison_table import compare, markdown
 from benchmarks.comparisons import COMPARISONS, Comparison, Entry
 from benchmarks.curves import curve
 from benchmarks.plots import draw
@@ -117,6 +120,15 @@ def test_ratios_are_told_where_every_seed_arrived(tmp_path: Path, monkeypatch: p
     assert "1 of 2 seeds" in page
     for against in ("seconds", "images"):
         assert ElementTree.parse(result[f"plot_{against}"]).getroot().tag.endswith("svg")
+
+
+def test_diversity_that_is_not_known_is_not_told(tmp_path: Path) -> None:
+    known = curve(write_run(tmp_path / "run", {0: 0.4, 2: 0.95}))
+    unknown = replace(known, diversity=math.nan)
+    for runs in ([unknown], [known, unknown]):
+        rows = compare({"one": runs}, {"one": "one"})
+        assert rows[0]["diversity"] is None
+        assert "nan" not in markdown(rows, len(runs))
 
 
 def test_a_ratio_is_told_to_the_entry_it_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
