@@ -76,11 +76,15 @@ _CHOSEN = ("objective.clip_range=2.0e-2",)
 """Of the search the setting with which DGPO ended at the highest score; its peers' are in their recipes."""
 
 
+_FIRST_UPDATES = ("learner.max_steps=72",)
+"""Of Flow-GRPO, whose learning rate is constant: how it begins does not depend on how long it goes on."""
+
+
 def _conditions() -> Iterator[Entry]:
     """One thing differs from the quickstart: what the ratio of DGPO to Flow-GRPO depends on."""
     yield Entry("DGPO", overrides=_CHOSEN)
     for level in ("0.3", "1.0"):
-        overrides = (f"rollout.noise_level={level}",)
+        overrides = (*_FIRST_UPDATES, f"rollout.noise_level={level}")
         yield Entry(f"Flow-GRPO, noise level {level}", "quickstart-flow-grpo", overrides)
     changed: dict[str, tuple[tuple[str, ...], tuple[str, ...], BaseModel | None]] = {
         "20 solver steps": (
@@ -94,12 +98,14 @@ def _conditions() -> Iterator[Entry]:
             None,
         ),
         "half the pretraining": ((), (), BaseModel(steps=1500)),
-        "twice the width": ((), (), BaseModel(heads=6)),
+        # As many steps as in the row above, so that one thing differs between the two.
+        "twice the width, half the pretraining": ((), (), BaseModel(heads=6, steps=1500)),
     }
     for what, (dgpo, flow_grpo, base) in changed.items():
         first = f"DGPO, {what}"
         yield Entry(first, overrides=(*_CHOSEN, *dgpo), base=base, against=first)
-        yield Entry(f"Flow-GRPO, {what}", "quickstart-flow-grpo", flow_grpo, base=base, against=first)
+        peer = (*_FIRST_UPDATES, *flow_grpo)
+        yield Entry(f"Flow-GRPO, {what}", "quickstart-flow-grpo", peer, base=base, against=first)
 
 
 COMPARISONS: dict[str, Comparison] = {

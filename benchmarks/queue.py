@@ -1,10 +1,10 @@
 """What the group queue costs over bare streams: whole groups through admit, take and commit, against raw
-pipelined XADD and XREAD of the same bytes, on the same server, in turns.
+pipelined XADD and XREAD of the same bytes by a stock client, on the same server, in turns.
 
 Ours does all that the queue does with a group: the admit script, read, verify (sha256), decode, and the
 commit script that acknowledges and deletes. Raw writes and reads entries of the same bytes, a field for
 each part of a group, and deletes nothing in the time that counts. Both send and read a step's groups at a
-time, over the same kind of connection, from one thread, and both are given bytes that were made before:
+time, from one thread, and both are given bytes that were made before:
 encoding is not timed, nor is issuing ordinals; raw has nothing like them. The figure is the median of the
 ratios of neighbouring passes: other work on the machine comes and goes.
 """
@@ -74,7 +74,7 @@ def run_queue_bench(
 
 
 def _compare(server: EmbeddedValkey, size: int, groups: int, steps: int, passes: int) -> dict[str, Any]:
-    client = connect(server.url, server.password)
+    client = redis.Redis.from_url(server.url, password=server.password, protocol=2)
     latents = torch.randn(GROUP_SIZE, CHANNELS, size // (4 * GROUP_SIZE * CHANNELS))
     group = encode_group(_header("raw", Lease(0, 1, PolicyVersion(epoch=0, step=0))), {"latents": latents})
     entry = {"ordinal": 0, "header": group.header, "sha256": group.sha256, "payload": group.payload}
