@@ -75,8 +75,8 @@ def connect(url: str, password: str | None = None, *, deadline_s: float = 5.0) -
 class _WholeSends:
     """Mixed into a connection: a command goes out in few large writes.
 
-    redis-py writes every value above 6 kB by itself, and what is between two of them too: at 24 groups of
-    10 kB that was a third of the client's time. What is large is still not copied.
+    redis-py writes every value above 6 kB by itself, and what is between two of them too: of a group of
+    10 kB that was a tenth of its whole way through the queue. What is large is still not copied.
     """
 
     def send_packed_command(self, command: Any, check_health: bool = True) -> None:

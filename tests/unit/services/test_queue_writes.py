@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,7 +19,7 @@ def test_the_bytes_stay_the_same_in_their_order(sizes: list[int]) -> None:
 @given(st.lists(st.integers(0, WRITE_BYTES), max_size=40))
 def test_two_writes_that_follow_each_other_would_not_fit_into_one(sizes: list[int]) -> None:
     writes = [len(write) for write in whole_writes([bytes(size) for size in sizes])]
-    assert all(first + second > WRITE_BYTES for first, second in zip(writes, writes[1:], strict=False))
+    assert all(first + second > WRITE_BYTES for first, second in itertools.pairwise(writes))
 
 
 def test_a_large_value_is_not_copied() -> None:
