@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.cost import PassCounter, _jobs
+from benchmarks.cost import PROMPT, PassCounter, _jobs
 from policy import load_policy
 from policy.base import Condition
 from services.config_file import load_config
@@ -48,3 +50,26 @@ def test_sampling_takes_one_pass_a_solver_step() -> None:
     counter = PassCounter(policy)
     jobs["sample"]()
     assert counter.passes == 2 * 4 * config.rollout.steps
+
+
+def test_a_lora_update_in_pieces_with_a_kl_stays_within_three_passes() -> None:
+    """Counted in FLOPs: frozen weights need no gradient, which pays for the pass that finds the group weight."""
+    config = load_config(
+        "quickstart",
+        [
+            *("learner.groups_per_step=2", "rollout.group_size=4", "learner.micro_batch=1"),
+            *("model.train=lora", "model.lora.rank=4", "learner.optimizer_steps=1"),
+            *("objective.reference=frozen", "objective.clip_range=null"),
+        ],
+    )
+    policy = load_policy(config.model, text_encoders=True, vae=False)
+    jobs = _jobs(policy, config)
+    x, condition = torch.randn((4, *policy.latent_shape())), policy.encode(PROMPT)
+    with torch.inference_mode(), FlopCounterMode(display=False) as forward:
+        policy.velocity(x, torch.tensor(500.0), condition)
+    with FlopCounterMode(display=False) as update:
+        jobs["update"]()
+    pairs = 2 * 4 * config.objective.timesteps.per_update
+    passes = update.get_total_flops() / (forward.get_total_flops() / 4) / pairs
+    reference = 1  # the base is the reference and what the KL is relative to
+    assert 2.5 < passes - reference <= 3
