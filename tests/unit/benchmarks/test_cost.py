@@ -53,7 +53,7 @@ def test_sampling_takes_one_pass_a_solver_step() -> None:
 
 
 def test_a_lora_update_in_pieces_with_a_kl_stays_within_three_passes() -> None:
-    """Counted in FLOPs: frozen weights need no gradient, which pays for the pass that finds the group weight."""
+    """Counted in FLOPs: frozen weights need no gradient, which pays for the pass that finds the weight."""
     config = load_config(
         "quickstart",
         [
