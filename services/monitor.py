@@ -3,6 +3,7 @@
 Promises
 - A failure of any part ends `watch` with an exception that names it; the end of the work ends it normally.
 - Nothing is waited for in silence: a part without a heartbeat is named, with what it was doing last.
+- A guard that fires is an event; with `guard.action: stop` the run drains and says why.
 - Evaluations happen when services/evaluation_schedule.py says; a run that is done has the one after training.
 """
 
@@ -19,6 +20,7 @@ from services.context import RunContext
 from services.evaluation_schedule import EvaluationSchedule
 from services.formatting import reason
 from services.group_queue import GroupQueue
+from services.guard import Guard
 from services.memory import peak_memory
 from services.messages import Heartbeat, PolicyVersion, WeightsAnnouncement
 from services.metrics import AnyRow, MemoryRow, row_of
@@ -30,6 +32,7 @@ from services.telemetry import Telemetry, read_metrics
 
 POLL_S = 0.5
 DEAD_LETTER = "dead letter"
+GUARD = "guard fired"
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class Outcome:
     `objective.switch_step`."""
     seconds: float
     """From the start of the learner to its end, model loading included."""
+    guard: str | None = None
+    """Why the guard has ended the run early, if it has."""
 
 
 class LearnerThread:
@@ -94,6 +99,9 @@ class Monitor:
         written = read_metrics(context.directory)
         self._dead_told = {row.ordinal for row in written.events if row.what == DEAD_LETTER}
         self._draining = False
+        self._guard = Guard(context.config)
+        self._guard.remember((*written.updates, *written.evals))
+        self._guarded: str | None = None
         self._evaluations = EvaluationSchedule(
             context.config,
             evaluator,
@@ -128,10 +136,11 @@ class Monitor:
             version=policy.version,
             weights_digest=policy.digest,
             seconds=seconds,
+            guard=self._guarded if interrupted else None,
         )
 
     def _turn(self) -> None:
-        if self._signals.requested.is_set() and not self._draining:
+        if (self._signals.requested.is_set() or self._guarded) and not self._draining:
             self._draining = True
             self._view.activity("stopping: what is under way is finished, then comes a checkpoint")
             self._queue.set_state("draining")
@@ -151,6 +160,10 @@ class Monitor:
     def _write(self, row: AnyRow) -> None:
         self._telemetry.write(row)
         self._view.row(row)
+        for fall in self._guard.observe(row):
+            self._view.row(self._telemetry.event(GUARD, str(fall), level="warning", step=fall.now.step))
+            if self._context.config.guard.action == "stop":
+                self._guarded = self._guarded or str(fall)
 
     def _watch_heartbeats(self) -> None:
         alive = self._move_heartbeats()

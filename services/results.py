@@ -23,7 +23,11 @@ def summary(config: Config, outcome: Outcome) -> dict[str, Any]:
     metrics = read_metrics(outcome.run.root)
     trained = config.trained_rewards[0].name
     heldout = next((reward.name for reward in config.rewards if reward.heldout), None)
-    result: dict[str, Any] = {"run_dir": str(outcome.run.root), "interrupted": outcome.interrupted}
+    result: dict[str, Any] = {
+        "run_dir": str(outcome.run.root),
+        "interrupted": outcome.interrupted,
+        "guard": outcome.guard,
+    }
     for when in ("before", "after"):
         row = metrics.evaluation(when)
         result |= _scores(row, trained, when, "")

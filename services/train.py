@@ -18,7 +18,7 @@ from rich.console import Console
 
 from services.config import Config
 from services.config_file import ConfigError, load_config
-from services.exit_codes import run
+from services.exit_codes import FAILED, run
 from services.prompts import prompt_source
 from services.run_directory import RunDirectory
 from services.stop_signals import INTERRUPTED
@@ -64,9 +64,11 @@ def run_training(config: Config, directory: RunDirectory, *, resume: bool, scree
     if not outcome.interrupted:
         screen.print(_next_steps(directory), highlight=False, soft_wrap=True, markup=False)
     else:
+        why = f"stopped by the guard: {outcome.guard}\n" if outcome.guard else ""
+        anyway = " --set guard.action=mark" if outcome.guard else ""
         screen.print(
-            f"stopped after step {outcome.version.step} with a checkpoint; go on with\n"
-            f"  dgpo train --resume {directory.root}",
+            f"{why}stopped after step {outcome.version.step} with a checkpoint; go on with\n"
+            f"  dgpo train --resume {directory.root}{anyway}",
             highlight=False,
             soft_wrap=True,
         )
@@ -130,6 +132,8 @@ def job(
     result = run_training(settings, directory, resume=resume is not None, screen=Console(stderr=True))
     if as_json:
         typer.echo(json.dumps(result))
+    if result["guard"]:
+        raise typer.Exit(FAILED)
     if result["interrupted"]:
         raise typer.Exit(INTERRUPTED)
 

@@ -29,6 +29,7 @@ from services.config.parts import (
     CheckpointConfig,
     ClusterConfig,
     EvalConfig,
+    GuardConfig,
     QueueConfig,
     RewardConfig,
     RunConfig,
@@ -55,6 +56,7 @@ __all__ = [
     "DiffusionNftConfig",
     "EvalConfig",
     "FlowGrpoConfig",
+    "GuardConfig",
     "LearnerConfig",
     "LoraConfig",
     "ModelConfig",
@@ -85,6 +87,7 @@ class Config(Section):
     queue: QueueConfig = QueueConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
+    guard: GuardConfig = GuardConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
     cluster: ClusterConfig = ClusterConfig()
 
@@ -130,6 +133,12 @@ class Config(Section):
         if idle:
             raise ValueError(
                 f"rewards: {', '.join(idle)} has weight 0 and trains nothing; set heldout: true to watch it"
+            )
+        heldout = [reward.name for reward in self.rewards if reward.heldout]
+        unknown = sorted(set(self.guard.drop) - set(heldout))
+        if unknown:
+            raise ValueError(
+                f"guard.drop names {', '.join(unknown)}; held-out rewards are: {', '.join(heldout) or 'none'}"
             )
         steps, picked = self.rollout.steps, self.objective.timesteps
         if picked.first is not None and picked.first > steps:

@@ -23,7 +23,7 @@ class RunConfig(Section):
     """Run directories are made in here, as `<name>-<UTC time>`."""
 
 
-_FOR_APP = ("args", "replicas", "threads", "num_cpus", "num_gpus")
+_FOR_APP = ("args", "replicas", "max_replicas", "threads", "num_cpus", "num_gpus")
 """Settings of a reward that only a server started by the driver heeds."""
 
 
@@ -53,7 +53,9 @@ class RewardConfig(Section):
     deadline_s: float = Field(default=60.0, gt=0)
     """Seconds for one group's scores, retries included."""
     replicas: int = Field(default=1, ge=1)
-    """Serve replicas, for `app`."""
+    """Serve replicas, for `app`; with `max_replicas` the fewest there are."""
+    max_replicas: int | None = Field(default=None, ge=1)
+    """With load Serve starts more replicas, up to so many, where Ray has room for them; null: none."""
     threads: int = Field(default=1, ge=1)
     """CPU threads of one replica, for `app`."""
     num_cpus: float = Field(default=0.5, ge=0)
@@ -65,6 +67,11 @@ class RewardConfig(Section):
     def _one_place(self) -> RewardConfig:
         if (self.app is None) == (self.url is None):
             raise ValueError(f"reward {self.name!r} needs either app or url, and not both")
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(
+                f"reward {self.name!r}: max_replicas {self.max_replicas} is less than "
+                f"replicas {self.replicas}"
+            )
         if self.every > 1 and not self.heldout:
             raise ValueError(f"reward {self.name!r}: every > 1 is for held-out rewards only")
         if self.url is None:
@@ -122,6 +129,17 @@ class QueueConfig(Section):
                 "variable that holds it in password_env"
             )
         return self
+
+
+class GuardConfig(Section):
+    drop: dict[RewardName, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Held-out reward -> how far it may fall below its best, in its own unit, while the trained rewards rise;
+    a reward that is not named is not guarded."""
+    action: Literal["mark", "stop"] = "mark"
+    """`mark`: a warning among the events; `stop`: the run drains too, with a checkpoint, and exits with 1."""
+    window: int = Field(default=8, ge=1)
+    """Updates whose mean scores are compared with those of earlier windows; evaluations are compared one by
+    one."""
 
 
 class CheckpointConfig(Section):

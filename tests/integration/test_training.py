@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -17,9 +17,12 @@ import psutil
 import pytest
 from rich.console import Console
 
+from learner.checkpoint import newest_checkpoint
 from reward_servers.app import create_app
 from reward_servers.local import LocalServer
+from reward_servers.scorer import ItemScore, Scorer
 from reward_servers.server_config import ServerConfig
+from reward_servers.wire import ScoreCall
 from services.config import Config
 from services.config_file import ConfigError, load_config
 from services.driver import train
@@ -228,6 +231,49 @@ def test_staleness_is_bounded_and_used(recipe: Callable[..., Config]) -> None:
     outcome = run(recipe("queue.max_staleness=1", "rollout.workers=2", "learner.max_steps=6"))
     seen = [row.staleness_max for row in read_metrics(outcome.run.root).updates]
     assert max(seen) == 1
+
+
+class Drifting(Scorer):
+    """Every image scores more, or less, than the one before: a reward that is gamed, and what sees it."""
+
+    name, version, model = "drifting", "1", "a count of images"
+    batch_invariant, max_batch = True, 64
+
+    def __init__(self, drift: float) -> None:
+        self._drift, self._images = drift, 0
+
+    def score(self, call: ScoreCall) -> Sequence[ItemScore]:
+        first = self._images
+        self._images += len(call.images)
+        return [ItemScore(self._drift * number) for number in range(first, self._images)]
+
+    def warm_up(self) -> None: ...
+
+
+def test_the_guard_stops_a_run_whose_reward_is_gamed(recipe: Callable[..., Config]) -> None:
+    config = ServerConfig(app="drifting", token_env=TOKEN_VARIABLE)
+    with (
+        LocalServer(create_app(config, scorer=Drifting(0.1))) as gamed,
+        LocalServer(create_app(config, scorer=Drifting(-0.1))) as independent,
+    ):
+        watched = [
+            f"{{name: gamed, url: '{gamed.url}', token_env: {TOKEN_VARIABLE}}}",
+            f"{{name: watched, url: '{independent.url}', token_env: {TOKEN_VARIABLE}, heldout: true}}",
+        ]
+        settings = [
+            f"rewards=[{', '.join(watched)}]",
+            *("guard.drop={watched: 0.5}", "guard.window=1", "guard.action=stop", "learner.max_steps=50"),
+        ]
+        directory = RunDirectory.create(recipe(*settings))
+        screen = Console(stderr=True, quiet=True)
+        result = run_training(directory.config(), directory, resume=False, screen=screen)
+    assert result["interrupted"]
+    assert "held-out reward 'watched' fell" in result["guard"]
+    assert result["steps"] < 50
+    found = newest_checkpoint(directory.root)
+    assert found is not None
+    assert found.step == result["steps"]
+    assert "guard fired" in {event.what for event in read_metrics(directory.root).events}
 
 
 def _prompts(folder: Path) -> Path:

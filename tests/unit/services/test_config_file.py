@@ -74,11 +74,18 @@ ELSEWHERE = "rewards=[{name: ocr, url: 'http://127.0.0.1:1', %s}]"
 
 @pytest.mark.parametrize(
     "given",
-    ["args: {width: 320}", "replicas: 2", "threads: 2", "num_cpus: 1", "num_gpus: 0.5"],
+    ["args: {width: 320}", "replicas: 2", "max_replicas: 2", "threads: 2", "num_cpus: 1", "num_gpus: 0.5"],
 )
 def test_settings_of_an_app_are_refused_for_a_reward_that_is_elsewhere(given: str) -> None:
     with pytest.raises(ConfigError, match=f"rewards.0: .*'ocr': {given.split(':')[0]} would do nothing"):
         load_config("quickstart", [ELSEWHERE % given])
+
+
+def test_a_reward_scales_up_and_not_down() -> None:
+    scaled = load_config("quickstart", ["rewards.0.replicas=2", "rewards.0.max_replicas=4"]).rewards[0]
+    assert (scaled.replicas, scaled.max_replicas) == (2, 4)
+    with pytest.raises(ConfigError, match="max_replicas 1 is less than replicas 2"):
+        load_config("quickstart", ["rewards.0.replicas=2", "rewards.0.max_replicas=1"])
 
 
 def test_a_reward_that_is_elsewhere_round_trips_through_the_run_directory() -> None:
