@@ -1,7 +1,8 @@
 """OCR accuracy by the recogniser of PP-OCRv6 (small), ONNX, as it lies in the rapidocr wheel (Apache-2).
 
-For images that hold one line of text: they are resized to the network's input as a whole, without a
-detector. Formula and details: text_accuracy.py.
+For images that hold one line of text: they are resized to the network's input as a whole. With `detect`,
+lines of text are found first (text_detection.py), and all lines of all images are read in the same batches.
+Formula and details: text_accuracy.py.
 
 Promises
 - Batch-invariant to the bit: the network always runs on `BATCH` images of one size, short batches padded.
@@ -25,11 +26,12 @@ import cv2
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from reward_servers.protocol import Metadata
 from reward_servers.scorer import ItemScore, Scorer, ScorerOptions
-from reward_servers.text_accuracy import missing_target, score_text
+from reward_servers.text_accuracy import Match, missing_target, score_text
+from reward_servers.text_detection import TextDetector, cut_out
 from reward_servers.wire import Images, ScoreCall
 
 HEIGHT: Final = 48
@@ -45,6 +47,20 @@ class OcrOptions(ScorerOptions):
     """Width that images are resized to; null follows each image's aspect (32 x 64 pixels: 96)."""
     model_path: Path | None = None
     """Another PP-OCR recogniser with its dictionary in the metadata key `character`."""
+    match: Match = "contained"
+    """`contained`: the published rule, extra text is free; `exact`: extra text costs."""
+    detect: bool = False
+    """Find the lines of text of an image and read each; else an image is one line."""
+    detect_side: int = Field(default=512, ge=64, le=2048, multiple_of=32)
+    """Longer side that larger images are reduced to for finding lines, pixels. Never enlarged."""
+
+    @model_validator(mode="after")
+    def _one_line_or_many(self) -> OcrOptions:
+        if self.detect and self.input_width is not None:
+            raise ValueError("input_width is for images of one line: leave it null with detect")
+        if not self.detect and "detect_side" in self.model_fields_set:
+            raise ValueError("detect_side would do nothing without detect: true")
+        return self
 
 
 def create(args: dict[str, Any], threads: int) -> OcrScorer:
@@ -58,33 +74,54 @@ class OcrScorer(Scorer):
     max_batch = 64
 
     def __init__(self, options: OcrOptions, threads: int) -> None:
-        path = options.model_path or _wheel_model()
+        path = options.model_path or _wheel_model("PP-OCRv6_rec_small.onnx")
         self.model = f"{path.stem} (rapidocr {version('rapidocr')})"
         self._width = options.input_width
-        session_options = onnxruntime.SessionOptions()
-        session_options.intra_op_num_threads = threads
-        session_options.inter_op_num_threads = 1
-        # Spinning threads would take the cores from rollout and learner between two requests.
-        session_options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self._session = onnxruntime.InferenceSession(
-            str(path), session_options, providers=["CPUExecutionProvider"]
-        )
+        self._match: Match = options.match
+        self._session = _session(path, threads)
         self._input = self._session.get_inputs()[0].name
         listed = self._session.get_modelmeta().custom_metadata_map["character"].splitlines()
         self._characters = ["", *listed, " "]
+        self._detector: TextDetector | None = None
+        if options.detect:
+            found = _wheel_model("PP-OCRv6_det_small.onnx")
+            self._detector = TextDetector(_session(found, threads), options.detect_side)
+            self.model = f"{found.stem}, {self.model}"
 
     def check(self, prompt: str, metadata: Metadata) -> str | None:
         return missing_target(prompt)
 
     def score(self, call: ScoreCall) -> Sequence[ItemScore]:
-        texts = self.read(call.images)
-        return [score_text(text, prompt) for text, prompt in zip(texts, call.prompts, strict=True)]
+        texts = self.read(call.images) if self._detector is None else self.read_pages(call.images)
+        return [
+            score_text(text, prompt, self._match) for text, prompt in zip(texts, call.prompts, strict=True)
+        ]
 
     def warm_up(self) -> None:
-        self.read([np.full((32, 64, 3), 255, np.uint8)])
+        blank = [np.full((32, 64, 3), 255, np.uint8)]
+        self.read(blank)
+        if self._detector is not None:
+            self.read_pages(blank)
+
+    def read_pages(self, images: Images) -> list[str]:
+        """The text in each image, rows from top to bottom, one a line; empty where none was found.
+
+        Needs the option `detect`.
+        """
+        if self._detector is None:
+            raise ValueError("scorer 'ocr' was made without detect: true, so it has no detector")
+        pages = [self._detector.rows(image) for image in images]
+        crops = [
+            cut_out(image, box, HEIGHT)
+            for image, page in zip(images, pages, strict=True)
+            for row in page
+            for box in row
+        ]
+        texts = iter(self.read(crops))
+        return ["\n".join(" ".join(next(texts) for _ in row) for row in page) for page in pages]
 
     def read(self, images: Images) -> list[str]:
-        """The text in each image."""
+        """The text in each image of one line."""
         by_width: dict[int, list[int]] = defaultdict(list)
         for index, image in enumerate(images):
             by_width[self._width or _aspect_width(image)].append(index)
@@ -120,12 +157,21 @@ def _aspect_width(image: NDArray[np.uint8]) -> int:
     return int(np.clip(round(HEIGHT * width / height / 16), 1, 64)) * 16
 
 
-def _wheel_model() -> Path:
+def _session(path: Path, threads: int) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    # Spinning threads would take the cores from rollout and learner between two requests.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _wheel_model(name: str) -> Path:
     # The package is located, not imported: importing it loads its whole pipeline.
     spec = find_spec("rapidocr")
     if spec is None or not spec.submodule_search_locations:
         raise RuntimeError("scorer 'ocr' needs the package rapidocr: pip install rapidocr")
-    path = Path(spec.submodule_search_locations[0]) / "models" / "PP-OCRv6_rec_small.onnx"
+    path = Path(spec.submodule_search_locations[0]) / "models" / name
     if not path.is_file():
         raise RuntimeError(f"scorer 'ocr': {path} is missing; it comes with rapidocr >= 3.10")
     return path

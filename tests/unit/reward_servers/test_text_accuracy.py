@@ -34,6 +34,33 @@ def test_cases(prompt: str, text: str, score: float | None, exact: int | None) -
         assert item.details == {"text": text, "exact": exact}
 
 
+@pytest.mark.parametrize(
+    ("text", "contained", "exact"),
+    [
+        ("K7QX", 1.0, 1.0),
+        ("k 7 q x", 1.0, 1.0),
+        ("K7QXy", 1.0, 0.75),
+        ("xxK7QXyy", 1.0, 0.0),
+        ("xxxK7QXyyy", 1.0, 0.0),
+        ("K7Q", 0.75, 0.75),
+        ("K7OX", 0.75, 0.75),
+        ("", 0.0, 0.0),
+    ],
+)
+def test_exact_counts_extra_text(text: str, contained: float, exact: float) -> None:
+    prompt = 'a sign that says "K7QX"'
+    assert score_text(text, prompt, "contained").score == contained == score_text(text, prompt).score
+    item = score_text(text, prompt, "exact")
+    assert item.score == exact
+    assert item.details == {"text": text, "exact": int(exact == 1.0)}
+
+
+@given(text=st.text(max_size=12), target=st.text(min_size=1, max_size=6))
+def test_exact_is_one_for_the_target_alone_and_never_more_than_contained(text: str, target: str) -> None:
+    assert 0.0 <= accuracy(text, target, "exact") <= accuracy(text, target)
+    assert (accuracy(text, target, "exact") == 1.0) == (text == target)
+
+
 @given(text=st.text(max_size=12), target=st.text(min_size=1, max_size=6))
 def test_between_nothing_and_one(text: str, target: str) -> None:
     assert 0.0 <= accuracy(text, target) <= 1.0
