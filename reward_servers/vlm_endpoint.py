@@ -1,0 +1,183 @@
+"""The OpenAI-compatible endpoint behind a vision-language judge: requests, attempts, refusals.
+
+Promises
+- Transport errors, 408, 429 and 5xx are tried again with backoff and jitter, not before Retry-After; when the
+  attempts are used up, or the endpoint asks for a longer wait than `patience_s`: Unavailable. Everything else
+  that is not 200 is Refused at once.
+- At most `concurrency` requests are at the endpoint at once; one that waits for its next attempt is not.
+- The key goes to `base_url` only: redirects are not followed, and no error holds it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+from asyncio import sleep
+from types import TracebackType
+from typing import Any, Final
+
+import httpx
+from pydantic import BaseModel, ValidationError
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    RetryError,
+    retry_if_exception_type,
+    stop_after_attempt,
+    wait_random_exponential,
+)
+
+from reward_servers.answer import Answer, Transient
+
+_BACKOFF: Final = wait_random_exponential(multiplier=0.5, max=8.0)
+
+
+class Unavailable(Exception):
+    """Every attempt failed in a way that may pass."""
+
+
+class Refused(Exception):
+    """The endpoint does not take the request, or its answer is none."""
+
+
+class _Model(BaseModel):
+    id: str
+
+
+class _Models(BaseModel):
+    data: list[_Model]
+
+
+class ChatEndpoint:
+    """One endpoint, used inside `async with` and on that event loop only.
+
+    Args:
+        base_url: up to and with /v1.
+        key: bearer token; None sends none.
+        attempt_s: seconds for one attempt.
+        retries: attempts after the first.
+        concurrency: requests at the endpoint at once.
+        patience_s: the longest Retry-After that is waited for.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        key: str | None,
+        *,
+        attempt_s: float,
+        retries: int,
+        concurrency: int,
+        patience_s: float,
+    ) -> None:
+        self.url = base_url.rstrip("/")
+        self._key = key
+        self._attempt_s = attempt_s
+        self._retries = retries
+        self._patience_s = patience_s
+        self._places = asyncio.Semaphore(concurrency)
+        parsed = httpx.URL(self.url)
+        self._client = httpx.AsyncClient(
+            headers={
+                "Accept": "application/json",
+                # The size of the answer is bounded before it is unpacked.
+                "Accept-Encoding": "identity",
+                **({"Authorization": f"Bearer {key}"} if key else {}),
+            },
+            # `_places` is the bound: waiting for a connection would count as part of an attempt.
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=concurrency),
+            # A proxy of the environment cannot reach this machine's loopback.
+            trust_env=not _is_loopback(parsed.host),
+            follow_redirects=False,
+            # Reading the certificates takes longer than many a request, and http has no use for them.
+            verify=parsed.scheme == "https",
+        )
+
+    async def __aenter__(self) -> ChatEndpoint:
+        await self._client.__aenter__()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._client.__aexit__(kind, error, traceback)
+
+    async def models(self) -> list[str]:
+        """Names of the models it serves.
+
+        Raises:
+            Unavailable, Refused: it does not say.
+        """
+        answer = await self._ask("GET", "/models", None)
+        try:
+            return sorted(model.id for model in _Models.model_validate_json(bytes(answer.body)).data)
+        except ValidationError as error:
+            raise Refused(f"expected a list of models, got {self._shown(answer)}") from error
+
+    async def chat(self, body: dict[str, Any]) -> bytes:
+        """The body of its answer to a chat request.
+
+        Raises:
+            Unavailable, Refused: there is none.
+        """
+        return bytes((await self._ask("POST", "/chat/completions", body)).body)
+
+    async def _ask(self, method: str, path: str, body: dict[str, Any] | None) -> Answer:
+        try:
+            async for attempt in AsyncRetrying(
+                retry=retry_if_exception_type(Transient),
+                stop=stop_after_attempt(self._retries + 1),
+                wait=_pause,
+                sleep=sleep,
+            ):
+                with attempt:
+                    async with self._places:
+                        return await self._attempt(method, path, body)
+        except RetryError as error:
+            count = error.last_attempt.attempt_number
+            last = error.last_attempt.exception()
+            raise Unavailable(f"gave up after {count} attempts; last: {last}") from last
+        raise AssertionError("unreachable: retrying ends with a return or an error")
+
+    async def _attempt(self, method: str, path: str, body: dict[str, Any] | None) -> Answer:
+        seconds = self._attempt_s
+        try:
+            async with (
+                asyncio.timeout(seconds),
+                self._client.stream(method, self.url + path, json=body, timeout=seconds) as response,
+            ):
+                answer = Answer(response)
+                async for chunk in response.aiter_raw():
+                    answer.add(chunk)
+        except (TimeoutError, httpx.TimeoutException) as error:
+            raise Transient(f"no answer within {seconds:g} s") from error
+        except httpx.TransportError as error:
+            raise Transient(f"{type(error).__name__}: {error}") from error
+        if answer.status in (408, 429) or answer.status >= 500:
+            if answer.retry_after_s > self._patience_s:
+                raise Unavailable(f"asks to wait {answer.retry_after_s:.0f} s: {self._shown(answer)}")
+            raise Transient(self._shown(answer), answer.retry_after_s)
+        if answer.status != 200 or answer.overflow:
+            raise Refused(f"expected 200, got {self._shown(answer)}")
+        return answer
+
+    def _shown(self, answer: Answer) -> str:
+        # Some endpoints repeat a key that they do not know.
+        return answer.shown.replace(self._key, "***") if self._key else answer.shown
+
+
+def _pause(state: RetryCallState) -> float:
+    error = state.outcome.exception() if state.outcome else None
+    asked = error.retry_after_s if isinstance(error, Transient) else 0.0
+    # Jitter on top of what was asked for: those that were shed come back at different times.
+    return asked + _BACKOFF(state)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
