@@ -60,10 +60,10 @@ def total_rewards(rewards: Mapping[str, Sequence[float]], trained: Sequence[Rewa
     for reward, column in zip(present, columns, strict=True):
         if not bool(torch.isfinite(column).all()):
             raise ValueError(f"reward {reward.name} has a score that is not finite: {column.tolist()}")
-        total = total + reward.weight * column
+        total = total + reward.term(column)
     if not bool((total.abs() < LARGEST_TOTAL).all()):
         raise ValueError(
-            f"a total reward is beyond {LARGEST_TOTAL:g}: {total.tolist()}; check rewards[].weight"
+            f"a total reward is beyond {LARGEST_TOTAL:g}: {total.tolist()}; check rewards[].weight and range"
         )
     return total
 

@@ -24,7 +24,7 @@ from learner.advantages import Advantages, group_advantages, preferences, total_
 from learner.ema import Ema, PastReferences, evaluation_decay, reference_decay
 from learner.objectives.base import LiveGroup, Measurements, Phases, TrainingGroup, make_objective
 from learner.timesteps import configured_window, training_timesteps
-from learner.update_metrics import UpdateMetrics, reward_spreads, spread
+from learner.update_metrics import UpdateMetrics, dropped_terms, reward_spreads, spread
 from policy.base import Policy
 from policy.schedule import make_schedule
 from services.config import Config, LearnerConfig, WithReference
@@ -282,6 +282,7 @@ class Updater:
             grad_norm=float(torch.stack(list(norms)).mean()) if norms else None,
             learning_rate=rate,
             zero_variance_groups=int((~advantages.live).sum()),
+            dropped_terms=dropped_terms([group.rewards for group in groups], self.config.trained_rewards),
             reward=spread(list(advantages.totals)),
             rewards=reward_spreads([group.rewards for group in groups]),
             seconds=dict(phases.seconds),

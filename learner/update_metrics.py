@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from services.config import RewardConfig
+
 Spread = dict[str, float]
 """`mean` over samples, and `std`: the mean over groups of the standard deviation within a group."""
 
@@ -32,6 +34,8 @@ class UpdateMetrics:
     learning_rate: float
     zero_variance_groups: int
     """Groups whose samples all had the same total reward."""
+    dropped_terms: dict[str, int]
+    """Optional reward -> groups that were trained without it, because it had failed."""
     reward: Spread
     """Of the total reward."""
     rewards: dict[str, Spread]
@@ -50,6 +54,7 @@ class UpdateMetrics:
             "reward_std": self.reward["std"],
             "rewards": self.rewards,
             "zero_variance_groups": self.zero_variance_groups,
+            "dropped_terms": self.dropped_terms,
             "update": {f"{phase}_s": seconds for phase, seconds in self.seconds.items()},
         }
 
@@ -59,6 +64,14 @@ def spread(groups: Sequence[Tensor]) -> Spread:
     scores = [scores.to(torch.float64) for scores in groups]
     within = torch.stack([one.std(correction=0) for one in scores])
     return {"mean": float(torch.cat(scores).mean()), "std": float(within.mean())}
+
+
+def dropped_terms(
+    groups: Sequence[Mapping[str, Sequence[float]]], trained: Sequence[RewardConfig]
+) -> dict[str, int]:
+    """Trained reward -> groups without it; those that no group lacks are left out."""
+    counts = {reward.name: sum(reward.name not in group for group in groups) for reward in trained}
+    return {name: count for name, count in counts.items() if count}
 
 
 def reward_spreads(groups: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, Spread]:

@@ -96,7 +96,7 @@ class Guard:
         }
         if any(reward.name not in means for reward in self._trained):
             return
-        trained = sum(reward.weight * means[reward.name] for reward in self._trained)
+        trained = sum(reward.term(means[reward.name]) for reward in self._trained)
         for name, allowed in self._drop.items():
             if name not in means:
                 continue

@@ -69,6 +69,8 @@ class UpdateRow(Row):
     """By reward name, the held-out ones too."""
     zero_variance_groups: int = 0
     """Groups whose samples all had the same total reward; they teach nothing."""
+    dropped_terms: dict[str, int] = Field(default_factory=dict)
+    """Optional reward -> groups that were trained without it, because it had failed."""
     staleness_mean: Number = None
     """Updates that the groups lagged behind."""
     staleness_max: int = 0

@@ -144,6 +144,7 @@ def _flow(view: View, row: UpdateRow) -> str:
     ]
     if row.zero_variance_groups:
         parts.append(f"{row.zero_variance_groups} groups all equal")
+    parts += [f"{count} groups without {name}" for name, count in row.dropped_terms.items()]
     return " · ".join(parts)
 
 

@@ -140,6 +140,12 @@ class Config(Section):
             raise ValueError(
                 f"guard.drop names {', '.join(unknown)}; held-out rewards are: {', '.join(heldout) or 'none'}"
             )
+        ranged = [reward.name for reward in self.rewards if reward.range is not None]
+        if ranged and self.advantage.combine == "normalized":
+            raise ValueError(
+                f"rewards: range of {', '.join(ranged)} would do nothing with advantage.combine normalized: "
+                "that brings every reward to the same scale itself: leave it out"
+            )
         steps, picked = self.rollout.steps, self.objective.timesteps
         if picked.first is not None and picked.first > steps:
             raise ValueError(f"objective.timesteps.first {picked.first} exceeds rollout.steps {steps}")

@@ -40,6 +40,9 @@ class RewardConfig(Section):
     """Environment variable that holds the bearer token for `url`."""
     weight: float = 1.0
     """Weight in the total reward."""
+    range: tuple[float, float] | None = None
+    """Scores that count as 0 and as 1 in the total reward, to bring rewards of different scales together;
+    null: scores count as they are."""
     required: bool = True
     """A required reward that fails dead-letters the group; an optional one drops its term for the group.
     Evaluations require every reward."""
@@ -62,6 +65,24 @@ class RewardConfig(Section):
     """Ray CPUs a replica reserves, for `app`."""
     num_gpus: float = Field(default=0.0, ge=0)
     """Ray GPUs a replica reserves, for `app`."""
+
+    def term(self, score: Any) -> Any:
+        """What a score, or a tensor of scores, adds to the total reward."""
+        low, high = self.range or (0.0, 1.0)
+        return self.weight * ((score - low) / (high - low))
+
+    @model_validator(mode="after")
+    def _range_has_effect(self) -> RewardConfig:
+        if self.range is not None and self.range[0] >= self.range[1]:
+            raise ValueError(
+                f"reward {self.name!r}: range {list(self.range)} must go up; for a reward that is better the "
+                "lower it is, make weight negative"
+            )
+        if self.range is not None and self.heldout:
+            raise ValueError(
+                f"reward {self.name!r}: range is for the total reward, which held-out rewards are not in"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_place(self) -> RewardConfig:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -123,6 +124,10 @@ def _facts(metrics: Metrics) -> list[tuple[str, str]]:
         ("max staleness", str(max(row.staleness_max for row in rows))),
         ("groups without variance", f"{flat / last.groups:.1%}" if last.groups else "-"),
     ]
+    dropped = Counter[str]()
+    for row in rows:
+        dropped.update(row.dropped_terms)
+    facts += [(f"groups without {name}", f"{count / last.groups:.1%}") for name, count in dropped.items()]
     dead = sum(event.what == "dead letter" for event in metrics.events)
     restarts = sum("restart" in event.what for event in metrics.events)
     facts += [("dead letters", str(dead))] if dead else []

@@ -24,6 +24,12 @@ def test_total_is_the_weighted_sum_of_the_trained_rewards() -> None:
     assert total_rewards(rewards, [OCR, TASTE]).tolist() == [1.0, -2.0]
 
 
+def test_a_range_brings_a_reward_to_the_scale_of_the_others() -> None:
+    picked = RewardConfig(name="picked", app="ocr", weight=3.0, range=(20.0, 24.0))
+    rewards = {"ocr": [1.0, 0.0, 0.5], "picked": [20.0, 24.0, 25.0]}
+    assert total_rewards(rewards, [OCR, picked]).tolist() == [2.0, 3.0, 4.75]
+
+
 def test_an_optional_reward_drops_its_term_and_a_required_one_is_an_error() -> None:
     assert total_rewards({"ocr": [1.0, 0.0]}, [OCR, TASTE]).tolist() == [2.0, 0.0]
     with pytest.raises(ValueError, match="rewards ocr are absent; the group has taste"):

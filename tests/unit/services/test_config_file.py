@@ -48,6 +48,8 @@ def test_every_shipped_recipe_is_valid_and_round_trips(recipe: Path) -> None:
         ("rollout.solver=heunn", ["rollout.solver", "'euler'", "did you mean 'heun'?"]),
         ("objective.reference=x", ["objective.reference", "'x' is none of 'frozen' or 'ema'"]),
         ("rewards.0.app=ocrr", ["rewards.0.app", "'ocrr'", "did you mean 'ocr'?", "ocr_tesseract"]),
+        ("rewards.0.range=[1, 0]", ["range [1.0, 0.0] must go up", "make weight negative"]),
+        ("rewards.1.range=[0, 1]", ["range is for the total reward"]),
         ("rewards.2.weight=1", ["'2' is not an index", "valid are 0 to 1"]),
     ],
 )
@@ -79,6 +81,12 @@ ELSEWHERE = "rewards=[{name: ocr, url: 'http://127.0.0.1:1', %s}]"
 def test_settings_of_an_app_are_refused_for_a_reward_that_is_elsewhere(given: str) -> None:
     with pytest.raises(ConfigError, match=f"rewards.0: .*'ocr': {given.split(':')[0]} would do nothing"):
         load_config("quickstart", [ELSEWHERE % given])
+
+
+def test_a_range_without_effect_is_refused() -> None:
+    overrides = ["rewards.0.range=[20, 24]", "advantage.combine=normalized"]
+    with pytest.raises(ConfigError, match="range of ocr would do nothing"):
+        load_config("quickstart", overrides)
 
 
 def test_a_reward_scales_up_and_not_down() -> None:
