@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,12 @@ from learner.ray_train import training_group
 from learner.update import Updater
 from policy import load_policy
 from reward_servers.app import create_app
+from reward_servers.launch import server_config
 from reward_servers.local import LocalServer
-from reward_servers.server_config import ServerConfig
 from rollout_workers.policy_sampler import PolicySampler
 from rollout_workers.scoring import RewardServers
 from services.codec import decode_group, encode_group, weights_digest
+from services.config import RewardConfig
 from services.config_file import PROJECT_ROOT, load_config
 from services.context import RewardPlace, SecretPlace
 from services.messages import GroupHeader, PolicyVersion
@@ -27,26 +29,40 @@ SMALLER = ("rollout.group_size=4", "learner.groups_per_step=2", "learner.micro_b
 
 
 @pytest.fixture(scope="module")
-def ocr(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RewardPlace]:
+def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[RewardConfig], RewardPlace]]:
+    """Where a reward is served; each scorer is started once for its arguments."""
     token = tmp_path_factory.mktemp("token") / "token"
     token.write_text("t" * 32)
     token.chmod(0o600)
-    with LocalServer(create_app(ServerConfig(app="ocr", token_file=token))) as server:
-        yield RewardPlace(url=server.url, token=SecretPlace(file=token))
+    places: dict[str, RewardPlace] = {}
+    with ExitStack() as stack:
+
+        def place(reward: RewardConfig) -> RewardPlace:
+            key = f"{reward.app} {reward.args}"
+            if key not in places:
+                app = create_app(server_config(reward, token))
+                url = stack.enter_context(LocalServer(app)).url
+                places[key] = RewardPlace(url=url, token=SecretPlace(file=token))
+            return places[key]
+
+        yield place
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_it_trains_for_two_updates(recipe: Path, ocr: RewardPlace, tmp_path: Path) -> None:
+def test_it_trains_for_two_updates(
+    recipe: Path, serve: Callable[[RewardConfig], RewardPlace], tmp_path: Path
+) -> None:
     config = load_config(recipe, SMALLER)
-    if config.prompts.source != "words" or config.model.path != "quickstart/model":
-        pytest.skip("needs a model or prompts that are not in this repository")
+    if config.prompts.source == "recorded":
+        pytest.skip("needs a recording; tests/integration/test_offline_training.py makes one")
     torch.set_num_threads(1)
     sampler = PolicySampler(config, tmp_path, store=None)
     policy = load_policy(
         config.model, text_encoders=config.learner_guides, vae=False, base=config.objective.needs_base, seed=0
     )
     updater, prompts, digests = Updater(policy, config), prompt_source(config), []
-    scorer = RewardServers(config.trained_rewards, {"ocr": ocr})
+    trained = config.trained_rewards
+    scorer = RewardServers(trained, {reward.name: serve(reward) for reward in trained})
     try:
         for step in range(2):
             sampler.policy.install(updater.rollout_tensors(step))
@@ -57,7 +73,10 @@ def test_it_trains_for_two_updates(recipe: Path, ocr: RewardPlace, tmp_path: Pat
                 sampled = sampler.sample(task)
                 scores = scorer.score(sampled.images, [task.prompt] * 4, ordinal=ordinal)
                 # Four samples of a good model may all be right: a group without a preference trains nothing.
-                graded = tuple(score + 0.01 * place for place, score in enumerate(scores.rewards["ocr"]))
+                graded = {
+                    name: tuple(score + 0.01 * place for place, score in enumerate(scored))
+                    for name, scored in scores.rewards.items()
+                }
                 header = GroupHeader(
                     run="run",
                     ordinal=ordinal,
@@ -65,7 +84,7 @@ def test_it_trains_for_two_updates(recipe: Path, ocr: RewardPlace, tmp_path: Pat
                     version=version,
                     prompt=task.prompt,
                     seeds=task.seeds,
-                    rewards={"ocr": graded},
+                    rewards=graded,
                     worker="rollout-0",
                     sample_s=0.0,
                     reward_s=0.0,
