@@ -22,6 +22,7 @@ lint: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/python -m services.config_docs docs/configuration.md
+	$(BIN)/python -m reward_servers.openapi docs/openapi/reward-v1.json
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

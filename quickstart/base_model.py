@@ -1,4 +1,4 @@
-"""The base model as a whole: a Stable Diffusion 3 pipeline small enough for two CPU cores.
+"""A base model as a whole: a Stable Diffusion 3 pipeline small enough for two CPU cores.
 
 Promises
 - What `save_pretrained` writes, plain `StableDiffusion3Pipeline.from_pretrained(directory)` loads.
@@ -18,8 +18,8 @@ from diffusers import (
 
 from quickstart.render import WIDTH
 from quickstart.text_encoders import (
-    JOINT_WIDTH,
-    POOLED_WIDTH,
+    WORDS,
+    Vocabulary,
     new_clip_encoder,
     new_clip_tokenizer,
     new_t5_encoder,
@@ -35,26 +35,35 @@ UNCONDITIONAL_PROMPT: Final = ""
 
 
 def new_transformer(
-    layers: int = LAYERS, heads: int = HEADS, patches: int = PATCHES
+    layers: int = LAYERS,
+    heads: int = HEADS,
+    patches: int = PATCHES,
+    *,
+    width: int = WIDTH,
+    patch: int = 2,
+    vocabulary: Vocabulary = WORDS,
 ) -> SD3Transformer2DModel:
     """An untrained transformer; as it is by default: 4 layers, width 96, 1.3 M parameters.
 
     Args:
         layers: joint attention blocks.
         heads: of 32 channels each.
-        patches: the largest height or width, in patches of 2 x 2 latents (8 x 8 pixels).
+        patches: the largest height or width, in patches.
+        width: of an image in pixels, the larger side.
+        patch: side of a patch in latents, of 4 x 4 pixels each.
+        vocabulary: of the text that it is conditioned on.
     """
     transformer = SD3Transformer2DModel(
-        sample_size=WIDTH // 4,
-        patch_size=2,
+        sample_size=width // 4,
+        patch_size=patch,
         in_channels=4,
         out_channels=4,
         num_layers=layers,
         num_attention_heads=heads,
         attention_head_dim=WIDTH_OF_HEAD,
-        joint_attention_dim=JOINT_WIDTH,
+        joint_attention_dim=vocabulary.joint_width,
         caption_projection_dim=heads * WIDTH_OF_HEAD,
-        pooled_projection_dim=POOLED_WIDTH,
+        pooled_projection_dim=vocabulary.joint_width,
         pos_embed_max_size=patches,
         qk_norm="rms_norm",
     )
@@ -68,19 +77,19 @@ def new_transformer(
 
 
 def new_pipeline(
-    transformer: SD3Transformer2DModel, vae: AutoencoderKL, seed: int
+    transformer: SD3Transformer2DModel, vae: AutoencoderKL, seed: int, vocabulary: Vocabulary = WORDS
 ) -> StableDiffusion3Pipeline:
     """Put text encoders made from `seed` beside a transformer and an autoencoder."""
-    clip_tokenizer, t5_tokenizer = new_clip_tokenizer(), new_t5_tokenizer()
+    clip_tokenizer, t5_tokenizer = new_clip_tokenizer(vocabulary), new_t5_tokenizer()
     return StableDiffusion3Pipeline(
         transformer=transformer,
         vae=vae,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT),
-        text_encoder=new_clip_encoder(clip_tokenizer, seed=3 * seed),
+        text_encoder=new_clip_encoder(clip_tokenizer, seed=3 * seed, vocabulary=vocabulary),
         tokenizer=clip_tokenizer,
-        text_encoder_2=new_clip_encoder(clip_tokenizer, seed=3 * seed + 1),
-        tokenizer_2=new_clip_tokenizer(),
-        text_encoder_3=new_t5_encoder(t5_tokenizer, seed=3 * seed + 2),
+        text_encoder_2=new_clip_encoder(clip_tokenizer, seed=3 * seed + 1, vocabulary=vocabulary),
+        tokenizer_2=new_clip_tokenizer(vocabulary),
+        text_encoder_3=new_t5_encoder(t5_tokenizer, seed=3 * seed + 2, vocabulary=vocabulary),
         tokenizer_3=t5_tokenizer,
     )
 
@@ -89,7 +98,7 @@ def new_pipeline(
 def encode_prompts(
     pipeline: StableDiffusion3Pipeline, prompts: Sequence[str]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Text tokens (N, PROMPT_TOKENS + 1, JOINT_WIDTH) and pooled text (N, POOLED_WIDTH) of `prompts`."""
+    """Text tokens (N, prompt tokens + 1, joint width) and pooled text (N, joint width) of `prompts`."""
     embeds, _, pooled, _ = pipeline.encode_prompt(
         prompt=list(prompts),
         prompt_2=None,

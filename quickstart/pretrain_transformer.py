@@ -2,11 +2,8 @@
 
 Promises
 - Same steps and seed, same training data; the number of steps, never the clock, decides when it ends.
-- Only training words are seen, in captions and in images.
+- Nothing held out is seen, neither in captions nor in images.
 - What is left in the pipeline is the exponential moving average of the weights.
-
-Wrong captions are what leaves room for post-training: a model that fits them faithfully spells a word wrong
-as often as its captions did, though it has seen every letter; guidance, or DGPO, brings it out.
 """
 
 import math
@@ -20,24 +17,20 @@ from torch import Tensor
 from tqdm import tqdm, trange
 
 from quickstart.base_model import UNCONDITIONAL_PROMPT, encode_prompts
-from quickstart.pretrain_vae import encode, render_batch
-from quickstart.words import CHARACTERS, prompt_of, train_word
+from quickstart.pretrain_vae import encode, examples, render_batch
+from quickstart.task import Example, Task
 
-IMAGES: Final = 12_000
-WRONG_CHARACTERS: Final = 0.27
-"""Share of the characters in captions that are replaced by a random one."""
 CONDITION_DROPOUT: Final = 0.1
-BATCH_SIZE: Final = 96
 PEAK_LEARNING_RATE: Final = 2e-3
 WARMUP_STEPS: Final = 100
 EMA_DECAY: Final = 0.998
 CHUNK: Final = 1000
 
 
-def train_transformer(pipeline: StableDiffusion3Pipeline, steps: int, seed: int) -> None:
+def train_transformer(pipeline: StableDiffusion3Pipeline, task: Task[Example], steps: int, seed: int) -> None:
     """Train `pipeline.transformer` in place; the other parts stay as they are."""
     torch.manual_seed(seed)
-    latents, embeds, pooled = _data(pipeline, random.Random(f"{seed}/transformer"))
+    latents, embeds, pooled = _data(pipeline, task, random.Random(f"{seed}/transformer"))
     empty_embeds, empty_pooled = encode_prompts(pipeline, [UNCONDITIONAL_PROMPT])
     transformer = pipeline.transformer.train()
     weights = list(transformer.parameters())
@@ -46,8 +39,8 @@ def train_transformer(pipeline: StableDiffusion3Pipeline, steps: int, seed: int)
     progress = trange(steps, desc="transformer", unit="step", mininterval=5)
     for step in progress:
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps)
-        chosen = torch.randint(len(latents), (BATCH_SIZE,))
-        dropped = torch.rand(BATCH_SIZE) < CONDITION_DROPOUT
+        chosen = torch.randint(len(latents), (task.transformer_batch,))
+        dropped = torch.rand(task.transformer_batch) < CONDITION_DROPOUT
         loss = flow_matching_loss(
             pipeline,
             latents[chosen],
@@ -73,7 +66,7 @@ def flow_matching_loss(
     """Mean squared error of the velocity noise - x0 at logit-normal noise levels.
 
     Args:
-        x0: (N, 4, 8, 16) clean latents.
+        x0: (N, 4, H / 4, W / 4) clean latents.
         embeds: (N, tokens, width) text tokens; pooled: (N, pooled width).
     """
     sigma = torch.sigmoid(torch.randn(len(x0)))
@@ -89,19 +82,16 @@ def learning_rate(step: int, steps: int) -> float:
     return PEAK_LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS) * (0.02 + 0.98 * cosine)
 
 
-def misspelt(word: str, rng: random.Random) -> str:
-    """`word` with each character replaced by a random one with probability `WRONG_CHARACTERS`."""
-    return "".join(rng.choice(CHARACTERS) if rng.random() < WRONG_CHARACTERS else c for c in word)
-
-
-def _data(pipeline: StableDiffusion3Pipeline, rng: random.Random) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents of rendered training words, and text tokens and pooled text of their captions."""
+def _data(
+    pipeline: StableDiffusion3Pipeline, task: Task[Example], rng: random.Random
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents of rendered examples, and text tokens and pooled text of their captions."""
     vae: AutoencoderKL = pipeline.vae
     latents, embeds, pooled = [], [], []
-    for _ in tqdm(range(0, IMAGES, CHUNK), desc="encoding", unit="chunk"):
-        words = [train_word(rng) for _ in range(CHUNK)]
-        latents.append(encode(vae, render_batch(words, rng)))
-        tokens, vector = encode_prompts(pipeline, [prompt_of(misspelt(word, rng)) for word in words])
+    for _ in tqdm(range(0, task.images, CHUNK), desc="encoding", unit="chunk"):
+        shown = examples(task, CHUNK, rng)
+        latents.append(encode(vae, render_batch(task, shown, rng)))
+        tokens, vector = encode_prompts(pipeline, [task.caption(example, rng) for example in shown])
         embeds.append(tokens)
         pooled.append(vector)
     # Clones: tensors made under inference mode cannot take part in autograd.

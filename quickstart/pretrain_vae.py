@@ -1,4 +1,4 @@
-"""First stage of pretraining: an autoencoder of 32 x 64 images, from nothing.
+"""First stage of pretraining: an autoencoder of a task's images, from nothing.
 
 Promises
 - Same steps and seed, same training data; the number of steps, never the clock, decides when it ends.
@@ -17,17 +17,16 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from tqdm import trange
 
-from quickstart.render import HEIGHT, render
-from quickstart.words import train_word
+from quickstart.render import HEIGHT
+from quickstart.task import Example, Task
 
-BATCH_SIZE: Final = 24
 PEAK_LEARNING_RATE: Final = 4e-3
 LATENT_NOISE: Final = 0.05
 """Noise on the latents while training, so that the decoder forgives what a sampler leaves undone."""
 STATISTICS_IMAGES: Final = 2000
 
 
-def new_vae() -> AutoencoderKL:
+def new_vae(height: int = HEIGHT) -> AutoencoderKL:
     """Four latent channels at a quarter of the resolution; 0.4 M parameters."""
     return AutoencoderKL(
         in_channels=3,
@@ -38,7 +37,7 @@ def new_vae() -> AutoencoderKL:
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=4,
-        sample_size=HEIGHT,
+        sample_size=height,
         mid_block_add_attention=False,
         use_quant_conv=False,
         use_post_quant_conv=False,
@@ -47,18 +46,18 @@ def new_vae() -> AutoencoderKL:
     )
 
 
-def train_vae(steps: int, seed: int) -> AutoencoderKL:
-    """Train an autoencoder on renders of training words and set its latent statistics."""
+def train_vae(task: Task[Example], steps: int, seed: int) -> AutoencoderKL:
+    """Train an autoencoder on renders of a task and set its latent statistics."""
     torch.manual_seed(seed)
     rng = random.Random(f"{seed}/vae")
-    vae = new_vae().to(memory_format=torch.channels_last)
+    vae = new_vae(task.height).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.98), weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, PEAK_LEARNING_RATE, total_steps=steps, pct_start=0.1
     )
     progress = trange(steps, desc="autoencoder", unit="step", mininterval=5)
     for _ in progress:
-        pixels = to_pixels(render_batch([train_word(rng) for _ in range(BATCH_SIZE)], rng))
+        pixels = to_pixels(render_batch(task, examples(task, task.vae_batch, rng), rng))
         mean = vae.encode(pixels).latent_dist.mean
         decoded = vae.decode(mean + LATENT_NOISE * torch.randn_like(mean)).sample
         error = F.mse_loss(decoded, pixels) + 0.2 * F.l1_loss(decoded, pixels)
@@ -70,15 +69,19 @@ def train_vae(steps: int, seed: int) -> AutoencoderKL:
         schedule.step()
         progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
     vae.eval().requires_grad_(False)
-    words = [train_word(rng) for _ in range(STATISTICS_IMAGES)]
-    latents = encode(vae, render_batch(words, rng))
+    latents = encode(vae, render_batch(task, examples(task, STATISTICS_IMAGES, rng), rng))
     vae.register_to_config(scaling_factor=1.0 / latents.std().item(), shift_factor=latents.mean().item())
     return vae
 
 
-def render_batch(words: list[str], rng: random.Random) -> Tensor:
-    """(N, 3, H, W) uint8 images of `words`, channels last in memory."""
-    images = np.stack([render(word, rng) for word in words])
+def examples(task: Task[Example], count: int, rng: random.Random) -> list[Example]:
+    """`count` examples, none of them held out."""
+    return [task.example(rng) for _ in range(count)]
+
+
+def render_batch(task: Task[Example], shown: list[Example], rng: random.Random) -> Tensor:
+    """(N, 3, H, W) uint8 images of `shown`, channels last in memory."""
+    images = np.stack([task.render(example, rng) for example in shown])
     return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 

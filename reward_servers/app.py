@@ -5,23 +5,27 @@ Promises
 - A body over the limit is refused from its Content-Length, or as soon as it has grown too long; one that has
   not come within `deadline_s` gives its place up (408).
 - Every answer that is not 2xx is an ErrorBody; 429 and 503 say when to come back.
-- /healthz is 503 until the scorer is warm, and when it hangs.
+- Nobody is answered on /healthz before the scorer is warm; it is 503 when the scorer hangs.
+- A request whose client has gone gives its place up, and is not scored if it still waits.
 
-Served by Ray Serve (deployment.py) and by plain uvicorn (local.py) alike.
+Served by Ray Serve (deployment.py) and by plain uvicorn (local.py) alike. What it says of itself is in
+openapi.py, and that is what it is tested against.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hmac
+import importlib
 import logging
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Final, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from reward_servers.engine import ScoringEngine
 from reward_servers.protocol import (
@@ -29,12 +33,9 @@ from reward_servers.protocol import (
     INFO_PATH,
     JSON_TYPE,
     SCORE_PATH,
-    STATUS_NAMES,
     TENSOR_TYPE,
-    ErrorBody,
     ItemError,
     ProtocolError,
-    ScoreRequest,
     ScoreResponse,
     ServerInfo,
 )
@@ -45,23 +46,9 @@ from reward_servers.wire import ScoreCall, decode_json, decode_tensors
 
 log = logging.getLogger(__name__)
 
-_REQUEST_BODY: dict[str, Any] = {
-    "required": True,
-    "content": {
-        JSON_TYPE: {"schema": ScoreRequest.model_json_schema()},
-        TENSOR_TYPE: {
-            "schema": {
-                "type": "string",
-                "format": "binary",
-                "description": "safetensors: tensor `images` U8 [N, H, W, 3] RGB; __metadata__: "
-                "`prompts` and `metadata` as JSON texts",
-            }
-        },
-    },
-}
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody, "description": name} for status, name in STATUS_NAMES.items()
-}
+Result = TypeVar("Result")
+_GONE: Final = "the client has gone"
+"""Seen by nobody but a log."""
 
 
 def create_app(config: ServerConfig, *, scorer: Scorer | None = None) -> FastAPI:
@@ -71,9 +58,11 @@ def create_app(config: ServerConfig, *, scorer: Scorer | None = None) -> FastAPI
         scorer: scores in place of `config.app`, for tests and for scorers of other packages.
     """
     token = config.token().encode("ascii")
+    scorer = scorer or _scorer(config)
     engine = ScoringEngine(
-        scorer or load_scorer(config.app, config.args, config.threads),
-        merge=config.batching == "dynamic",
+        scorer,
+        # Where merging cannot be seen in a score, it only fills the scorer's batches.
+        merge=config.batching == "dynamic" or scorer.batch_invariant,
         deadline_s=config.deadline_s,
         max_pending=config.max_pending,
     )
@@ -85,33 +74,21 @@ def create_app(config: ServerConfig, *, scorer: Scorer | None = None) -> FastAPI
         yield
         await engine.stop()
 
-    app = FastAPI(
-        title="Reward protocol",
-        version="1",
-        lifespan=lifespan,
-        docs_url=None,
-        redoc_url=None,
-        openapi_url=None,
-    )
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.engine = engine
 
-    @app.get(HEALTH_PATH, responses={503: _ERRORS[503]})
+    @app.get(HEALTH_PATH)
     async def healthz() -> dict[str, str]:
         if stalled := engine.stalled:
             raise ProtocolError(503, stalled, retry_after_s=5)
         return {"status": "ok"}
 
-    @app.get(INFO_PATH, responses={401: _ERRORS[401]})
+    @app.get(INFO_PATH)
     async def server_info(request: Request) -> ServerInfo:
         _check_token(request, token)
         return info
 
-    @app.post(
-        SCORE_PATH,
-        response_model=ScoreResponse,
-        responses=_ERRORS,
-        openapi_extra={"requestBody": _REQUEST_BODY},
-    )
+    @app.post(SCORE_PATH)
     async def score(request: Request) -> Response:
         _check_token(request, token)
         with engine.admitted():
@@ -119,12 +96,22 @@ def create_app(config: ServerConfig, *, scorer: Scorer | None = None) -> FastAPI
             refused = _refused(engine.scorer, call)
             if refused is not None:
                 raise ProtocolError(422, refused)
-            answer = _answer(info, await engine.score(call))
+            answer = _answer(info, await _unless_gone(request, engine.score(call)))
         # Serialised here and once: FastAPI would validate it and build it anew.
         return Response(answer.model_dump_json(), media_type=JSON_TYPE)
 
     _add_error_bodies(app)
     return app
+
+
+def _scorer(config: ServerConfig) -> Scorer:
+    module, separator, name = config.app.partition(":")
+    if not separator:
+        return load_scorer(config.app, config.args, config.threads)
+    scorer = getattr(importlib.import_module(module), name)(config.args, config.threads)
+    if not isinstance(scorer, Scorer):
+        raise TypeError(f"{config.app}() returned {type(scorer).__name__}, not a Scorer")
+    return scorer
 
 
 def _info(config: ServerConfig, scorer: Scorer) -> ServerInfo:
@@ -156,6 +143,8 @@ async def _read(request: Request, config: ServerConfig) -> ScoreCall:
             body = await _body(request, config.limits.max_body_bytes)
     except TimeoutError:
         raise ProtocolError(408, f"the body did not come within {config.deadline_s:g} s") from None
+    except ClientDisconnect:
+        raise ProtocolError(408, _GONE) from None
     if kind == TENSOR_TYPE:
         return decode_tensors(body, config.limits)
     # PNG decoding takes long enough to keep other requests from being accepted.
@@ -174,6 +163,21 @@ async def _body(request: Request, limit: int) -> bytes:
             raise too_large
         chunks.append(chunk)
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+async def _unless_gone(request: Request, scoring: Coroutine[Any, Any, Result]) -> Result:
+    """The result, given up as soon as nobody is there to have it."""
+    task = asyncio.create_task(scoring)
+    # The body has been read: what comes next can only be that the client has gone.
+    gone = asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ProtocolError(408, _GONE)
+    finally:
+        task.cancel()
+        gone.cancel()
 
 
 def _refused(scorer: Scorer, call: ScoreCall) -> str | None:
@@ -225,5 +229,5 @@ def _add_error_bodies(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def on_error(request: Request, error: Exception) -> Response:
         log.exception("request failed", exc_info=error)
-        body = ErrorBody(error="internal", detail=f"{type(error).__name__} in the reward server; see its log")
-        return Response(body.model_dump_json(), 500, media_type=JSON_TYPE)
+        failed = ProtocolError(500, f"{type(error).__name__} in the reward server; see its log")
+        return Response(failed.body.model_dump_json(), 500, media_type=JSON_TYPE)

@@ -1,8 +1,11 @@
 """One reward as a Ray Serve application. For a Serve config file: `reward_servers.deployment:build`.
 
+deploy/serve/rewards.yaml is such a file; what it says of the deployment `reward` overrides what is set here.
+
 Promises
 - A replica is ready once its scorer is warm; one whose scorer hangs fails its health check and is replaced.
 - Overload is refused with 429 and Retry-After: by the replica with a JSON body, and by Serve beyond that.
+- A replica that is taken away is sent nothing more, and answers what it has within the reward's deadline.
 - Arguments hold no secret (server_config.py): Serve shows them on its dashboard.
 """
 
@@ -48,13 +51,31 @@ def deployment_of(config: ServerConfig) -> Deployment:
         backpressure_config={"status_code": 429, "retry_after_s": 1},
         health_check_period_s=10,
         health_check_timeout_s=30,
-        graceful_shutdown_timeout_s=10,
+        # No request takes longer; one that waits for nothing is not waited for.
+        graceful_shutdown_timeout_s=config.deadline_s,
         # A scorer that cannot be made will not be made on the 20th try, Serve's default, either.
         max_constructor_retry_count=2,
         logging_config=QUIET,
     )
     deployment: Deployment = configured(Reward)
     return deployment
+
+
+def autoscaling(min_replicas: int, max_replicas: int) -> dict[str, Any]:
+    """Serve's `autoscaling_config`: replicas by requests that are being scored or wait.
+
+    One being scored and one waiting keep a replica busy; more of them only wait longer.
+    """
+    return {
+        "min_replicas": min_replicas,
+        "max_replicas": max_replicas,
+        "target_ongoing_requests": 2,
+        "metrics_interval_s": 1,
+        "look_back_period_s": 5,
+        "upscale_delay_s": 5,
+        # Rollout comes in waves: what was just warmed up is wanted again.
+        "downscale_delay_s": 60,
+    }
 
 
 def build(args: dict[str, Any]) -> Application:

@@ -25,7 +25,7 @@ from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.schema import ApplicationStatus
 
-from reward_servers.deployment import QUIET, deployment_of
+from reward_servers.deployment import QUIET, autoscaling, deployment_of
 from reward_servers.protocol import INFO_PATH, ServerInfo
 from reward_servers.scorers import scorer_names
 from reward_servers.server_config import ServerConfig, read_token
@@ -80,7 +80,8 @@ def start_rewards(
     owned = _owns_serve
     names = [target.name for target in targets]
     try:
-        base = _start_serve(served, host, port, deadline_s)
+        request_s = max(reward.deadline_s for reward in served) + _GRACE_S
+        base = start_serve(host, port, deadline_s=deadline_s, request_timeout_s=request_s)
         _started.extend(names)
         serve.run_many(
             targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False
@@ -110,15 +111,26 @@ def _stop(names: Sequence[str], *, shutdown: bool) -> None:
     _owns_serve = _owns_serve and not shutdown
 
 
-def _start_serve(served: Sequence[RewardConfig], host: str, port: int, deadline_s: float) -> str:
-    """Start Serve unless it runs. Returns the address of its proxy."""
+def start_serve(host: str, port: int, *, deadline_s: float, request_timeout_s: float) -> str:
+    """Start Serve unless it runs; `stop_rewards` ends what was started.
+
+    Args:
+        port: 0 takes a free one.
+        request_timeout_s: seconds after which Serve gives a request up.
+
+    Returns:
+        The address of its proxy.
+
+    Raises:
+        RewardsNotReady: it did not start in time.
+    """
     global _owns_serve
     running = _running_options()
     if running is None:
         running = HTTPOptions(
             host=host,
             port=port or _free_port(host),
-            request_timeout_s=max(reward.deadline_s for reward in served) + _GRACE_S,
+            request_timeout_s=request_timeout_s,
         )
         # From here on there may be a controller to stop, whether or not the proxy comes up.
         _owns_serve = True
@@ -166,8 +178,14 @@ def _running_options() -> HTTPOptions | None:
 
 def _target(reward: RewardConfig, token_file: Path) -> serve.RunTarget:
     config = server_config(reward, token_file)
+    most = reward.max_replicas or reward.replicas
+    scale: dict[str, Any] = (
+        {"num_replicas": reward.replicas}
+        if most == reward.replicas
+        else {"num_replicas": "auto", "autoscaling_config": autoscaling(reward.replicas, most)}
+    )
     deployment = deployment_of(config).options(
-        num_replicas=reward.replicas,
+        **scale,
         ray_actor_options={"num_cpus": reward.num_cpus, "num_gpus": reward.num_gpus},
     )
     application = deployment.bind(config.model_dump(mode="json"))

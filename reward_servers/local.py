@@ -1,29 +1,26 @@
-"""One reward server in this process, by plain uvicorn: for tests, and to run a reward alone.
-
-    python -m reward_servers.local ocr --token-file TOKEN --port 8100
+"""One reward server in this process, by plain uvicorn: in tests, and alone (`dgpo reward serve`).
 
 Promises
-- Binds loopback unless told otherwise; port 0 takes a free one.
-- `LocalServer` is ready when it is entered, or raises within its deadline; its thread ends with it.
+- `LocalServer` binds loopback; it is ready when it is entered, or raises within its deadline; its thread ends
+  with it.
+- `serve_until_stopped` binds what it is told to; a first signal lets it answer what it has admitted.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import math
+import signal
 import socket
 import threading
-from contextlib import AbstractContextManager
-from pathlib import Path
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from types import TracebackType
-from typing import Any
+from typing import Any, Final
 
 import uvicorn
 
-from reward_servers.app import create_app
-from reward_servers.server_config import ServerConfig
-
-LOOPBACK = "127.0.0.1"
+LOOPBACK: Final = "127.0.0.1"
+STOPPING: Final = (signal.SIGINT, signal.SIGTERM)
 
 
 class LocalServer(AbstractContextManager["LocalServer"]):
@@ -35,7 +32,7 @@ class LocalServer(AbstractContextManager["LocalServer"]):
         self._deadline_s = deadline_s
         self._settled = threading.Event()
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
-        self._server = _Server(config, self._settled)
+        self._server = _Server(config, lambda started: self._settled.set())
         self._thread = threading.Thread(target=self._run, name=f"reward-server-{self.url}", daemon=True)
 
     def __enter__(self) -> LocalServer:
@@ -67,36 +64,52 @@ class LocalServer(AbstractContextManager["LocalServer"]):
 class _Server(uvicorn.Server):
     """Says when it has started, so that nobody polls."""
 
-    def __init__(self, config: uvicorn.Config, settled: threading.Event) -> None:
+    def __init__(self, config: uvicorn.Config, on_settled: Callable[[bool], None]) -> None:
         super().__init__(config)
-        self._settled = settled
+        self._on_settled = on_settled
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
-        self._settled.set()
+        self._on_settled(self.started)
 
 
-def main() -> None:
-    """Serve one reward until interrupted."""
-    parser = argparse.ArgumentParser(prog="python -m reward_servers.local", description=main.__doc__)
-    parser.add_argument("app", help="scorer of reward_servers/scorers")
-    parser.add_argument("--args", type=json.loads, default={}, help="arguments of the scorer, JSON")
-    parser.add_argument("--host", default=LOOPBACK)
-    parser.add_argument("--port", type=int, default=8100)
-    parser.add_argument("--threads", type=int, default=1)
-    token = parser.add_mutually_exclusive_group(required=True)
-    token.add_argument("--token-file", type=Path, help="file with the bearer token, mode 0600")
-    token.add_argument("--token-env", help="environment variable with the bearer token")
-    given = parser.parse_args()
-    config = ServerConfig(
-        app=given.app,
-        args=given.args,
-        threads=given.threads,
-        token_file=given.token_file,
-        token_env=given.token_env,
+def serve_until_stopped(
+    app: Any, *, host: str, port: int, drain_s: float, on_ready: Callable[[str], None]
+) -> None:
+    """Serve in this thread until SIGINT or SIGTERM; then answer what was admitted, and return.
+
+    Args:
+        port: 0 takes a free one.
+        drain_s: seconds to answer what was admitted.
+        on_ready: told the address once the server takes requests.
+
+    Raises:
+        RuntimeError: the application did not start.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=math.ceil(drain_s)
     )
-    uvicorn.run(create_app(config), host=given.host, port=given.port, access_log=False)
+    ready = False
+    with socket.create_server((host, port), family=family) as listening:
+        shown = f"[{host}]" if family == socket.AF_INET6 else host
+        url = f"http://{shown}:{listening.getsockname()[1]}"
 
+        def settled(started: bool) -> None:
+            nonlocal ready
+            ready = started
+            if started:
+                on_ready(url)
 
-if __name__ == "__main__":
-    main()
+        server = _Server(config, settled)
+        # uvicorn raises the signal anew when it has drained: to be stopped is no failure of a server.
+        before = {number: signal.signal(number, lambda *_: None) for number in STOPPING}
+        try:
+            # uvicorn exits where the application does not start.
+            with suppress(SystemExit):
+                server.run(sockets=[listening])
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    if not ready:
+        raise RuntimeError(f"reward server at {url}: did not start; see its log")

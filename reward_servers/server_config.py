@@ -8,6 +8,7 @@ Promises
 from __future__ import annotations
 
 import os
+import secrets
 import stat
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -17,6 +18,8 @@ from pydantic import Field, model_validator
 from reward_servers.protocol import Limits, ProtocolModel
 
 MIN_TOKEN_CHARS: Final = 16
+TOKEN_BYTES: Final = 32
+"""Random bytes of a token that is made here."""
 
 
 class ServerConfig(ProtocolModel):
@@ -27,7 +30,7 @@ class ServerConfig(ProtocolModel):
     """
 
     app: str
-    """The scorer: a file of reward_servers/scorers."""
+    """The scorer: a file of reward_servers/scorers, or `package.module:create` of another package."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Arguments of that scorer."""
     token_env: str | None = None
@@ -37,7 +40,8 @@ class ServerConfig(ProtocolModel):
     threads: int = Field(default=1, ge=1)
     """CPU threads of the scorer."""
     batching: Literal["request", "dynamic"] = "request"
-    """`request`: a request is scored as a unit; `dynamic`: waiting requests are merged."""
+    """`request`: a request is scored as a unit, unless merging cannot be seen in a score (batch-invariant
+    scorers); `dynamic`: waiting requests are merged, up to the images that the scorer takes at once."""
     deadline_s: float = Field(default=60.0, gt=0)
     """Seconds for a request's body to arrive (then 408), and from there to its answer, waiting included (then
     504)."""
@@ -71,6 +75,19 @@ def read_token(path: Path) -> str:
     if mode & 0o077:
         raise ValueError(f"token file {path} has mode {mode:04o}: others may read it; chmod 600 {path}")
     return _checked(path.read_text(encoding="ascii").strip(), f"token file {path}")
+
+
+def make_token_file(path: Path) -> bool:
+    """Put a new random token into `path`, mode 0600, unless there is a file; whether there was none."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        # With O_EXCL a link that somebody left there is not followed.
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return False
+    with os.fdopen(file, "w", encoding="ascii") as opened:
+        opened.write(secrets.token_urlsafe(TOKEN_BYTES) + "\n")
+    return True
 
 
 def _checked(token: str, place: str) -> str:

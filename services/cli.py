@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from services.cli_reward import reward
 from services.config_file import ConfigError, dump_config, load_config
 from services.exit_codes import run
 
@@ -31,6 +32,7 @@ bench = typer.Typer(
     help="Measure the system's own overheads, side by side with the floor.", no_args_is_help=True
 )
 app.add_typer(bench, name="bench")
+app.add_typer(reward, name="reward")
 
 screen = Console(stderr=True)
 
@@ -182,6 +184,36 @@ def config(
         _emit(resolved.model_dump(mode="json"))
     else:
         typer.echo(dump_config(resolved), nl=False)
+
+
+@app.command()
+def prompts(
+    out: Annotated[Path, typer.Argument(help="JSONL file to make, for prompts.path or eval.path.")],
+    test: Annotated[bool, typer.Option("--test", help="The 553 prompts of GenEval's own test.")] = False,
+    count: Annotated[int, typer.Option("--count", min=1, help="Prompts to train on.")] = 50_000,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the prompts to train on.")] = 0,
+    held_out: Annotated[
+        Path | None,
+        typer.Option("--held-out", help="JSONL file whose scenes are left out; default: GenEval's test."),
+    ] = None,
+) -> None:
+    """Write GenEval prompts with their metadata: to train on (none of a held-out scene), or the test."""
+    from reward_servers.geneval.prompts import (
+        evaluation_records,
+        read_records,
+        training_records,
+        write_records,
+    )
+
+    if out.exists():
+        raise ConfigError(f"{out} is there already; name a file to make")
+    try:
+        known = read_records(held_out) if held_out is not None else None
+        records = evaluation_records() if test else training_records(count, seed, held_out=known)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    write_records(out, records)
+    screen.print(f"wrote {len(records)} prompts to {out}", highlight=False, soft_wrap=True)
 
 
 @bench.command("queue")

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
+from quickstart.shapes.requests import heldout_requests, training_request
 from quickstart.words import heldout_words, prompt_of, train_word
 from services.config import Config
 from services.config_file import ConfigError, find
@@ -43,6 +45,26 @@ class WordPrompts:
 
     def heldout(self, seed: int, count: int) -> list[Prompt]:
         return [Prompt(text=prompt_of(word)) for word in heldout_words(count, seed)]
+
+
+class ShapePrompts:
+    """The compositional quickstart's task: coloured shapes, held out by combination
+    (quickstart/shapes/requests.py). Held-out prompts come from six categories in turn; those with few of them
+    repeat theirs."""
+
+    def training(self, seed: int, ordinal: int) -> Prompt:
+        request = training_request(_random(seed, "prompt", ordinal))
+        return Prompt(text=request.prompt, metadata=request.metadata)
+
+    def heldout(self, seed: int, count: int) -> list[Prompt]:
+        return [
+            Prompt(text=request.prompt, metadata=request.metadata)
+            for request in heldout_requests(count, seed)
+        ]
+
+
+ENDLESS: Final[Mapping[str, type[PromptSource]]] = {"words": WordPrompts, "shapes": ShapePrompts}
+"""Sources that make their own prompts, by the name of `prompts.source`."""
 
 
 class FilePrompts:
@@ -135,8 +157,8 @@ def prompt_source(config: Config) -> PromptSource:
         ConfigError: a prompt file that is missing, malformed, or overlaps the held-out one; a recording that
             cannot be read, or contradicts the configuration.
     """
-    if config.prompts.source == "words":
-        return WordPrompts()
+    if config.prompts.source in ENDLESS:
+        return ENDLESS[config.prompts.source]()
     if config.prompts.source == "recorded":
         from services.offline import RecordedPrompts  # it imports torch
 

@@ -49,19 +49,21 @@ class ModelConfig(Section):
 
 
 class PromptsConfig(Section):
-    source: Literal["words", "file", "recorded"] = "file"
-    """`words`: the quickstart's endless text-rendering prompts; `file`: one prompt a line, or JSONL;
-    `recorded`: whole groups that an earlier run has recorded, nothing is sampled (docs/offline.md)."""
+    source: Literal["words", "shapes", "file", "recorded"] = "file"
+    """`words`: the quickstart's endless text-rendering prompts; `shapes`: those of the compositional
+    quickstart, in GenEval's six categories; `file`: one prompt a line, or JSONL; `recorded`: whole groups
+    that an earlier run has recorded, nothing is sampled (docs/offline.md)."""
     path: Path | None = None
     """For `file`: .txt with one prompt a line, or .jsonl with {prompt, ...metadata} objects. For `recorded`:
     the directory of the recording, `RUN_DIR/groups` or what `dgpo record` wrote."""
 
     @model_validator(mode="after")
     def _file_has_a_path(self) -> PromptsConfig:
-        if self.source != "words" and self.path is None:
+        endless = self.source in ("words", "shapes")
+        if not endless and self.path is None:
             raise ValueError(f"source {self.source!r} needs a path")
-        if self.source == "words" and self.path is not None:
-            raise ValueError("source 'words' makes its own prompts: leave path out")
+        if endless and self.path is not None:
+            raise ValueError(f"source {self.source!r} makes its own prompts: leave path out")
         return self
 
 

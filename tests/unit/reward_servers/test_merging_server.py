@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import FakeScorer
 
 from services.config_file import ConfigError, load_config
 from services.driver import reward_places
 from services.run_directory import RunDirectory
+from tests.unit.reward_servers.fake_scorer import FakeScorer
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import socket
+import struct
+import threading
+import time
+import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,9 +19,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from reward_servers.app import create_app
 from reward_servers.client import RewardClient
+from reward_servers.local import LocalServer
 from reward_servers.protocol import JSON_TYPE, TENSOR_TYPE, ErrorBody, ScoreResponse, ServerInfo
-from reward_servers.wire import encode_json, encode_tensors
+from reward_servers.server_config import ServerConfig
+from reward_servers.wire import encode_json, encode_png, encode_tensors
 
 Serve = Callable[..., str]
 Images = NDArray[np.uint8]
@@ -92,6 +102,66 @@ def test_bad_requests_leave_it_alive(
     assert post(url, encode_tensors(images[:2], "p"), token).status_code == 200
 
 
+def tensor(dtype: str, array: NDArray[Any]) -> bytes:
+    """A safetensors file of any dtype, with a prompt."""
+    entry = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [0, array.nbytes]}
+    header = json.dumps({"__metadata__": {"prompts": '"p"'}, "images": entry}).encode()
+    return struct.pack("<Q", len(header)) + header + array.tobytes()
+
+
+def bomb() -> str:
+    """A PNG of a few bytes that says it is 30000 x 30000, base64."""
+    size = b"IHDR" + struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
+    chunks = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in (size, b"IEND")]
+    return base64.b64encode(b"\x89PNG\r\n\x1a\n" + b"".join(chunks)).decode()
+
+
+ONE = base64.b64encode(encode_png(np.zeros((2, 2, 3), np.uint8))).decode()
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "says"),
+    [
+        ({"images": [base64.b64encode(b"GIF89a").decode()], "prompts": "p"}, 422, "images[0]: not a PNG"),
+        ({"images": ["no base64"], "prompts": "p"}, 422, "images[0]: not base64"),
+        ({"images": [bomb()], "prompts": "p"}, 413, "900000000 pixels"),
+        ({"images": [], "prompts": "p"}, 422, "none given"),
+        ({"images": [ONE], "prompts": ["p", "q"]}, 422, "2 for 1 images"),
+        ({"images": [ONE], "prompts": "p", "metadata": [{}, {}]}, 422, "2 for 1 images"),
+        ({"images": [ONE], "prompts": "p", "guidance": 4.5}, 422, "guidance"),
+        (tensor("U8", np.zeros((0, 2, 2, 3), np.uint8)), 422, "none given"),
+        (tensor("U8", np.zeros((1, 2, 2, 4), np.uint8)), 422, "3 channels"),
+        (
+            tensor("F32", np.full((1, 2, 2, 3), np.nan, np.float32)),
+            422,
+            "dtype must be U8 (0..255), found 'F32'",
+        ),
+        (tensor("F32", np.zeros((1, 2, 2, 3), np.float32)), 422, "dtype must be U8"),
+        (tensor("U8", np.zeros((1, 2, 2, 3), np.uint8))[:-1], 422, "11 bytes of data"),
+    ],
+)
+def test_what_is_no_image_is_named(
+    serve_fake: Serve, token: str, images: Images, body: dict[str, Any] | bytes, status: int, says: str
+) -> None:
+    url = serve_fake(max_pending=1)
+    binary = isinstance(body, bytes)
+    sent = body if isinstance(body, bytes) else json.dumps(body).encode()
+    refused(post(url, sent, token, TENSOR_TYPE if binary else JSON_TYPE), status, says)
+    assert post(url, encode_tensors(images[:2], "p"), token).status_code == 200
+
+
+def test_a_prompt_that_ocr_cannot_look_for_is_refused(
+    token_file: Path, token: str, words: tuple[list[str], Images]
+) -> None:
+    chosen, renders = words
+    with LocalServer(create_app(ServerConfig(app="ocr", token_file=token_file))) as server:
+        refused(post(server.url, encode_tensors(renders[:2], "a cat"), token), 422, "double quotes")
+        quoted = [f'a sign "{word}"' for word in chosen[:2]]
+        mixed = encode_tensors(renders[:3], [*quoted, "a cat"])
+        refused(post(server.url, mixed, token), 422, "item 2: ")
+        assert post(server.url, encode_tensors(renders[:2], quoted), token).json()["scores"] == [1.0, 1.0]
+
+
 def test_a_body_without_a_length_is_cut_off(serve_fake: Serve, token: str) -> None:
     """Sent in chunks, it is refused before it ends: the client here never ends it."""
     host, port = serve_fake(limits={"max_body_bytes": 1500}).removeprefix("http://").split(":")
@@ -138,6 +208,83 @@ def test_a_body_that_does_not_come_loses_its_place(serve_fake: Serve, token: str
         assert scores_in_the_end(url, token, images)
 
 
+def test_a_client_that_goes_while_it_waits_gives_its_place_up_and_is_not_scored(
+    serve_fake: Serve, token: str, images: Images, fake: Any
+) -> None:
+    """Two places, one in the scorer: the other is taken by who goes, and then by who stays."""
+    url = serve_fake(max_pending=2)
+    with ThreadPoolExecutor(2) as pool:
+        busy = pool.submit(post, url, encode_tensors(images[:1], "hang"), token)
+        assert fake.entered.wait(20)
+        with sent(url, token, encode_tensors(images[:1], "left")):
+            until(lambda: no_place_left(url, token))
+        until(lambda: not no_place_left(url, token))
+        late = pool.submit(post, url, encode_tensors(images[:1], "stays"), token)
+        until(lambda: no_place_left(url, token))
+        fake.released.set()
+        assert busy.result(20).status_code == late.result(20).status_code == 200
+    assert fake.calls == [["hang"], ["stays"]]
+
+
+def test_a_client_that_goes_while_it_is_scored_gives_its_place_up(
+    serve_fake: Serve, token: str, images: Images, fake: Any
+) -> None:
+    url = serve_fake(max_pending=1)
+    with sent(url, token, encode_tensors(images[:1], "hang")):
+        assert fake.entered.wait(20)
+        assert no_place_left(url, token)
+    until(lambda: not no_place_left(url, token))
+    fake.released.set()
+    assert post(url, encode_tensors(images[:1], "p"), token).status_code == 200
+
+
+def sent(url: str, token: str, body: bytes) -> socket.socket:
+    """A whole request, whose answer nobody reads."""
+    host, port = url.removeprefix("http://").split(":")
+    head = f"POST /v1/score HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n"
+    connection = socket.create_connection((host, int(port)), timeout=20)
+    connection.sendall(f"{head}Content-Type: {TENSOR_TYPE}\r\nContent-Length: {len(body)}\r\n\r\n".encode())
+    connection.sendall(body)
+    return connection
+
+
+def no_place_left(url: str, token: str) -> bool:
+    """Asked with a body that is refused if there is a place to read it in."""
+    return post(url, b"none", token).status_code == 429
+
+
+def until(condition: Callable[[], bool]) -> None:
+    pause, end = threading.Event(), time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        pause.wait(0.005)
+
+
+@pytest.mark.parametrize("batching", ["request", "dynamic"])
+@pytest.mark.parametrize("invariant", [True, False])
+def test_waiting_requests_are_merged_where_it_cannot_be_seen_or_is_asked_for(
+    serve_fake: Serve,
+    token: str,
+    images: Images,
+    fake: Any,
+    batching: str,
+    invariant: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(type(fake), "batch_invariant", invariant)
+    url = serve_fake(batching=batching, max_pending=4)
+    with ThreadPoolExecutor(4) as pool:
+        busy = pool.submit(post, url, encode_tensors(images[:1], "hang"), token)
+        assert fake.entered.wait(20)
+        waiting = [pool.submit(post, url, encode_tensors(images[:1], "p"), token) for _ in range(3)]
+        until(lambda: no_place_left(url, token))
+        fake.released.set()
+        assert {task.result(20).status_code for task in (busy, *waiting)} == {200}
+    merged = invariant or batching == "dynamic"
+    # At most max_batch images at once, which is 4.
+    assert fake.calls == [["hang"], *([["p"] * 3] if merged else [["p"]] * 3)]
+
+
 def test_a_failed_item_is_null_and_named(serve_fake: Serve, token: str, images: Images) -> None:
     response = post(serve_fake(), encode_tensors(images[:3], ["a", "nan", "error"]), token)
     answer = ScoreResponse.model_validate_json(response.content)
@@ -164,12 +311,24 @@ def test_unknown_paths_and_methods_say_what_there_is(serve_fake: Serve) -> None:
     refused(httpx.get(url + "/v1/score", trust_env=False), 405, "GET /v1/score")
 
 
-def test_its_openapi_document_has_both_bodies(fake: Any, token_file: Any) -> None:
-    from reward_servers.app import create_app
-    from reward_servers.server_config import ServerConfig
+def test_a_scorer_of_another_package_is_served_by_its_import_path(token_file: Path, token: str) -> None:
+    config = ServerConfig(app="benchmarks.timed_scorer:create", args={"image_s": 0.0}, token_file=token_file)
+    with LocalServer(create_app(config)) as server:
+        answer = post(server.url, encode_tensors(np.full((1, 2, 2, 3), 9, np.uint8), "p"), token).json()
+    assert (answer["reward"], answer["scores"]) == ("timed", [9.0])
 
-    document = create_app(ServerConfig(app="fake", token_file=token_file), scorer=fake).openapi()
-    post_score = document["paths"]["/v1/score"]["post"]
-    assert set(post_score["requestBody"]["content"]) == {JSON_TYPE, TENSOR_TYPE}
-    assert {"200", "401", "413", "415", "422", "429", "500", "503"} <= set(post_score["responses"])
-    json.dumps(document)
+
+@pytest.mark.parametrize(
+    ("app", "error", "says"),
+    [
+        ("nope", ValueError, "no scorer 'nope'"),
+        ("benchmarks.timed_scorer:nope", AttributeError, "nope"),
+        ("benchmarks.nope:create", ModuleNotFoundError, "benchmarks.nope"),
+        ("operator:is_not", TypeError, r"operator:is_not\(\) returned bool, not a Scorer"),
+    ],
+)
+def test_what_is_no_scorer_is_not_served(
+    token_file: Path, app: str, error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        create_app(ServerConfig(app=app, token_file=token_file))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from reward_servers.server_config import ServerConfig, read_token
+from reward_servers.server_config import ServerConfig, make_token_file, read_token
 
 
 def test_from_a_file_or_the_environment(
@@ -48,3 +48,19 @@ def test_an_unset_variable_is_named() -> None:
 def test_no_server_without_a_token_or_with_one_in_its_arguments(given: dict[str, str]) -> None:
     with pytest.raises(ValidationError):
         ServerConfig.model_validate({"app": "ocr"} | given)
+
+
+def test_a_made_token_is_random_usable_and_never_replaced(tmp_path: Path) -> None:
+    files = [tmp_path / "new" / "folder" / "token", tmp_path / "other"]
+    assert all(make_token_file(file) for file in files)
+    tokens = {read_token(file) for file in files}
+    assert len(tokens) == 2, "another one each time"
+    assert not make_token_file(files[0])
+    assert read_token(files[0]) in tokens
+
+
+def test_a_token_is_not_written_through_a_link(tmp_path: Path) -> None:
+    link, elsewhere = tmp_path / "token", tmp_path / "elsewhere"
+    link.symlink_to(elsewhere)
+    assert not make_token_file(link)
+    assert not elsewhere.exists()

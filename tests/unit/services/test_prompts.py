@@ -127,3 +127,27 @@ def test_a_byte_order_mark_and_blanks_hide_no_overlap(tmp_path: Path) -> None:
     (tmp_path / "blank.jsonl").write_text('{"prompt": " a cat\u2028 "}')
     assert [prompt.text for prompt in read_prompts(tmp_path / "bom.txt")] == ["a cat"]
     assert [prompt.text for prompt in read_prompts(tmp_path / "blank.jsonl")] == ["a cat"]
+
+
+def test_held_out_shapes_are_never_trained_and_come_with_what_the_scorer_needs() -> None:
+    source = prompt_source(load_config("quickstart", ["prompts.source=shapes"]))
+    heldout = source.heldout(99, 400)
+    trained = {source.training(0, ordinal).text for ordinal in range(2000)}
+    assert len(heldout) == 400
+    assert not {prompt.text for prompt in heldout} & trained
+    assert source.heldout(99, 64) == heldout[:64]
+    assert {prompt.metadata["tag"] for prompt in heldout[:6]} == {
+        "single_object",
+        "two_object",
+        "counting",
+        "colors",
+        "position",
+        "color_attr",
+    }
+    assert source.training(0, 7) == source.training(0, 7) != source.training(1, 7)
+
+
+@pytest.mark.parametrize("name", ["words", "shapes"])
+def test_a_source_that_makes_its_own_prompts_takes_no_path(name: str) -> None:
+    with pytest.raises(ConfigError, match="leave path out"):
+        load_config("quickstart", [f"prompts.source={name}", "prompts.path=prompts.txt"])

@@ -1,0 +1,57 @@
+"""A scorer that waits instead of looking: what is around a scorer is measured with it, on any machine.
+
+Served by its import path, `benchmarks.timed_scorer:create`, as scorers of other packages are. Each score says
+how often its `metadata["id"]` has been scored in this process: to a client that asks once, that must be once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Final
+
+from pydantic import Field
+
+from reward_servers.scorer import ItemScore, Scorer, ScorerOptions
+from reward_servers.wire import ScoreCall
+
+TIMED: Final = "benchmarks.timed_scorer:create"
+
+
+class TimedOptions(ScorerOptions):
+    """Arguments of the timed scorer."""
+
+    image_s: float = Field(default=0.05, ge=0)
+    """Seconds it waits an image."""
+    max_batch: int = Field(default=4, ge=1)
+    """Images it takes at once."""
+
+
+def create(args: dict[str, Any], threads: int) -> TimedScorer:
+    return TimedScorer(TimedOptions.model_validate(args))
+
+
+class TimedScorer(Scorer):
+    name = "timed"
+    version = "1"
+    batch_invariant = True
+
+    def __init__(self, options: TimedOptions) -> None:
+        self.max_batch = options.max_batch
+        self.model = f"a wait of {options.image_s:g} s an image"
+        self._image_s = options.image_s
+        self._times: Counter[str] = Counter()
+
+    def score(self, call: ScoreCall) -> Sequence[ItemScore]:
+        time.sleep(self._image_s * len(call))
+        items = []
+        for image, metadata in zip(call.images, call.metadata, strict=True):
+            name = str(metadata.get("id", ""))
+            self._times[name] += 1
+            details = {"id": name, "times": self._times[name], "total": self._times.total()}
+            items.append(ItemScore(float(image.mean()), details))
+        return items
+
+    def warm_up(self) -> None:
+        pass

@@ -1,0 +1,185 @@
+"""deploy/serve/rewards.yaml: Serve takes it, every application in it is one of ours, and OCR runs from it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import random
+import socket
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import yaml
+from ray import serve
+from ray.serve.schema import ServeDeploySchema
+
+from quickstart.render import render
+from quickstart.words import prompt_of, train_word
+from reward_servers.client import RewardClient
+from reward_servers.deployment import build
+from reward_servers.protocol import INFO_PATH, JSON_TYPE, SCORE_PATH, TENSOR_TYPE
+from reward_servers.scorer import ScorerOptions
+from reward_servers.scorers import scorer_names
+from reward_servers.server_config import ServerConfig
+from reward_servers.wire import encode_tensors
+from services.config_file import PROJECT_ROOT
+
+TOKEN = "a-token-for-tests-only"
+DEADLINE_S = 240.0
+# Ray's workers inherit the environment of the moment in which Ray starts.
+os.environ["DGPO_REWARD_TOKEN"] = TOKEN
+
+RAW: dict[str, Any] = yaml.safe_load((PROJECT_ROOT / "deploy" / "serve" / "rewards.yaml").read_text())
+APPLICATIONS = {application["name"]: application for application in RAW["applications"]}
+OCR = ("reward-ocr", "reward-ocr-tesseract")
+
+
+def test_serve_takes_the_file() -> None:
+    schema = ServeDeploySchema.model_validate(RAW)
+    assert schema.http_options.host == "127.0.0.1"
+    deadlines = [ServerConfig.model_validate(app.args).deadline_s for app in schema.applications]
+    assert schema.http_options.request_timeout_s > max(deadlines), "the replica says first what is wrong"
+    assert len({app.route_prefix for app in schema.applications}) == len(schema.applications)
+    assert TOKEN not in str(RAW) and "token_file" not in str(RAW)
+
+
+def test_every_reward_has_an_application() -> None:
+    assert {application["args"]["app"] for application in APPLICATIONS.values()} == set(scorer_names())
+
+
+@pytest.mark.parametrize("name", APPLICATIONS)
+def test_its_scorer_takes_its_arguments(name: str) -> None:
+    application = APPLICATIONS[name]
+    config = ServerConfig.model_validate(application["args"])
+    module = importlib.import_module(f"reward_servers.scorers.{config.app}")
+    options = [
+        kind
+        for kind in vars(module).values()
+        if isinstance(kind, type) and issubclass(kind, ScorerOptions) and kind.__module__ == module.__name__
+    ]
+    assert options, "no options to check the arguments by"
+    for kind in options:
+        kind.model_validate(config.args)
+    (deployment,) = application["deployments"]
+    assert deployment["name"] == "reward", "Serve would refuse settings of a deployment that there is not"
+    gpus = deployment["ray_actor_options"].get("num_gpus", 0)
+    assert (config.args.get("device") == "cuda") is (gpus > 0)
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    """Polls: Serve has no event for it."""
+    end = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < end, f"not within {DEADLINE_S:g} s: {what}; {serve.status()}"
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def address(ray_local: None) -> Iterator[str]:
+    """The OCR applications of the file, deployed as `serve deploy` does it; their common address."""
+    from ray.serve.context import _get_global_client
+
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    raw = RAW | {
+        "applications": [APPLICATIONS[name] for name in OCR],
+        "http_options": RAW["http_options"] | {"port": port},
+    }
+    schema = ServeDeploySchema.model_validate(raw)
+    serve.start(
+        proxy_location=schema.proxy_location,
+        http_options=schema.http_options.model_dump(exclude_unset=True),
+        controller_options={
+            "runtime_env": {"env_vars": {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": str(DEADLINE_S)}}
+        },
+    )
+    _get_global_client().deploy_apps(schema)
+
+    def run() -> bool:
+        applications = serve.status().applications
+        return all(name in applications and applications[name].status == "RUNNING" for name in OCR)
+
+    try:
+        until(run, "both applications run")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        serve.shutdown()
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("name", OCR)
+def test_a_deployed_reward_scores(address: str, name: str) -> None:
+    rng = random.Random(3)
+    words = [train_word(rng) for _ in range(8)]
+    images = np.stack([render(word, rng) for word in words])
+    application = APPLICATIONS[name]
+    url = address + application["route_prefix"]
+    client = RewardClient("words", url, TOKEN, DEADLINE_S, app=application["args"]["app"])
+    try:
+        assert np.mean(client.score(images, [prompt_of(word) for word in words]).scores) > 0.85
+    finally:
+        client.close()
+    refused = httpx.get(url + INFO_PATH, trust_env=False)
+    assert (refused.status_code, refused.json()["error"]) == (401, "unauthorized")
+
+
+@pytest.mark.integration
+def test_what_the_file_says_is_what_runs(address: str) -> None:
+    deployed = serve.status().applications["reward-ocr"].deployments["reward"]
+    assert set(deployed.replica_states) == {"RUNNING"}
+    said = _deployment_config("reward-ocr")
+    wanted = APPLICATIONS["reward-ocr"]["deployments"][0]
+    assert said["autoscaling_config"]["max_replicas"] == wanted["autoscaling_config"]["max_replicas"]
+    assert said["graceful_shutdown_timeout_s"] == APPLICATIONS["reward-ocr"]["args"]["deadline_s"]
+    assert said["backpressure_config"] == {"status_code": 429, "retry_after_s": 1}
+
+
+def _deployment_config(application: str) -> dict[str, Any]:
+    from ray.serve.context import _get_global_client
+
+    details = _get_global_client().get_serve_details()
+    config: dict[str, Any] = details["applications"][application]["deployments"]["reward"][
+        "deployment_config"
+    ]
+    return config
+
+
+@pytest.mark.integration
+def test_a_replica_that_is_taken_away_answers_what_it_has(address: str) -> None:
+    """Its only place is taken by a request that takes a while; then it is deleted."""
+    arguments = {
+        "app": "benchmarks.timed_scorer:create",
+        "args": {"image_s": 1.0},
+        "token_env": "DGPO_REWARD_TOKEN",
+        "max_pending": 1,
+    }
+    serve.run(build(arguments), name="going", route_prefix="/going")
+    headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": TENSOR_TYPE}
+
+    def post(count: int) -> httpx.Response:
+        return httpx.post(
+            f"{address}/going{SCORE_PATH}",
+            content=encode_tensors(np.zeros((count, 2, 2, 3), np.uint8), "p"),
+            headers=headers,
+            timeout=DEADLINE_S,
+            trust_env=False,
+        )
+
+    def admitted() -> httpx.Response:
+        while (answer := post(4)).status_code == 429:
+            pass
+        return answer
+
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(admitted)
+        until(lambda: post(1).status_code == 429 or asked.done(), "the place is taken")
+        assert not asked.done()
+        serve.delete("going")
+        answer = asked.result(DEADLINE_S)
+    assert (answer.status_code, answer.headers["content-type"]) == (200, JSON_TYPE)
+    assert answer.json()["scores"] == [0.0] * 4

@@ -1,0 +1,113 @@
+"""`dgpo reward`: what it lists, scores in this process, and refuses. Servers: tests/integration."""
+
+from __future__ import annotations
+
+import json
+import random
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from quickstart.render import render
+from quickstart.words import prompt_of
+from reward_servers.scorers import scorer_names
+from services.cli import app
+from services.cli_reward import default_token_file
+from services.exit_codes import run
+
+Dgpo = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def dgpo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Dgpo:
+    """Runs `dgpo reward ARGUMENTS` among some files; its exit code, standard output and standard error."""
+    rng = random.Random(1)
+    Image.fromarray(render("K7QX", rng)).save(tmp_path / "K7QX.png")
+    Image.fromarray(render("MOON", rng)).resize((96, 48)).save(tmp_path / "MOON.png")
+    Image.new("RGBA", (8, 8)).save(tmp_path / "see-through.png")
+    (tmp_path / "text.png").write_text("no image")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["dgpo", "reward", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            run(app)
+        shown = capsys.readouterr()
+        return int(ended.value.code or 0), shown.out, shown.err
+
+    return call
+
+
+def test_it_lists_every_scorer_with_a_line(dgpo: Dgpo) -> None:
+    code, out, _ = dgpo("list", "--json")
+    listed = json.loads(out.splitlines()[-1])["scorers"]
+    assert code == 0
+    assert [entry["app"] for entry in listed] == scorer_names()
+    assert all(entry["summary"] for entry in listed)
+
+
+def test_images_of_several_sizes_are_scored_here(dgpo: Dgpo) -> None:
+    code, out, shown = dgpo(
+        "score", "K7QX.png", "MOON.png", "--prompt", prompt_of("MOON"), "--app", "ocr", "--json"
+    )
+    result = json.loads(out.splitlines()[-1])
+    assert code == 0
+    assert result["scores"] == [0.0, 1.0]
+    assert (result["reward"], result["images"], result["errors"]) == ("ocr", ["K7QX.png", "MOON.png"], [])
+    assert "MOON.png" in shown, "the table is for people"
+
+
+def test_an_image_without_a_score_makes_it_fail(dgpo: Dgpo, monkeypatch: pytest.MonkeyPatch) -> None:
+    from reward_servers.scorer import ItemScore
+    from reward_servers.scorers.ocr import OcrScorer
+
+    monkeypatch.setattr(OcrScorer, "score", lambda self, call: [ItemScore(float("nan"))] * len(call))
+    code, out, _ = dgpo("score", "K7QX.png", "--prompt", '"K7QX"', "--app", "ocr", "--json")
+    result = json.loads(out.splitlines()[-1])
+    assert (code, result["scores"]) == (1, [None])
+    assert "nan" in result["errors"][0]["error"]
+
+
+def test_a_token_is_made_once_and_only_for_its_owner(dgpo: Dgpo) -> None:
+    # The scorer's arguments are wrong, and so nothing is served; the token has been seen to before.
+    _, _, first = dgpo("serve", "ocr", "--args", '{"x": 1}')
+    made = default_token_file()
+    token = made.read_text()
+    assert f"token: made {made}" in first
+    assert stat.S_IMODE(made.stat().st_mode) == 0o600
+    assert stat.S_IMODE(made.parent.stat().st_mode) == 0o700
+    _, _, second = dgpo("serve", "ocr", "--args", '{"x": 1}')
+    assert f"token: read from {made}" in second
+    assert made.read_text() == token and token.strip() not in first + second
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["score", "text.png", "--prompt", '"A"', "--app", "ocr"], "text.png: cannot be read as an image"),
+        (["score", "absent.png", "--prompt", '"A"', "--app", "ocr"], "absent.png: cannot be read"),
+        (["score", "see-through.png", "--prompt", '"A"', "--app", "ocr"], "transparency"),
+        (["score", "MOON.png", "--prompt", "no quotes", "--app", "ocr"], "double quotes"),
+        (["score", "MOON.png", "--prompt", '"A"', "--app", "nope"], "no scorer 'nope'"),
+        (["score", "MOON.png", "--prompt", '"A"'], "either --app"),
+        (["score", "MOON.png", "--prompt", '"A"', "--app", "ocr", "--metadata", "[1]"], "--metadata"),
+        (["score", "MOON.png", "--prompt", '"A"', "--app", "ocr", "--args", "{"], "--args: not JSON"),
+        (["score", "MOON.png", "--prompt", '"A"', "--app", "ocr", "--args", '{"x": 1}'], "args: x"),
+        (["score", "MOON.png", "--prompt", '"A"', "--url", "nowhere"], "no http://"),
+        (["serve", "nope"], "no scorer 'nope'; valid: "),
+        (["serve", "ocr", "--token-env", "NO_SUCH_TOKEN"], "NO_SUCH_TOKEN"),
+        (["serve", "ocr", "--token-file", "absent"], "absent"),
+        (["serve", "ocr", "--batching", "never"], "batching"),
+        (["serve", "ocr", "--args", '{"x": 1}'], "args: x"),
+        (["bench", "nothing"], "throughput"),
+    ],
+)
+def test_wrong_usage_is_named_and_exits_with_2(dgpo: Dgpo, arguments: list[str], says: str) -> None:
+    code, _, shown = dgpo(*arguments)
+    assert code == 2, shown
+    assert says in shown
+    assert "Traceback" not in shown
