@@ -17,6 +17,7 @@ import pytest
 import yaml
 from ray import serve
 from ray.serve.schema import ServeDeploySchema
+from ray.util import list_named_actors
 
 from quickstart.render import render
 from quickstart.words import prompt_of, train_word
@@ -71,11 +72,17 @@ def test_its_scorer_takes_its_arguments(name: str) -> None:
     assert (config.args.get("device") == "cuda") is (gpus > 0)
 
 
+def _serve_is_gone() -> bool:
+    return not any(
+        actor["name"] == "SERVE_CONTROLLER_ACTOR" for actor in list_named_actors(all_namespaces=True)
+    )
+
+
 def until(condition: Callable[[], bool], what: str) -> None:
     """Polls: Serve has no event for it."""
     end = time.monotonic() + DEADLINE_S
     while not condition():
-        assert time.monotonic() < end, f"not within {DEADLINE_S:g} s: {what}; {serve.status()}"
+        assert time.monotonic() < end, f"not within {DEADLINE_S:g} s: {what}"
         time.sleep(0.1)
 
 
@@ -91,6 +98,9 @@ def address(ray_local: None) -> Iterator[str]:
         "http_options": RAW["http_options"] | {"port": port},
     }
     schema = ServeDeploySchema.model_validate(raw)
+    # Whoever had Serve before may have left a controller that is still ending.
+    serve.shutdown()
+    until(_serve_is_gone, "the former Serve has ended")
     serve.start(
         proxy_location=schema.proxy_location,
         http_options=schema.http_options.model_dump(exclude_unset=True),
