@@ -1,7 +1,8 @@
 """The guard against reward hacking: a held-out reward that falls while the trained ones rise.
 
 Promises
-- Like is compared with like: evaluations with earlier evaluations, windows of updates with earlier windows.
+- Like is compared with like: evaluations with earlier ones of as many prompts, which are the same prompts,
+  and windows of updates with earlier windows.
 - Fires once for a reward in a source of scores, and again only after it had recovered.
 - A reward is measured against its own best, in its own unit. What was not scored is passed over, never taken
   for 0.
@@ -73,7 +74,7 @@ class Guard:
         """What a row of metrics says that was not known yet."""
         if isinstance(row, EvalRow):
             scores = {name: [found.mean] for name, found in row.rewards.items()}
-            return list(self._compare("evaluations", row.step, scores))
+            return list(self._compare(f"evaluations of {row.prompts} prompts", row.step, scores))
         if not isinstance(row, UpdateRow):
             return []
         self._updates.append(row)

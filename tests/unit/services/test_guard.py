@@ -14,9 +14,9 @@ def config(*overrides: str) -> Config:
     return load_config("quickstart", ["guard.drop={tesseract: 0.1}", "guard.window=2", *overrides])
 
 
-def evaluation(step: int, ocr: float | None, tesseract: float | None) -> EvalRow:
+def evaluation(step: int, ocr: float | None, tesseract: float | None, prompts: int = 8) -> EvalRow:
     rewards = {"ocr": Estimate(mean=ocr), "tesseract": Estimate(mean=tesseract)}
-    return EvalRow(time=step, epoch=0, step=step, prompts=8, rewards=rewards)
+    return EvalRow(time=step, epoch=0, step=step, prompts=prompts, rewards=rewards)
 
 
 def update(step: int, ocr: float, tesseract: float | None = None) -> UpdateRow:
@@ -72,6 +72,14 @@ def test_evaluations_are_not_compared_with_updates() -> None:
     guard = Guard(config())
     guard.observe(evaluation(0, 0.4, 0.9))
     assert [guard.observe(update(step, 0.9, 0.3)) for step in (1, 2)] == [[], []]
+
+
+def test_evaluations_of_other_prompts_are_not_compared() -> None:
+    guard = Guard(config())
+    guard.observe(evaluation(0, 0.4, 0.9, prompts=320))
+    assert guard.observe(evaluation(6, 0.6, 0.3)) == []
+    (fall,) = guard.observe(evaluation(36, 0.9, 0.7, prompts=320))
+    assert "in evaluations of 320 prompts" in str(fall)
 
 
 def test_what_was_not_scored_is_passed_over() -> None:
