@@ -109,9 +109,12 @@ def decode_tensors(body: bytes, limits: Limits) -> ScoreCall:
 def decode_json(body: bytes, limits: Limits) -> ScoreCall:
     """Inverse of `encode_json`."""
     try:
-        request = ScoreRequest.model_validate_json(body)
+        # Not model_validate_json, which lets NaN pass inside metadata.
+        request = ScoreRequest.model_validate(from_json(body, allow_inf_nan=False))
     except ValidationError as error:
         raise ProtocolError(422, _explain(error)) from error
+    except ValueError as error:
+        raise ProtocolError(422, f"body is no JSON: {error}") from error
     _check_count(len(request.images), limits)
     files = [_base64(text, index) for index, text in enumerate(request.images)]
     opened = [_open_png(file, index, limits) for index, file in enumerate(files)]

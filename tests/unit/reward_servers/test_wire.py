@@ -181,6 +181,7 @@ def text(file: bytes) -> str:
         ({"images": [text(png(2, 2))], "prompts": "p", "seed": 1}, 422, "seed"),
         ({"images": [1.5], "prompts": "p"}, 422, "images"),
         ("not an object", 422, "body"),
+        ({"images": [], "prompts": "p", "metadata": {"weight": float("nan")}}, 422, "no JSON"),
     ],
 )
 def test_bad_json_bodies(request_body: Any, status: int, says: str) -> None:
