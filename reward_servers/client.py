@@ -15,7 +15,6 @@ Promises
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import time
 from collections.abc import Sequence
 from typing import Any, Final
@@ -30,7 +29,6 @@ from tenacity import (
     Retrying,
     retry_if_exception_type,
     stop_before_delay,
-    wait_random_exponential,
 )
 
 from reward_servers.answer import (
@@ -51,11 +49,12 @@ from reward_servers.protocol import (
     Metadata,
     ServerInfo,
 )
+from reward_servers.retrying import asked_and_backoff, is_loopback
 from reward_servers.wire import encode_tensors
 
 __all__ = ["RewardClient", "RewardError", "RewardInvalid", "RewardRefused", "RewardUnavailable", "Scored"]
 
-_BACKOFF: Final = wait_random_exponential(multiplier=0.2, max=5.0)
+_WAIT: Final = asked_and_backoff(0.2, 5.0)
 
 
 class RewardClient:
@@ -100,7 +99,7 @@ class RewardClient:
                 **({"Authorization": f"Bearer {token}"} if token else {}),
             },
             # A proxy of the environment cannot reach this machine's loopback.
-            "trust_env": not _is_loopback(parsed.host),
+            "trust_env": not is_loopback(parsed.host),
             "follow_redirects": False,
             # Reading the certificates takes longer than many a request, and http has no use for them.
             "verify": parsed.scheme == "https",
@@ -176,7 +175,7 @@ class RewardClient:
         return {
             "retry": retry_if_exception_type(Transient),
             "stop": stop_before_delay(self.deadline_s),
-            "wait": _wait,
+            "wait": _WAIT,
             "after": note,
         }
 
@@ -227,17 +226,3 @@ class RewardClient:
             f"no scores within {self.deadline_s:g} s; gave up after {len(failures)} attempts and "
             f"{time.monotonic() - started:.1f} s; last: {'; before: '.join(reasons)}",
         )
-
-
-def _wait(state: RetryCallState) -> float:
-    error = state.outcome.exception() if state.outcome else None
-    asked = error.retry_after_s if isinstance(error, Transient) else 0.0
-    # Jitter on top of what was asked for: all clients that were shed come back at different times.
-    return asked + _BACKOFF(state)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -11,7 +11,6 @@ Promises
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 from asyncio import sleep
 from types import TracebackType
 from typing import Any, Final
@@ -20,16 +19,15 @@ import httpx
 from pydantic import BaseModel, ValidationError
 from tenacity import (
     AsyncRetrying,
-    RetryCallState,
     RetryError,
     retry_if_exception_type,
     stop_after_attempt,
-    wait_random_exponential,
 )
 
 from reward_servers.answer import Answer, Transient
+from reward_servers.retrying import asked_and_backoff, is_loopback
 
-_BACKOFF: Final = wait_random_exponential(multiplier=0.5, max=8.0)
+_PAUSE: Final = asked_and_backoff(0.5, 8.0)
 
 
 class Unavailable(Exception):
@@ -87,7 +85,7 @@ class ChatEndpoint:
             # `_places` is the bound: waiting for a connection would count as part of an attempt.
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=concurrency),
             # A proxy of the environment cannot reach this machine's loopback.
-            trust_env=not _is_loopback(parsed.host),
+            trust_env=not is_loopback(parsed.host),
             follow_redirects=False,
             # Reading the certificates takes longer than many a request, and http has no use for them.
             verify=parsed.scheme == "https",
@@ -130,7 +128,7 @@ class ChatEndpoint:
             async for attempt in AsyncRetrying(
                 retry=retry_if_exception_type(Transient),
                 stop=stop_after_attempt(self._retries + 1),
-                wait=_pause,
+                wait=_PAUSE,
                 sleep=sleep,
             ):
                 with attempt:
@@ -167,17 +165,3 @@ class ChatEndpoint:
     def _shown(self, answer: Answer) -> str:
         # Some endpoints repeat a key that they do not know.
         return answer.shown.replace(self._key, "***") if self._key else answer.shown
-
-
-def _pause(state: RetryCallState) -> float:
-    error = state.outcome.exception() if state.outcome else None
-    asked = error.retry_after_s if isinstance(error, Transient) else 0.0
-    # Jitter on top of what was asked for: those that were shed come back at different times.
-    return asked + _BACKOFF(state)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

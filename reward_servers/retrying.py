@@ -1,0 +1,33 @@
+"""How clients of reward servers and judges wait before they ask again, and which hosts need no proxy."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable
+
+from tenacity import RetryCallState, wait_random_exponential
+
+from reward_servers.answer import Transient
+
+
+def asked_and_backoff(multiplier: float, longest_s: float) -> Callable[[RetryCallState], float]:
+    """Seconds until the next attempt: what Retry-After asks for, and exponential backoff with jitter.
+
+    The jitter is on top of what was asked for: all clients that were shed come back at different times.
+    """
+    backoff = wait_random_exponential(multiplier=multiplier, max=longest_s)
+
+    def wait(state: RetryCallState) -> float:
+        error = state.outcome.exception() if state.outcome else None
+        asked = error.retry_after_s if isinstance(error, Transient) else 0.0
+        return asked + backoff(state)
+
+    return wait
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is this machine's own, which a proxy of the environment cannot reach."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
