@@ -1,6 +1,6 @@
 """What a base model is pretrained for: a task says what there is to draw and how it is asked for.
 
-The pretraining (pretrain.py) knows nothing else of a task, so both quickstarts are made by the same code.
+The pretraining (pretrain.py) knows nothing else of a task, so that one code makes the models of all.
 """
 
 from __future__ import annotations

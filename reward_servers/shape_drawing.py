@@ -1,4 +1,4 @@
-"""Draws the outlines of shapes: ground truth of the compositional quickstart and templates of its scorer.
+"""Draws the outlines of shapes: ground truth of the shapes task, and templates of its scorer.
 
 Promises
 - Anti-aliased by area: a pixel's value is the share of it that lies inside the outline.

@@ -1,4 +1,4 @@
-"""The coloured shapes of the compositional quickstart: their names, colours and outlines.
+"""Coloured shapes: their names, colours and outlines.
 
 Promises
 - `SHAPES` and `PALETTE` are what the scorer `shapes` can tell apart; who draws ground truth takes both from

@@ -48,9 +48,8 @@ class WordPrompts:
 
 
 class ShapePrompts:
-    """The compositional quickstart's task: coloured shapes, held out by combination
-    (quickstart/shapes/requests.py). Held-out prompts come from six categories in turn; those with few of them
-    repeat theirs."""
+    """Coloured shapes, held out by combination (quickstart/shapes/requests.py). Held-out prompts come from
+    six categories in turn; those with few of them repeat theirs."""
 
     def training(self, seed: int, ordinal: int) -> Prompt:
         request = training_request(_random(seed, "prompt", ordinal))

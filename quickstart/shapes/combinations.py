@@ -1,4 +1,4 @@
-"""What the compositional quickstart holds out: combinations of things, each of which is trained.
+"""What the shapes task holds out: combinations of things, each of which is trained.
 
 Promises
 - A combination brings two things together: a shape and its colour, a shape and its number, two shapes in one

@@ -1,4 +1,4 @@
-"""Prompts of the compositional quickstart: requests for coloured shapes, in words and in GenEval's format.
+"""Prompts of the shapes task: requests for coloured shapes, in words and in GenEval's format.
 
 Promises
 - A request of the training law contains no held-out combination (combinations.py), one of the held-out law at

@@ -1,4 +1,4 @@
-"""The compositional quickstart as a task to pretrain for: requests, renders, and captions with mistakes.
+"""Coloured shapes as a task to pretrain for: requests, renders, and captions with mistakes.
 
 Wrong captions leave room for post-training as in the text quickstart: the model draws a wrong colour, number
 or place as often as its captions told one.

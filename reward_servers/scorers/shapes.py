@@ -1,4 +1,4 @@
-"""Coloured shapes by the rules of GenEval: the reward of the compositional quickstart, from pixels alone.
+"""Coloured shapes by the rules of GenEval: from pixels alone.
 
 For small images of a few shapes on a plain background. shape_detector.py finds the objects with their
 colours; geneval/rules.py judges them as it judges those of the large scorer. No network, no weights: 0.4 ms

@@ -50,8 +50,8 @@ class ModelConfig(Section):
 
 class PromptsConfig(Section):
     source: Literal["words", "shapes", "file", "recorded"] = "file"
-    """`words`: the quickstart's endless text-rendering prompts; `shapes`: those of the compositional
-    quickstart, in GenEval's six categories; `file`: one prompt a line, or JSONL; `recorded`: whole groups
+    """`words`: the quickstart's endless text-rendering prompts; `shapes`: coloured shapes, asked for in
+    GenEval's six categories; `file`: one prompt a line, or JSONL; `recorded`: whole groups
     that an earlier run has recorded, nothing is sampled (docs/offline.md)."""
     path: Path | None = None
     """For `file`: .txt with one prompt a line, or .jsonl with {prompt, ...metadata} objects. For `recorded`:

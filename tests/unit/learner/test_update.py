@@ -145,16 +145,6 @@ def test_an_all_equal_group_adds_nothing_and_keeps_the_scale() -> None:
         torch.testing.assert_close(with_flat * 3, without * 2)
 
 
-def test_a_term_that_a_group_lacks_is_counted() -> None:
-    config = config_with(REFERENCES[1])
-    optional = config.rewards[0].model_copy(update={"name": "taste", "required": False})
-    config = config.model_copy(update={"rewards": (*config.rewards, optional)})
-    lacking, whole = training_groups(2)
-    whole = dataclasses.replace(whole, rewards={**whole.rewards, "taste": [0.0, 1.0, 2.0, 3.0]})
-    metrics = Updater(ToyPolicy(), config).step([lacking, whole], 0)
-    assert metrics.row()["dropped_terms"] == {"taste": 1}
-
-
 def test_an_update_without_any_preference_leaves_the_weights() -> None:
     updater = Updater(ToyPolicy(), config_with(REFERENCES[1]))
     updater.step(training_groups(2), 0)
