@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from learner.activations import offloaded
 from learner.advantages import Advantages, group_advantages, preferences, total_rewards
 from learner.ema import Ema, PastReferences, evaluation_decay, reference_decay
 from learner.objectives.base import LiveGroup, Measurements, Phases, TrainingGroup, make_objective
@@ -104,9 +106,10 @@ class Updater:
         for part in parts if live else ():
             self.optimizer.zero_grad(set_to_none=True)
             for sampled, reference in self._by_reference(live, step):
-                gained = self._objective.accumulate(
-                    sampled, part, step=step, scale=1 / (len(ordered) * len(part)), reference=reference
-                )
+                with self._activations():
+                    gained = self._objective.accumulate(
+                        sampled, part, step=step, scale=1 / (len(ordered) * len(part)), reference=reference
+                    )
                 measured.add(gained.pairs, **gained.sums)
             with phases("optimizer"):
                 norms.append(self._optimize(rate, step))
@@ -171,6 +174,12 @@ class Updater:
                 torch.equal(self._reference.tensors[name], parameter)
                 for name, parameter in self._parameters.items()
             )
+
+    def _activations(self) -> AbstractContextManager[None]:
+        if not self.config.learner.activation_offload:
+            return nullcontext()
+        model = self.policy.transformer
+        return offloaded([*model.parameters(), *model.buffers()])
 
     def _checked(self, groups: Sequence[TrainingGroup]) -> list[TrainingGroup]:
         size, steps, shape = self.config.rollout.group_size, len(self._schedule), self.policy.latent_shape()

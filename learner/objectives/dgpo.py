@@ -2,7 +2,7 @@
 
 Promises
 - `Dgpo.accumulate` adds the exact gradient of the loss for any micro-batch: a multiple of the group size
-  (several groups in one forward) or a divisor of it (deferred group weight).
+  (several groups in one forward) or a divisor of it (a group in several).
 - A velocity that is known to equal another is not computed twice, bit for bit.
 """
 
@@ -45,7 +45,8 @@ class Dgpo(Objective):
     """The objective.
 
     What it costs a sample and timestep, in forward passes (a backward counts two): 3, and one for each model
-    it is compared with; with a KL and a micro-batch below the group size, one more.
+    it is compared with. With a KL and a micro-batch below the group size it is one more, unless activations
+    are offloaded.
     """
 
     def __init__(self, policy: Policy, config: Config, schedule: Schedule) -> None:
@@ -65,7 +66,11 @@ class Dgpo(Objective):
         seed, one_noise = self.config.run.seed, self._objective.shared_noise
         batch = noised(groups, self.schedule, index, seed=seed, step=shared.step, shared=one_noise)
         advantages = torch.stack([group.advantages for group in groups])
-        if self.config.learner.micro_batch >= self.config.rollout.group_size:
+        learner = self.config.learner
+        # A group in pieces has all its graphs at once only where the device need not hold them.
+        if learner.micro_batch >= self.config.rollout.group_size or (
+            self._objective.kl > 0 and learner.activation_offload
+        ):
             way = self._whole
         elif self._objective.kl == 0:
             way = self._deferred
@@ -81,7 +86,7 @@ class Dgpo(Objective):
         reference: Mapping[str, Tensor] | None,
         measured: Measurements,
     ) -> None:
-        """Whole groups in one forward: the weight is known before the backward."""
+        """Whole groups, forwards first: the weight is known before the backward."""
         groups, group_size = advantages.shape
         flat = advantages.flatten()
         compared = self._compare(batch, reference)
@@ -175,13 +180,7 @@ class Dgpo(Objective):
                     old = self._errors(batch)
             if self._needs_base:
                 with self.policy.base():
-                    base_velocity = self.policy.velocity(
-                        batch.x,
-                        batch.timestep,
-                        batch.conditions,
-                        guidance=self._objective.kl_cfg,
-                        negative=self.policy.negative() if self._objective.kl_cfg > 1 else None,
-                    )
+                    base_velocity = self._velocity(batch, guidance=self._objective.kl_cfg)
                 base_dsm = dsm_error(base_velocity, batch.target)
         # Inference tensors may not be saved for a backward; copies made out here may.
         return Compared(
@@ -191,12 +190,25 @@ class Dgpo(Objective):
         )
 
     def _errors(self, batch: NoisedBatch) -> Tensor:
-        return dsm_error(self.policy.velocity(batch.x, batch.timestep, batch.conditions), batch.target)
+        return dsm_error(self._velocity(batch), batch.target)
 
     def _forward(self, batch: NoisedBatch) -> tuple[Tensor, Tensor]:
         with self.phases("forward"):
-            velocity = self.policy.velocity(batch.x, batch.timestep, batch.conditions)
+            velocity = self._velocity(batch)
             return velocity, dsm_error(velocity, batch.target)
+
+    def _velocity(self, batch: NoisedBatch, guidance: float = 1.0) -> Tensor:
+        """Of any batch, no more than a micro-batch at once."""
+        size, micro_batch = len(batch.x0), self.config.learner.micro_batch
+        pieces = [batch] if size <= micro_batch else [batch.part(p) for p in slices(size, micro_batch)]
+        negative = self.policy.negative() if guidance > 1 else None
+        found = [
+            self.policy.velocity(
+                piece.x, piece.timestep, piece.conditions, guidance=guidance, negative=negative
+            )
+            for piece in pieces
+        ]
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def _clipped(self, dsm: Tensor, compared: Compared, advantages: Tensor) -> Tensor:
         old = dsm if compared.old_dsm is None else compared.old_dsm

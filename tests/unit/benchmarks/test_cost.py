@@ -52,14 +52,23 @@ def test_sampling_takes_one_pass_a_solver_step() -> None:
     assert counter.passes == 2 * 4 * config.rollout.steps
 
 
-def test_a_lora_update_in_pieces_with_a_kl_stays_within_three_passes() -> None:
-    """Counted in FLOPs: frozen weights need no gradient, which pays for the pass that finds the weight."""
+@pytest.mark.parametrize(
+    "train",
+    [
+        # Frozen weights need no gradient, which pays for the pass that finds the group weight.
+        ("model.train=lora", "model.lora.rank=4"),
+        # All activations of the group are kept, in host memory: no such pass is needed.
+        ("model.train=full", "learner.activation_offload=true"),
+    ],
+)
+def test_an_update_in_pieces_with_a_kl_stays_within_three_passes(train: tuple[str, ...]) -> None:
+    """Counted in FLOPs."""
     config = load_config(
         "quickstart",
         [
             *("learner.groups_per_step=2", "rollout.group_size=4", "learner.micro_batch=1"),
-            *("model.train=lora", "model.lora.rank=4", "learner.optimizer_steps=1"),
-            *("objective.reference=frozen", "objective.clip_range=null"),
+            *("learner.optimizer_steps=1", "objective.reference=frozen", "objective.clip_range=null"),
+            *train,
         ],
     )
     policy = load_policy(config.model, text_encoders=True, vae=False)

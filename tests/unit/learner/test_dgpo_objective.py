@@ -95,11 +95,13 @@ def moved_policy(dtype: torch.dtype = torch.float64) -> tuple[ToyPolicy, dict[st
 
 
 @pytest.mark.parametrize("switches", EVERY_SWITCH, ids=str)
-@pytest.mark.parametrize("micro_batch", [1, 2, 4, 8])
-def test_gradient_is_that_of_the_formula(micro_batch: int, switches: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("micro_batch", "offload"), [(1, False), (2, False), (4, False), (8, False), (2, True)]
+)
+def test_gradient_is_that_of_the_formula(micro_batch: int, offload: bool, switches: dict[str, Any]) -> None:
     config = toy_config(
         objective={"beta": 5.0, "clip_range": None, "timesteps": {"first": 3, "per_update": 2}, **switches},
-        learner={"micro_batch": micro_batch},
+        learner={"micro_batch": micro_batch, "activation_offload": offload},
     )
     policy, old = moved_policy()
     groups = live_groups(3)
@@ -164,21 +166,22 @@ def test_a_reference_that_is_the_policy_is_not_computed_again(
 
 
 @pytest.mark.parametrize(
-    ("switches", "micro_batch", "forwards"),
+    ("switches", "learner", "forwards"),
     [
-        ({}, 8, 2),
-        ({}, 1, 2),
-        ({"clip_range": 0.1}, 8, 2),
-        ({"reference": "frozen"}, 8, 2),
-        ({"reference": "frozen", "kl": 0.1}, 8, 2),
-        ({"reference": "frozen", "clip_range": 0.1}, 8, 3),
-        ({"kl": 0.1}, 8, 3),
-        ({"kl": 0.1}, 2, 4),
+        ({}, {"micro_batch": 8}, 2),
+        ({}, {"micro_batch": 1}, 2),
+        ({"clip_range": 0.1}, {"micro_batch": 8}, 2),
+        ({"reference": "frozen"}, {"micro_batch": 8}, 2),
+        ({"reference": "frozen", "kl": 0.1}, {"micro_batch": 8}, 2),
+        ({"reference": "frozen", "clip_range": 0.1}, {"micro_batch": 8}, 3),
+        ({"kl": 0.1}, {"micro_batch": 8}, 3),
+        ({"kl": 0.1}, {"micro_batch": 2}, 4),
+        ({"kl": 0.1}, {"micro_batch": 2, "activation_offload": True}, 3),
     ],
 )
-def test_no_forward_is_wasted(switches: dict[str, Any], micro_batch: int, forwards: int) -> None:
+def test_no_forward_is_wasted(switches: dict[str, Any], learner: dict[str, Any], forwards: int) -> None:
     objective = {"clip_range": None, **switches, "timesteps": {"first": 3, "per_update": 2}}
-    config = toy_config(objective=objective, learner={"micro_batch": micro_batch})
+    config = toy_config(objective=objective, learner=learner)
     policy, old = moved_policy()
     policy.forwards = 0
     accumulated(config, policy, live_groups(2), old)
