@@ -4,7 +4,8 @@ deploy/serve/rewards.yaml is such a file; what it says of the deployment `reward
 
 Promises
 - A replica is ready once its scorer is warm; one whose scorer hangs fails its health check and is replaced.
-- Overload is refused with 429 and Retry-After: by the replica with a JSON body, and by Serve beyond that.
+- Overload is refused with 429 and Retry-After: by the replica, which says why, and by Serve beyond that. Its
+  plain text becomes the same JSON body where its proxy is started as proxy.py says.
 - A replica that is taken away is sent nothing more, and answers what it has within the reward's deadline.
 - Arguments hold no secret (server_config.py): Serve shows them on its dashboard.
 """

@@ -4,6 +4,7 @@ Promises
 - Binds loopback unless told otherwise, with a request timeout; one proxy, on this node.
 - Returns when every reward answers /v1/info with its own name, or raises RewardsNotReady within the deadline,
   naming what is not ready and why.
+- What a Serve of its own refuses has an ErrorBody, like what its rewards refuse (proxy.py).
 - A Serve that already runs on this Ray cluster is used as it is, and left running at the end.
 
 Ray must be initialised. The tokens' file must be readable where the replicas run.
@@ -27,6 +28,7 @@ from ray.serve.schema import ApplicationStatus
 
 from reward_servers.deployment import QUIET, autoscaling, deployment_of
 from reward_servers.protocol import INFO_PATH, ServerInfo
+from reward_servers.proxy import CALLBACK
 from reward_servers.scorers import scorer_names
 from reward_servers.server_config import ServerConfig, read_token
 from services.config import RewardConfig
@@ -139,7 +141,7 @@ def start_serve(host: str, port: int, *, deadline_s: float, request_timeout_s: f
                 proxy_location=ProxyLocation.HeadOnly,
                 http_options=running,
                 logging_config=QUIET,
-                controller_options=_patient(deadline_s),
+                controller_options=_environment(deadline_s),
             )
         except RayError as error:
             reason = str(error).strip().splitlines()
@@ -152,13 +154,14 @@ def start_serve(host: str, port: int, *, deadline_s: float, request_timeout_s: f
     return f"http://{running.host}:{running.port}"
 
 
-def _patient(deadline_s: float) -> dict[str, Any]:
+def _environment(deadline_s: float) -> dict[str, Any]:
     """Serve kills a proxy that is not up within 5 s, or silent for 10 s: too soon for a busy machine."""
     return {
         "runtime_env": {
             "env_vars": {
                 "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": str(deadline_s),
                 "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
+                **CALLBACK,
             }
         }
     }

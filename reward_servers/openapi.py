@@ -36,13 +36,13 @@ from reward_servers.protocol import (
 _MEANINGS: Final = {
     400: "The request is not HTTP as it should be.",
     401: "The bearer token is absent or wrong. The body was not read.",
-    408: "The body did not come in time.",
+    408: "The body did not come in time, or Ray Serve gave the request up.",
     413: "More images, pixels, characters or bytes than the server's limits (see /v1/info).",
     415: "Neither of the two content types.",
     422: "The body cannot be read, or this scorer can never score such a prompt or metadata.",
-    429: "Every place is taken. Nothing was scored; come back after Retry-After.",
-    500: "The scorer raised.",
-    503: "The scorer hangs, or the server is going down; come back after Retry-After.",
+    429: "Every place is taken, there or in front. Nothing was scored; come back after Retry-After.",
+    500: "The scorer raised, or its process died.",
+    503: "The scorer hangs, or the server is going down or not yet up; come back after Retry-After.",
     504: "Not scored before the deadline of the server.",
 }
 _BEARER: Final[dict[str, list[str]]] = {"BearerToken": []}

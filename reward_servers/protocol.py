@@ -6,7 +6,9 @@
 
 Promises
 - A score is a finite number, or it is null and `errors` says why: a failed item is never a zero.
-- Every answer that is not 2xx has an ErrorBody, whatever went wrong.
+- Every answer of a reward server that is not 2xx has an ErrorBody, whatever went wrong; what Ray Serve
+  refuses in its place too, where its proxy is started as deploy/serve/rewards.yaml says. Whatever else stands
+  between (a load balancer) may answer in a form of its own: then the status and Retry-After count.
 - Scoring is idempotent: a client may send a request again.
 
 Imports neither the web framework nor a scorer: clients need only this.

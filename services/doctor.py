@@ -23,7 +23,18 @@ from rich.table import Table
 from services.config import Config, RewardConfig
 from services.config_file import ConfigError, find
 from services.prompts import evaluates, prompt_source
-from services.ray_runtime import cluster_address, loopback_parts, reserved
+from services.ray_runtime import (
+    GROWTH_REMEDY,
+    UNITS,
+    Resource,
+    at_max_replicas,
+    cluster_address,
+    loopback_parts,
+    no_room_to_grow,
+    own_cpus,
+    replicas_to_come,
+    reserved,
+)
 
 REACH_DEADLINE_S = 5.0
 PROCESS_BYTES = 600 * 1024**2
@@ -37,6 +48,8 @@ class Finding(BaseModel, frozen=True):
     ok: bool
     found: str
     remedy: str = ""
+    warning: bool = False
+    """The run can start, and something of it will not be as it is configured."""
 
 
 def examine(config: Config) -> list[Finding]:
@@ -51,6 +64,7 @@ def examine(config: Config) -> list[Finding]:
         _rewards,
         _memory,
         _ray,
+        _room_to_grow,
     ]
     return [finding for check in checks for finding in check(config)]
 
@@ -63,7 +77,8 @@ def table(findings: list[Finding]) -> Table:
     sheet.add_column("found", overflow="fold")
     sheet.add_column("remedy", overflow="fold")
     for finding in findings:
-        mark = "[green]ok[/]" if finding.ok else "[red]no[/]"
+        fine = "[yellow]warn[/]" if finding.warning else "[green]ok[/]"
+        mark = fine if finding.ok else "[red]no[/]"
         sheet.add_row(mark, finding.what, finding.found, finding.remedy)
     return sheet
 
@@ -257,14 +272,18 @@ def _memory(config: Config) -> list[Finding]:
         (0 if config.offline else workers) + config.learner.ranks + (0 if _scores_nothing(config) else 1)
     )
     needed = processes * PROCESS_BYTES + holders * model * 2 + config.cluster.object_store_mb * 1024**2
+    grown = needed + (0 if _scores_nothing(config) else replicas_to_come(config)) * PROCESS_BYTES
     free = psutil.virtual_memory().available
-    ok = free > needed
+    ok, warning = free > needed, needed < free <= grown
+    found = f"{free / 1024**3:.1f} GiB free, about {needed / 1024**3:.1f} GiB needed on one machine"
+    remedy = "" if ok else "lower rollout.workers, or close other programs"
     return [
         Finding(
             what="memory",
             ok=ok,
-            found=f"{free / 1024**3:.1f} GiB free, about {needed / 1024**3:.1f} GiB needed on one machine",
-            remedy="" if ok else "lower rollout.workers, or close other programs",
+            warning=warning,
+            found=found + (f", {grown / 1024**3:.1f} GiB at max_replicas" if grown > needed else ""),
+            remedy="lower max_replicas of rewards, or close other programs" if warning else remedy,
         )
     ]
 
@@ -286,3 +305,26 @@ def _ray(config: Config) -> list[Finding]:
         remedy = "start the cluster (ray start --head), or mend cluster.address / RAY_ADDRESS"
         return [Finding(what="ray", ok=False, found=f"{address}: {error}", remedy=remedy)]
     return [Finding(what="ray", ok=True, found=f"{address}: reachable{warning}")]
+
+
+def _room_to_grow(config: Config) -> list[Finding]:
+    """Whether every reward can have its `max_replicas` at once. A run starts without."""
+    sums = [text for resource in UNITS if (text := at_max_replicas(config, resource)[1])]
+    if not sums or _scores_nothing(config):
+        return []
+    if cluster_address(config) is not None:
+        found = f"the run reserves {', '.join(sums)}; a cluster that has less starts fewer"
+        return [Finding(what="max_replicas", ok=True, found=found)]
+    import torch
+
+    there: dict[Resource, float] = {"num_cpus": own_cpus(config), "num_gpus": torch.cuda.device_count()}
+    lines = no_room_to_grow(config, there)
+    return [
+        Finding(
+            what="max_replicas",
+            ok=True,
+            warning=bool(lines),
+            found="; ".join(lines) or f"the run reserves {', '.join(sums)}, and has them here",
+            remedy=GROWTH_REMEDY if lines else "",
+        )
+    ]

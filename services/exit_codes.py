@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from services.config_file import ConfigError
+from services.full_disk import disk_refuses
 from services.stop_signals import INTERRUPTED, Interrupted
 
 logger = logging.getLogger(__name__)
@@ -36,5 +37,6 @@ def run(app: typer.Typer) -> None:
         sys.exit(WRONG_USAGE)
     except Exception as error:
         logger.exception("failed")
-        screen.print(Text("failed: ", style="red") + Text(f"{type(error).__name__}: {error}"), soft_wrap=True)
+        what = disk_refuses(error) or f"{type(error).__name__}: {error}"
+        screen.print(Text("failed: ", style="red") + Text(what), soft_wrap=True)
         sys.exit(FAILED)

@@ -7,6 +7,8 @@ Promises
 - A signal to this process and its group (Ctrl-C, `timeout`, `kill -- -PGID`) does not reach the Ray that it
   started: the driver ends it when everything has been drained.
 - Usage statistics stay off: nothing is sent anywhere.
+- What a run reserves from its start fits, or it is told before anything waits for a place. Replicas that load
+  alone brings (`max_replicas`) need not fit: that is a warning.
 """
 
 from __future__ import annotations
@@ -15,30 +17,86 @@ import logging
 import math
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
 from tenacity import retry, stop_after_attempt
 
-from services.config import Config, Section
+from services.config import Config, RewardConfig, Section
 from services.config_file import ConfigError
 from services.prompts import evaluates
+
+logger = logging.getLogger(__name__)
 
 NAMESPACE = "dgpo"
 STARTS = 3
 
+Resource = Literal["num_cpus", "num_gpus"]
+"""The setting that reserves it."""
+UNITS: dict[Resource, str] = {"num_cpus": "CPUs", "num_gpus": "GPUs"}
+GROWTH_REMEDY = (
+    "lower max_replicas of rewards, or give the run more room: Serve starts what fits, and a worker or "
+    "learner that restarts may find its place taken"
+)
 
-def reserved(config: Config, resource: Literal["num_cpus", "num_gpus"]) -> float:
-    """Ray CPUs or GPUs that the parts of a run reserve together; controllers reserve none."""
+
+def reserved(config: Config, resource: Resource) -> float:
+    """Ray CPUs or GPUs that the parts of a run reserve together from its start; controllers reserve none."""
 
     def of(section: Section) -> float:
         return float(getattr(section, resource))
 
-    rewards = sum(of(reward) * reward.replicas for reward in config.rewards if reward.app is not None)
+    rewards = sum(of(reward) * reward.replicas for reward in _served(config))
     # A feeder reserves none, and an evaluation needs its rewards; whether there is one is not looked up here.
     sampling = 0.0 if config.offline else of(config.rollout) * config.rollout.workers
     return of(config.learner) * config.learner.ranks + sampling + of(config.eval) + rewards
+
+
+def replicas_to_come(config: Config) -> int:
+    """Replicas that load may bring beyond those a run starts with."""
+    return sum((reward.max_replicas or reward.replicas) - reward.replicas for reward in _served(config))
+
+
+def at_max_replicas(config: Config, resource: Resource) -> tuple[float, str]:
+    """What is reserved when load has brought every reward to its `max_replicas`, and how that adds up.
+
+    Returns:
+        The sum, and its text such as "3.5 + ocr 4 x 0.5 = 5.5 CPUs"; `reserved` and an empty text where no
+        reward grows by that resource.
+    """
+    start, terms = reserved(config, resource), []
+    total = start
+    for reward in _served(config):
+        more, each = (reward.max_replicas or reward.replicas) - reward.replicas, getattr(reward, resource)
+        if more * each:
+            total += more * each
+            terms.append(f"{reward.name} {more} x {each:g}")
+    return total, f"{' + '.join([f'{start:g}', *terms])} = {total:g} {UNITS[resource]}" if terms else ""
+
+
+def no_room_to_grow(config: Config, there: Mapping[Resource, float]) -> list[str]:
+    """A line for each resource that cannot hold every reward at its `max_replicas`.
+
+    Args:
+        there: what the cluster has; a resource that is not in it is not looked at.
+    """
+    lines = []
+    for resource, has in there.items():
+        total, sum_text = at_max_replicas(config, resource)
+        if sum_text and total > has:
+            lines.append(f"at max_replicas the run reserves {sum_text}, and there are {has:g}")
+    return lines
+
+
+def _served(config: Config) -> list[RewardConfig]:
+    return [reward for reward in config.rewards if reward.app is not None]
+
+
+def own_cpus(config: Config) -> int:
+    """CPUs that a Ray started on this machine is told it has: a laptop may be oversubscribed, by what a run
+    reserves from its start."""
+    return max(os.cpu_count() or 1, math.ceil(reserved(config, "num_cpus")))
 
 
 @contextmanager
@@ -83,10 +141,28 @@ def ray_cluster(config: Config) -> Iterator[bool]:
                 f"the run reserves {gpus:g} GPUs, this machine has {here:g}: lower num_gpus "
                 "of rollout, learner, eval or rewards, or join a cluster (cluster.address)"
             )
+    _tell_of_room(config)
     try:
         yield not address
     finally:
         ray.shutdown()
+
+
+def _tell_of_room(config: Config) -> None:
+    """Warn of what does not fit now: a cluster that grows may hold it later, one that does not never will."""
+    import ray
+
+    has = ray.cluster_resources()
+    there: dict[Resource, float] = {"num_cpus": has.get("CPU", 0.0), "num_gpus": has.get("GPU", 0.0)}
+    for resource, amount in there.items():
+        if (asked := reserved(config, resource)) > amount:
+            logger.warning(
+                "the run reserves %g %s, the cluster has %g now: parts wait for it to grow, %g s at most "
+                "(cluster.start_deadline_s)",
+                *(asked, UNITS[resource], amount, config.cluster.start_deadline_s),
+            )
+        elif told := no_room_to_grow(config, {resource: amount}):
+            logger.warning("%s; %s", told[0], GROWTH_REMEDY)
 
 
 def cluster_address(config: Config) -> str | None:
@@ -112,7 +188,7 @@ def _start(config: Config) -> None:
         ray.init(
             address="local",
             namespace=NAMESPACE,
-            num_cpus=max(os.cpu_count() or 1, math.ceil(reserved(config, "num_cpus"))),
+            num_cpus=own_cpus(config),
             include_dashboard=config.cluster.dashboard,
             dashboard_host="127.0.0.1",
             _node_ip_address="127.0.0.1",

@@ -16,6 +16,7 @@ from types import TracebackType
 
 from services.codec import Group, encode_group
 from services.config import Config
+from services.full_disk import naming
 from services.queue_types import Frontier
 from services.recording import INDEX, SHARD_NAME, Facts, RecordedGroup, RecordingError, read_index
 from services.safetensors_layout import pack
@@ -67,7 +68,7 @@ class RecordingWriter:
 
         Raises:
             ValueError: an ordinal that is recorded already; nothing was written.
-            OSError: no space, say; what was recorded before stays readable.
+            OSError: no space, say; names the file, and what was recorded before stays readable.
         """
         twice = sorted(self._ordinals & {group.header.ordinal for group in groups})
         if twice:
@@ -95,7 +96,8 @@ class RecordingWriter:
                 header=encoded.header.decode(),
             )
             lines.append(recorded.model_dump_json())
-        with (self._directory / INDEX).open("ab") as index:
+        place = self._directory / INDEX
+        with naming(place), place.open("ab") as index:
             index.write("".join(f"{line}\n" for line in lines).encode())
             index.flush()
             os.fsync(index.fileno())
@@ -121,7 +123,7 @@ class RecordingWriter:
 
     def _put(self, name: str, content: bytes) -> None:
         partial = self._directory / f".{name}.partial"
-        with partial.open("wb") as file:
+        with naming(partial), partial.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -1,7 +1,8 @@
 """What a run leaves behind while it runs: metrics.jsonl and TensorBoard events (logs: services/logs.py).
 
 Promises
-- A row is on its way to disk when `write` returns: appended whole and flushed, never rewritten.
+- A row is on its way to disk when `write` returns: appended whole and flushed, never rewritten. Where the
+  disk refuses it, the error names the file, and ends the run.
 - A line torn by a crash costs that line and no other: the next writer starts a line of its own, and the
   reader skips what it cannot parse.
 - `read_metrics` gives one lineage: where a resume went back, the rows it undid are left out.
@@ -21,6 +22,7 @@ from typing import IO, TYPE_CHECKING, Literal
 
 from pydantic import ValidationError
 
+from services.full_disk import naming
 from services.metrics import AnyRow, EvalRow, EventRow, MemoryRow, UpdateRow, parse_row
 
 if TYPE_CHECKING:
@@ -47,9 +49,9 @@ class Telemetry:
             resumed_step: the step a resumed run goes on from; TensorBoard drops what lies after it.
         """
         run_dir.mkdir(parents=True, exist_ok=True)
-        path = run_dir / METRICS_FILE
-        torn = _ends_inside_a_line(path)
-        self._file: IO[str] = path.open("a", encoding="utf-8")
+        self._path = run_dir / METRICS_FILE
+        torn = _ends_inside_a_line(self._path)
+        self._file: IO[str] = self._path.open("a", encoding="utf-8")
         if torn:
             self._file.write("\n")
         self._events: TensorboardEvents | None = None
@@ -59,8 +61,9 @@ class Telemetry:
             self._events = TensorboardEvents(run_dir / "tensorboard", resumed_step=resumed_step)
 
     def write(self, row: AnyRow) -> None:
-        self._file.write(row.model_dump_json() + "\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(row.model_dump_json() + "\n")
+            self._file.flush()
         if self._events is not None:
             self._events.add(row)
 
@@ -81,11 +84,13 @@ class Telemetry:
     def close(self) -> None:
         if self._file.closed:
             return
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        if self._events is not None:
-            self._events.close()
+        try:
+            with naming(self._path), self._file:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        finally:
+            if self._events is not None:
+                self._events.close()
 
     def __enter__(self) -> Telemetry:
         return self

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from reward_servers.shape_outlines import COLOURS, SHAPES
+from reward_servers.shapes.outlines import COLOURS, SHAPES
 
 NUMBERS: Final = (2, 3, 4)
 """How many of one shape may be asked for, beside one."""

@@ -25,10 +25,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import CLIPModel
 
-from reward_servers.clip import Clip, ClipTokens
 from reward_servers.geneval.detector import Found, crop
 from reward_servers.geneval.task import COLOURS
-from reward_servers.neural import NeuralOptions, clip_pixels, load_network
+from reward_servers.networks.clip import Clip, ClipTokens
+from reward_servers.networks.loading import NeuralOptions, load_network
+from reward_servers.networks.pixels import clip_pixels
 
 TEMPLATES: Final = ("a photo of a {c} {name}", "a photo of a {c}-colored {name}", "a photo of a {c} object")
 BACKGROUND: Final = (0x99, 0x99, 0x99)

@@ -39,7 +39,7 @@ from transformers import Mask2FormerConfig, Mask2FormerModel, Mask2FormerPreTrai
 
 from reward_servers.geneval.classes import CLASSES
 from reward_servers.geneval.rules import Detection
-from reward_servers.neural import NeuralOptions, batches, load_network
+from reward_servers.networks.loading import NeuralOptions, batches, load_network
 from reward_servers.wire import Images
 
 STRIDE: Final = 32

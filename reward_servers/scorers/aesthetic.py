@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reward_servers.clip import Clip, ClipOptions
-from reward_servers.neural import clip_pixels, read_weights, weight_file
+from reward_servers.networks.clip import Clip, ClipOptions
+from reward_servers.networks.loading import read_weights, weight_file
+from reward_servers.networks.pixels import clip_pixels
 from reward_servers.scorer import ItemScore, Scorer
 from reward_servers.wire import Images, ScoreCall
 

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from reward_servers.clip import Clip, ClipOptions, ClipPairScorer, ClipTokens
-from reward_servers.neural import centre_of_long, clip_normalised, clip_pixels, crop_starts
+from reward_servers.networks.clip import Clip, ClipOptions, ClipPairScorer, ClipTokens
+from reward_servers.networks.pixels import centre_of_long, clip_normalised, clip_pixels, crop_starts
 from reward_servers.wire import Images
 
 

@@ -41,7 +41,7 @@ from reward_servers.geneval.rules import (
     judge,
     parse_task,
 )
-from reward_servers.neural import NeuralOptions
+from reward_servers.networks.loading import NeuralOptions
 from reward_servers.protocol import Metadata
 from reward_servers.scorer import ItemScore, Scorer
 from reward_servers.wire import ScoreCall

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 from transformers import CLIPConfig
 
-from reward_servers.clip import Clip, ClipOptions, ClipPairScorer, ClipTokens
-from reward_servers.neural import clip_pixels, read_weights, weight_file
-from reward_servers.open_clip import load_open_clip
+from reward_servers.networks.clip import Clip, ClipOptions, ClipPairScorer, ClipTokens
+from reward_servers.networks.loading import read_weights, weight_file
+from reward_servers.networks.open_clip import load_open_clip
+from reward_servers.networks.pixels import clip_pixels
 from reward_servers.wire import Images
 
 VIT_H_14: Final[dict[str, Any]] = {

@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from reward_servers.image_reward_network import load_image_reward
-from reward_servers.neural import NeuralOptions, batches, clip_pixels, require_place, weight_file
+from reward_servers.networks.image_reward import load_image_reward
+from reward_servers.networks.loading import NeuralOptions, batches, require_place, weight_file
+from reward_servers.networks.pixels import clip_pixels
 from reward_servers.scorer import ItemScore, Scorer
 from reward_servers.wire import ScoreCall
 

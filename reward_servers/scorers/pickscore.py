@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reward_servers.clip import Clip, ClipOptions, ClipPairScorer, ClipTokens
-from reward_servers.neural import clip_pixels
+from reward_servers.networks.clip import Clip, ClipOptions, ClipPairScorer, ClipTokens
+from reward_servers.networks.pixels import clip_pixels
 from reward_servers.wire import Images
 
 

@@ -1,6 +1,6 @@
 """Coloured shapes by the rules of GenEval: from pixels alone.
 
-For small images of a few shapes on a plain background. shape_detector.py finds the objects with their
+For small images of a few shapes on a plain background. shapes/detector.py finds the objects with their
 colours; geneval/rules.py judges them as it judges those of the large scorer. No network, no weights: 0.4 ms
 an image.
 
@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from reward_servers.geneval.rules import Detection, Task, judge, parse_task
 from reward_servers.protocol import Metadata
 from reward_servers.scorer import ItemScore, Scorer, ScorerOptions
-from reward_servers.shape_detector import find_shapes
-from reward_servers.shape_outlines import COLOURS, SHAPES
+from reward_servers.shapes.detector import find_shapes
+from reward_servers.shapes.outlines import COLOURS, SHAPES
 from reward_servers.wire import ScoreCall
 
 

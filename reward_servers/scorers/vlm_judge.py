@@ -3,12 +3,12 @@
     {"preset": "unified_reward", "base_url": "http://judge:17140/v1", "api_key_env": "JUDGE_KEY"}
 
 One chat request an image: the image as PNG and the template with its prompt, temperature 0. The score is the
-group of `score_pattern` in the answer (vlm.py), divided by `divide_by`.
+group of `score_pattern` in the answer (vlm/reading.py), divided by `divide_by`.
 
 Promises
 - An image whose answer holds no score is an error that shows the answer; nothing becomes 0.
 - At most `concurrency` requests are at the endpoint at once, over all images of a call; what may pass is
-  tried again (vlm_endpoint.py).
+  tried again (vlm/endpoint.py).
 - A call ends within `call_s`: images without an answer by then are errors. If the endpoint was unavailable
   for all of them, the call itself fails with 503, which clients try again.
 
@@ -33,8 +33,9 @@ from pydantic import Field, field_validator, model_validator
 
 from reward_servers.protocol import Metadata, ProtocolError
 from reward_servers.scorer import ItemScore, Scorer, ScorerOptions
-from reward_servers.vlm import PRESETS, PROMPT_MARK, NoScore, image_url, question, read_answer, read_score
-from reward_servers.vlm_endpoint import ChatEndpoint, Refused, Unavailable
+from reward_servers.vlm.endpoint import ChatEndpoint, Refused, Unavailable
+from reward_servers.vlm.question import PRESETS, PROMPT_MARK, image_url, question
+from reward_servers.vlm.reading import NoScore, read_answer, read_score
 from reward_servers.wire import ScoreCall
 
 _OURS = ("model", "messages", "temperature", "max_tokens", "stream", "n")
@@ -45,7 +46,7 @@ class VlmJudgeOptions(ScorerOptions):
     """Arguments of the `vlm_judge` scorer. A preset fills in what is not given."""
 
     preset: Literal["unified_reward", "unified_reward_qwen"] | None = None
-    """Model, template, pattern, range, divisor and image size of a published judge (vlm.py)."""
+    """Model, template, pattern, range, divisor and image size of a published judge (vlm/question.py)."""
     base_url: str
     """Address of the endpoint, up to and with /v1."""
     model: str = Field(min_length=1)
@@ -55,7 +56,7 @@ class VlmJudgeOptions(ScorerOptions):
     prompt_template: str
     """What the judge is asked, with {prompt} where the prompt goes."""
     score_pattern: re.Pattern[str]
-    """Regular expression with one group, the number; read_score in vlm.py says what else must hold."""
+    """Regular expression with one group, the number; vlm/reading.py says what else must hold."""
     score_range: tuple[float, float] | None = None
     """Least and greatest number of the judge's scale, before the division; null takes any finite one."""
     divide_by: float = Field(default=1.0, gt=0, allow_inf_nan=False)

@@ -19,7 +19,7 @@ from quickstart.shapes.combinations import (
 )
 from quickstart.shapes.requests import Request, heldout_requests, mistaken, training_request
 from reward_servers.geneval.rules import TAGS, parse_task
-from reward_servers.shape_outlines import COLOURS, SHAPES
+from reward_servers.shapes.outlines import COLOURS, SHAPES
 
 Combination = tuple[str, ...]
 

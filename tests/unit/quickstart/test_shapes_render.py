@@ -11,7 +11,7 @@ from quickstart.shapes.combinations import colour_is_heldout
 from quickstart.shapes.render import HEIGHT, WIDTH, render
 from quickstart.shapes.requests import Request, any_request, training_request
 from reward_servers.geneval.rules import TAGS, judge, parse_task, relations
-from reward_servers.shape_detector import find_shapes
+from reward_servers.shapes.detector import find_shapes
 
 
 def test_an_image_follows_from_request_and_random_state() -> None:

@@ -108,6 +108,10 @@ def ask(request: pytest.FixtureRequest) -> Callable[..., Scored]:
     return score
 
 
+SHED_BY_SERVE = b"Request dropped due to backpressure (num_queued_requests=1, max_queued_requests=1)."
+"""Where Serve's proxy was not started as proxy.py says."""
+
+
 def client_of(url: str, deadline_s: float = 20.0, **settings: Any) -> RewardClient:
     return RewardClient("words", url, "a-token-for-tests-only", deadline_s, **settings)
 
@@ -126,6 +130,8 @@ def test_scores_from_a_real_server(serve_fake: Any, images: Images, ask: Any) ->
         Reply(503, b"<html>no upstream</html>", kind="text/html"),
         Reply(429, b'{"error": "overloaded", "detail": "later"}', {"retry-after": "0"}),
         Reply(504, b""),
+        Reply(429, SHED_BY_SERVE, {"retry-after": "0"}, kind="text/plain"),
+        Reply(503, b"Deployment is unavailable.", kind="text/plain"),
     ],
 )
 def test_what_passes_is_tried_again(scripted: Any, images: Images, ask: Any, bad: Reply) -> None:
@@ -162,6 +168,14 @@ def test_after_the_deadline_it_is_unavailable(
     assert "'words'" in str(caught.value) and url in str(caught.value)
     assert says in str(caught.value)
     assert caught.value.__cause__ is not None
+
+
+def test_what_serve_sheds_in_plain_text_is_the_same_error(scripted: Any, images: Images, ask: Any) -> None:
+    """Its Retry-After is heeded: it goes beyond the deadline, so nothing is asked again."""
+    url, script = scripted(Reply(429, SHED_BY_SERVE, {"retry-after": "3600"}, kind="text/plain"))
+    with pytest.raises(RewardUnavailable, match=r"429 text/plain: .*max_queued_requests=1"):
+        ask(client_of(url), images)
+    assert len(script.requests) == 1
 
 
 def test_a_server_that_is_down_is_unavailable(images: Images, ask: Any) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
+import psutil
 import pytest
 import torch
 
 from services.config_file import load_config
-from services.doctor import examine
+from services.doctor import Finding, examine
 
 
 @pytest.mark.parametrize(
@@ -33,3 +36,43 @@ def test_a_hub_id_is_no_mistyped_directory() -> None:
     config = load_config("quickstart", ["model.path=stabilityai/stable-diffusion-3.5-medium"])
     (finding,) = [finding for finding in examine(config) if finding.what == "model"]
     assert finding.ok
+
+
+GROWING = "rewards.0.num_cpus=1", "rewards.0.max_replicas=9", "learner.num_cpus=1", "rollout.num_cpus=0"
+
+
+def found_of(what: str, *overrides: str) -> list[Finding]:
+    return [finding for finding in examine(load_config("quickstart", overrides)) if finding.what == what]
+
+
+@pytest.mark.parametrize(("cpus", "warned"), [(64, False), (4, True)])
+def test_what_does_not_fit_at_max_replicas_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, cpus: int, warned: bool
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: cpus)
+    (finding,) = found_of("max_replicas", *GROWING)
+    assert (finding.ok, finding.warning) == (True, warned)
+    assert " 8 x 1 = " in finding.found
+    assert ("and there are 4" in finding.found, "max_replicas" in finding.remedy) == (warned, warned)
+
+
+def test_of_a_cluster_the_doctor_says_what_it_must_have() -> None:
+    (finding,) = found_of("max_replicas", "cluster.address=auto", *GROWING)
+    assert finding.ok and not finding.warning
+    assert " 8 x 1 = " in finding.found
+
+
+def test_without_max_replicas_nothing_is_said_of_them() -> None:
+    assert not found_of("max_replicas")
+
+
+def test_memory_of_replicas_to_come_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enough for the start, not for every replica that load may bring."""
+    plenty = psutil.virtual_memory()._replace(available=64 * 1024**3)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: plenty)
+    (grown,) = found_of("memory", "rewards.0.max_replicas=999")
+    assert grown.ok and grown.warning
+    assert "max_replicas" in grown.remedy
+    (fixed,) = found_of("memory")
+    assert fixed.ok and not fixed.warning

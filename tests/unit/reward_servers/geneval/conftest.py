@@ -9,7 +9,7 @@ import torch
 from transformers import CLIPConfig, CLIPModel, Mask2FormerForUniversalSegmentation
 
 from tests.unit.reward_servers.geneval.tiny_mask2former import new_mask2former
-from tests.unit.reward_servers.tiny_clip import architecture, randomise, save_tokenizer
+from tests.unit.reward_servers.networks.tiny_clip import architecture, randomise, save_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from reward_servers.geneval.colours import ColourClassifier
 from reward_servers.geneval.detector import Found
 from reward_servers.geneval.rules import Detection
-from reward_servers.neural import NeuralOptions
-from tests.unit.reward_servers.tiny_clip import SIDE, architecture, photos, randomise, save_tokenizer
+from reward_servers.networks.loading import NeuralOptions
+from tests.unit.reward_servers.networks.tiny_clip import SIDE, architecture, photos, randomise, save_tokenizer
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

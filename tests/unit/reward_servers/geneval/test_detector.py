@@ -25,9 +25,9 @@ from reward_servers.geneval.detector import (
     resized_size,
 )
 from reward_servers.geneval.rules import Detection
-from reward_servers.neural import NeuralOptions, load_network
+from reward_servers.networks.loading import NeuralOptions, load_network
 from tests.unit.reward_servers.geneval.tiny_mask2former import QUERIES, new_mask2former
-from tests.unit.reward_servers.tiny_clip import photos
+from tests.unit.reward_servers.networks.tiny_clip import photos
 
 SHORT, LONG = 64, 100
 SIZES = ((64, 64), (40, 50), (128, 31), (75, 90))

@@ -21,7 +21,7 @@ from reward_servers.geneval.prompts import (
     write_records,
 )
 from reward_servers.geneval.rules import COLOURS, Requirement, Task, parse_task
-from services.prompts import FilePrompts, read_prompts
+from services.prompt_lists import HeldoutList, ListedPrompts, ReadPrompts, read_prompts
 
 PUBLISHED = """
 {"tag": "single_object", "include": [{"class": "orange", "count": 1}], "prompt": "a photo of an orange"}
@@ -143,7 +143,8 @@ def test_a_run_reads_the_files(tmp_path: Path) -> None:
     prompts = read_prompts(train)
     assert [prompt.text for prompt in prompts] == [record["prompt"] for record in records]
     assert [record_of(parse_task(prompt.metadata)) for prompt in prompts] == records
-    assert len(FilePrompts(train, test).heldout(0, 1000)) == 553
+    heldout = HeldoutList(ReadPrompts(read_prompts(test)), "test")
+    assert len(ListedPrompts(ReadPrompts(prompts), "train", heldout=heldout).heldout(0, 1000)) == 553
 
 
 @pytest.mark.parametrize(

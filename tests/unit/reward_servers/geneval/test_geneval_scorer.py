@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from reward_servers.geneval.colours import ColourClassifier
 from reward_servers.geneval.detector import Found, Mask2FormerDetector
 from reward_servers.geneval.rules import Detection, confident, judge, parse_task
-from reward_servers.neural import NeuralOptions
+from reward_servers.networks.loading import NeuralOptions
 from reward_servers.scorer import ItemScore
 from reward_servers.scorers import load_scorer, scorer_names
 from reward_servers.scorers.geneval import GenevalScorer
 from reward_servers.wire import ScoreCall
-from tests.unit.reward_servers.tiny_clip import photos
+from tests.unit.reward_servers.networks.tiny_clip import photos
 
 Load = Callable[..., GenevalScorer]
 

@@ -20,8 +20,8 @@ from transformers import CLIPModel, CLIPTokenizer
 from reward_servers.scorer import ItemScore, Scorer
 from reward_servers.scorers import hpsv2, load_scorer, scorer_names
 from reward_servers.wire import ScoreCall
-from tests.unit.reward_servers.published_pixels import hps_square, processed, torchvision_resized
-from tests.unit.reward_servers.tiny_clip import (
+from tests.unit.reward_servers.networks.published_pixels import hps_square, processed, torchvision_resized
+from tests.unit.reward_servers.networks.tiny_clip import (
     LONG,
     SIDE,
     VOCABULARY,

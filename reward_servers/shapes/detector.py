@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reward_servers.geneval.rules import Detection
-from reward_servers.shape_drawing import coverage
-from reward_servers.shape_outlines import PALETTE, SHAPES
+from reward_servers.shapes.drawing import coverage
+from reward_servers.shapes.outlines import PALETTE, SHAPES
 
 MAX_OBJECTS: Final = 6
 """More blobs than that are a pattern, not objects."""

@@ -15,9 +15,9 @@ from quickstart.shapes.render import render
 from quickstart.shapes.requests import Request, any_request, mistaken, training_request
 from reward_servers.geneval.rules import TAGS
 from reward_servers.scorers import load_scorer
-from reward_servers.shape_detector import MAX_OBJECTS, find_shapes
-from reward_servers.shape_drawing import coverage
-from reward_servers.shape_outlines import COLOURS, PALETTE, SHAPES
+from reward_servers.shapes.detector import MAX_OBJECTS, find_shapes
+from reward_servers.shapes.drawing import coverage
+from reward_servers.shapes.outlines import COLOURS, PALETTE, SHAPES
 from reward_servers.wire import ScoreCall
 
 Image = NDArray[np.uint8]

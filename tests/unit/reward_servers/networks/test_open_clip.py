@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
-from reward_servers.neural import read_weights
-from reward_servers.open_clip import load_open_clip, to_transformers
+from reward_servers.networks.loading import read_weights
+from reward_servers.networks.open_clip import load_open_clip, to_transformers
 from reward_servers.scorers.hpsv2 import VIT_H_14
-from tests.unit.reward_servers.tiny_clip import SIDE, VOCABULARY, OpenClip, architecture, randomise
+from tests.unit.reward_servers.networks.tiny_clip import SIDE, VOCABULARY, OpenClip, architecture, randomise
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-from reward_servers.neural import NeuralOptions, frozen, read_weights
+from reward_servers.networks.loading import NeuralOptions, frozen, read_weights
 
 HEAD_WIDTH: Final = 64
 """Of both image encoders that BLIP has (ViT-B and ViT-L)."""

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from reward_servers.vlm import NoScore, image_url, read_answer, read_score
+from reward_servers.vlm.question import image_url
+from reward_servers.vlm.reading import NoScore, read_answer, read_score
 
 PUBLISHED = re.compile(r"Final Score:\s*([1-5](?:\.\d+)?)")
 

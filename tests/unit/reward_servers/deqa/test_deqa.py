@@ -36,7 +36,7 @@ from reward_servers.deqa.scorer import DeqaOptions, DeqaScorer
 from reward_servers.local import LocalServer
 from reward_servers.wire import ScoreCall
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 SIZE = 28
 PREPROCESSOR = {
     "image_processor_type": "CLIPImageProcessor",

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from quickstart.words import prompt_of
+from reward_servers.ocr.detection import in_rows
 from reward_servers.scorer import ItemScore, Scorer
 from reward_servers.scorers import load_scorer, scorer_names
 from reward_servers.scorers.ocr import OcrScorer
-from reward_servers.text_detection import in_rows
 from reward_servers.wire import ScoreCall
 
 NAMES = ("ocr", "ocr_tesseract")

@@ -14,8 +14,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from reward_servers.image_reward_network import ImageRewardNetwork
-from reward_servers.neural import CLIP_MEAN, CLIP_STD
+from reward_servers.networks.image_reward import ImageRewardNetwork
+from reward_servers.networks.pixels import CLIP_MEAN, CLIP_STD
 from reward_servers.scorer import Scorer
 from reward_servers.scorers import load_scorer
 from reward_servers.wire import ScoreCall

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reward_servers.text_accuracy import accuracy, normalised, score_text, target_of
+from reward_servers.ocr.accuracy import accuracy, normalised, score_text, target_of
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,15 @@ import pytest
 import torch
 from PIL import Image
 
-from reward_servers.neural import clip_pixels
+from reward_servers.networks.pixels import clip_pixels
 from reward_servers.scorers.clipscore import bilinear_pixels
-from tests.unit.reward_servers.published_pixels import hps_square, normalised, processed, torchvision_resized
-from tests.unit.reward_servers.tiny_clip import SIDE, photos
+from tests.unit.reward_servers.networks.published_pixels import (
+    hps_square,
+    normalised,
+    processed,
+    torchvision_resized,
+)
+from tests.unit.reward_servers.networks.tiny_clip import SIDE, photos
 
 SIZES = ((32, 32), (40, 71), (90, 33), (17, 25), (64, 64))
 

@@ -18,7 +18,6 @@ from fastapi import FastAPI, Request, Response
 from numpy.typing import NDArray
 from PIL import Image
 
-from reward_servers import vlm_endpoint
 from reward_servers.app import create_app
 from reward_servers.client import RewardClient
 from reward_servers.local import LocalServer
@@ -26,7 +25,8 @@ from reward_servers.protocol import ProtocolError
 from reward_servers.scorer import Scorer
 from reward_servers.scorers import load_scorer
 from reward_servers.server_config import ServerConfig
-from reward_servers.vlm import PRESETS
+from reward_servers.vlm import endpoint
+from reward_servers.vlm.question import PRESETS
 from reward_servers.wire import ScoreCall
 
 KEY = "the-judge's-key"
@@ -158,7 +158,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     async def sleep(delay: float) -> None:
         seconds.append(delay)
 
-    monkeypatch.setattr(vlm_endpoint, "sleep", sleep)
+    monkeypatch.setattr(endpoint, "sleep", sleep)
     return seconds
 
 

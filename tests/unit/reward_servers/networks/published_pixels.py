@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor
 
-from reward_servers.neural import CLIP_MEAN, CLIP_STD
+from reward_servers.networks.pixels import CLIP_MEAN, CLIP_STD
 
 
 def processed(images: Sequence[NDArray[np.uint8]], side: int) -> Tensor:

@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 from transformers import CLIPModel, CLIPTextConfig, CLIPTokenizer
 
-from reward_servers.neural import NeuralOptions, batches, frozen, load_network, require_place
+from reward_servers.networks.loading import NeuralOptions, batches, frozen, load_network, require_place
 from reward_servers.scorer import ItemScore, Scorer
 from reward_servers.wire import Images, ScoreCall
 

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from reward_servers.shape_outlines import OUTLINES, Point
+from reward_servers.shapes.outlines import OUTLINES, Point
 
 _OVERSAMPLING: Final = 8
 

@@ -1,0 +1,1 @@
+"""Coloured shapes: what there are, how they are drawn, how they are found in an image."""

@@ -1,0 +1,1 @@
+"""Vision-language judges: what they are asked, at which endpoint, and how a score is read from the answer."""
