@@ -6,6 +6,8 @@ Order within a step, and why
 3. publish: the bytes of the new version are to be had before anyone hears of it.
 4. checkpoint, where one is due, with the frontier as it will be after this step: a crash before step 5 then
    resumes behind this step, a crash before step 4 ahead of it; neither trains an ordinal twice.
+   With a curriculum, which prompts the next ordinals take is decided before the checkpoint, which has it, and
+   told to the workers behind it and ahead of step 5, which lets those ordinals be issued.
 5. commit: one transaction acknowledges the groups, records their ordinals as trained and announces the new
    version. No worker can be issued an ordinal of the next step with the old version at max_staleness 0.
 
@@ -50,6 +52,22 @@ class Trainer(Protocol):
         ...
 
 
+class Curriculum(Protocol):
+    """What assigns places of the prompts to ordinals (learner/curriculum.py)."""
+
+    def observe(self, groups: Sequence[Group]) -> None:
+        """The groups of an update."""
+        ...
+
+    def assign(self, frontier: Frontier) -> int:
+        """To all that may be issued before the next commit; returns how many places were left out."""
+        ...
+
+    def places(self) -> dict[int, int]:
+        """Ordinal -> place."""
+        ...
+
+
 @dataclass(frozen=True)
 class Start:
     """Where a learner starts: from nothing, or from a checkpoint."""
@@ -80,6 +98,7 @@ class LearnerLoop:
         *,
         on_step: Callable[[dict[str, Any]], None] | None = None,
         record: Callable[[Sequence[Group]], None] | None = None,
+        curriculum: Curriculum | None = None,
     ) -> None:
         self._config = config
         self._queue = queue
@@ -87,6 +106,7 @@ class LearnerLoop:
         self._pulse = pulse
         self._on_step = on_step
         self._record = record
+        self._curriculum = curriculum
         self._checkpointed = -1
 
     def run(self, start: Start) -> int:
@@ -134,6 +154,9 @@ class LearnerLoop:
             checkpoint=start.version,
             frontier=start.frontier,
         )
+        if self._curriculum is not None:
+            self._curriculum.assign(start.frontier or Frontier())
+            self._queue.plan(self._curriculum.places())
         self._queue.announce(self._trainer.publish(version, kind="ema"))
         self._pulse.version = version
         self._checkpointed = start.step if start.version is not None else -1
@@ -162,11 +185,16 @@ class LearnerLoop:
         ema = self._trainer.publish(version, kind="ema") if self._evaluates(step + 1) else None
         clock.lap("publish_s")
         ordinals = [group.header.ordinal for group in groups]
+        if self._curriculum is not None:
+            self._curriculum.observe(groups)
+            row["prompts_left_out"] = self._curriculum.assign(self._queue.frontier_after(ordinals))
         if self._checkpoints(step + 1):
             self._pulse.enter(f"checkpointing step {step + 1}")
             self._trainer.checkpoint(version, self._queue.frontier_after(ordinals))
             self._checkpointed = step + 1
         clock.lap("checkpoint_s")
+        if self._curriculum is not None:
+            self._queue.plan(self._curriculum.places())
         self._queue.commit(announcement, ordinals)
         if ema is not None:
             self._queue.announce(ema)

@@ -5,8 +5,9 @@ Promises
   directory, in a new epoch.
 - The state lives in the run directory, not in Ray Train's own checkpoints (docs/decisions says why); Ray
   Train restarts ranks and shows the run in the Ray dashboard.
-- Crashes and lost connections are restarted `learner.max_restarts` times. What a restart cannot mend, and a
-  learner that gets no place in the cluster within `cluster.start_deadline_s`, ends the run with its text.
+- Crashes and lost connections are restarted `learner.max_restarts` times. What a restart cannot mend, such as
+  a full disk, and a learner that gets no place in the cluster within `cluster.start_deadline_s`, ends the run
+  with its text.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import ray.train
 import torch
 
 from learner.checkpoint import newest_checkpoint, write_checkpoint
+from learner.curriculum import PART, curriculum_of
 from learner.loop import LearnerLoop, Start
 from learner.recorder import UntrainedTrainer, recording
 from learner.update import TrainingGroup, UpdateError, Updater
@@ -28,6 +30,7 @@ from policy import load_policy
 from services.codec import Group
 from services.config import ClusterConfig, LearnerConfig
 from services.context import RunContext
+from services.full_disk import disk_refuses
 from services.group_queue import Fenced, Frontier, QueueTimeout
 from services.heartbeat import BEATS_TO_LIVE, Pulse
 from services.logs import configure_logging
@@ -69,13 +72,16 @@ class PolicyTrainer:
             seed=config.run.seed,
         )
         self.updater = Updater(self.policy, config)
+        self.curriculum = curriculum_of(config)
 
     def restore(self) -> Start:
         """Load the newest complete checkpoint, if there is one."""
         found = newest_checkpoint(self._context.directory)
         if found is None:
             return Start()
-        self.updater.load_state(found.state)
+        if self.curriculum is not None:
+            self.curriculum.load_state(found.state)
+        self.updater.load_state({part: found.state[part] for part in found.state if part != PART})
         return Start(
             version=PolicyVersion(epoch=found.manifest["epoch"], step=found.step),
             frontier=Frontier.model_validate(found.manifest["frontier"]),
@@ -92,7 +98,7 @@ class PolicyTrainer:
         write_checkpoint(
             self._context.directory,
             version.step,
-            self.updater.state(),
+            self.updater.state() | ({PART: self.curriculum.state()} if self.curriculum is not None else {}),
             {"epoch": version.epoch, "frontier": frontier.model_dump(mode="json")},
             keep=self._context.config.checkpoint.keep,
         )
@@ -123,14 +129,23 @@ def train_rank(settings: dict[str, Any]) -> str | None:
             start = trainer.restore()
             logger.info("starts at step %d", start.step)
             with recording(context, start) as record:
-                loop = LearnerLoop(config, queue, trainer, pulse, on_step=_reporter(), record=record)
+                loop = LearnerLoop(
+                    *(config, queue, trainer, pulse),
+                    on_step=_reporter(),
+                    record=record,
+                    curriculum=trainer.curriculum,
+                )
                 loop.run(start)
     except LASTING as error:
         logger.exception("learner-0 failed for good")
         return f"{type(error).__name__}: {error}"
-    except Exception:
-        logger.exception("learner-0 failed")
-        raise
+    except Exception as error:
+        refused = disk_refuses(error, context.directory)
+        if refused is None:
+            logger.exception("learner-0 failed")
+            raise
+        logger.exception("learner-0 failed for good")
+        return refused if context.record is not None else f"{refused}, then go on with --resume"
     return None
 
 

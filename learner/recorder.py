@@ -21,6 +21,7 @@ from learner.update_metrics import reward_spreads, spread
 from policy import load_policy
 from services.codec import Group
 from services.context import RunContext
+from services.full_disk import naming
 from services.group_queue import Frontier
 from services.messages import PolicyVersion, WeightsAnnouncement
 from services.policy_store import publish
@@ -50,6 +51,9 @@ def recording(context: RunContext, start: Start) -> Iterator[Record | None]:
 
 class UntrainedTrainer:
     """The trainer of `dgpo record` (learner/loop.py `Trainer`): looks at the groups and leaves the model."""
+
+    curriculum = None
+    """A model that stays as it is gives a curriculum nothing to follow (services/record.py refuses one)."""
 
     def __init__(self, context: RunContext, store: Any) -> None:
         self._context, self._store = context, store
@@ -86,7 +90,7 @@ class UntrainedTrainer:
 
     def checkpoint(self, version: PolicyVersion, frontier: Frontier) -> None:
         partial = self._state.with_suffix(".partial")
-        with partial.open("w") as file:
+        with naming(partial), partial.open("w") as file:
             json.dump(
                 {"version": version.model_dump(mode="json"), "frontier": frontier.model_dump(mode="json")},
                 file,

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,39 +65,69 @@ def evaluate(
         RewardError: a reward could not be had, be it optional or held out in training.
     """
     started = time.monotonic()
+    varied: dict[str, float] = {}
+
+    def measure_diversity() -> None:
+        if with_diversity and config.prompts.source == "words":
+            varied.update(_diversity(policy, config, prompts[:DIVERSITY_PROMPTS]))
+
+    seeds = [sample_seeds(config.eval.seed, "eval", place, 1)[0] for place in range(len(prompts))]
+    images, scores = sample_and_score(policy, scorer, config, prompts, seeds, while_scoring=measure_diversity)
+    exact = {
+        name: _estimate([float(item["exact"]) for item in items])
+        for name, items in scores.details.items()
+        if items and all("exact" in item for item in items)
+    }
+    return Evaluation(
+        prompts=tuple(prompts),
+        images=images,
+        scores=scores,
+        rewards={name: _estimate(values) for name, values in scores.rewards.items()},
+        exact=exact,
+        diversity=varied,
+        seconds=time.monotonic() - started,
+    )
+
+
+def sample_and_score(
+    policy: Policy,
+    scorer: Scorer,
+    config: Config,
+    prompts: Sequence[Prompt],
+    seeds: Sequence[int],
+    *,
+    while_scoring: Callable[[], None] = lambda: None,
+) -> tuple[NDArray[np.uint8], GroupScores]:
+    """One image for each prompt and seed, in batches of `eval.batch`, and all its scores.
+
+    Args:
+        while_scoring: done between sampling the last batch and waiting for its scores.
+
+    Returns:
+        (prompts, H, W, 3) images, and their scores in the same order.
+
+    Raises:
+        RewardError: a reward could not be had.
+    """
     images, pending = [], list[Future[list[GroupScores]]]()
     size, batch_size = config.rollout.group_size, config.eval.batch
     # As in a rollout worker: one batch is scored while the next is sampled.
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="score") as background:
         for first in range(0, len(prompts), batch_size):
             batch = prompts[first : first + batch_size]
-            images.append(_images(policy, config, batch, first))
+            conditions = [policy.encode(prompt.text) for prompt in batch]
+            images.append(_decoded(policy, config, conditions, seeds[first : first + batch_size]))
             pending.append(background.submit(_scores, scorer, images[-1], batch, size))
-        varied = {}
-        if with_diversity and config.prompts.source == "words":
-            varied = _diversity(policy, config, prompts[:DIVERSITY_PROMPTS])
+        while_scoring()
         scored = [part for scores in pending for part in scores.result()]
-    rewards, details = dict[str, list[float]](), dict[str, list[dict[str, object]]]()
+    rewards, details = dict[str, list[float]](), dict[str, list[dict[str, Any]]]()
     for part in scored:
         for name, values in part.rewards.items():
             rewards.setdefault(name, []).extend(values)
             details.setdefault(name, []).extend(part.details.get(name, ()))
-    exact = {
-        name: _estimate([float(item["exact"]) for item in items])  # type: ignore[arg-type]
-        for name, items in details.items()
-        if items and all("exact" in item for item in items)
-    }
-    return Evaluation(
-        prompts=tuple(prompts),
-        images=np.concatenate(images),
-        scores=GroupScores(
-            rewards={name: tuple(values) for name, values in rewards.items()},
-            details={name: tuple(items) for name, items in details.items()},
-        ),
-        rewards={name: _estimate(values) for name, values in rewards.items()},
-        exact=exact,
-        diversity=varied,
-        seconds=time.monotonic() - started,
+    return np.concatenate(images), GroupScores(
+        rewards={name: tuple(values) for name, values in rewards.items()},
+        details={name: tuple(items) for name, items in details.items()},
     )
 
 
@@ -107,12 +138,6 @@ def _scores(
         scorer.score(images[start : start + size], prompts[start : start + size])
         for start in range(0, len(prompts), size)
     ]
-
-
-def _images(policy: Policy, config: Config, prompts: Sequence[Prompt], first: int) -> NDArray[np.uint8]:
-    conditions = [policy.encode(prompt.text) for prompt in prompts]
-    seeds = [sample_seeds(config.eval.seed, "eval", first + place, 1)[0] for place in range(len(prompts))]
-    return _decoded(policy, config, conditions, seeds)
 
 
 def _diversity(policy: Policy, config: Config, prompts: Sequence[Prompt]) -> dict[str, float]:

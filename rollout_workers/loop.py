@@ -29,7 +29,7 @@ from reward_servers.client import RewardError
 from rollout_workers.scoring import GroupScores, Scorer
 from services.codec import CorruptGroup, encode_group
 from services.config import Config
-from services.group_queue import Admitted, GroupQueue, Lease, RunEnded
+from services.group_queue import Admitted, GroupQueue, Lease, NotAssigned, RunEnded
 from services.heartbeat import BEATS_TO_LIVE, Pulse
 from services.messages import GroupHeader, GroupTask, PolicyVersion, WeightsAnnouncement
 from services.policy_store import WeightsGone
@@ -137,17 +137,18 @@ class RolloutLoop:
         self._pulse.hold(lease.ordinal)
         try:
             self._update_weights(lease)
-        except WeightsGone as error:
-            # Their publisher died; a new epoch will announce others.
+            assert self._installed is not None
+            task = self._task_of(replace(lease, version=self._installed))
+        except (WeightsGone, NotAssigned) as error:
+            # Their publisher died, and a new epoch will announce others; or it has begun, and the ordinal was
+            # of the old one.
             logger.warning("ordinal %d given back: %s", lease.ordinal, error)
             self._queue.release(self.worker, lease.ordinal)
             self._pulse.let_go(lease.ordinal)
-            self._pulse.enter("waiting for weights")
+            self._pulse.enter(f"waiting for {'weights' if isinstance(error, WeightsGone) else 'a prompt'}")
             # Not `wait_for_work`: what was given back wakes everyone who waits there, this worker too.
             time.sleep(self._poll_s)
             return
-        assert self._installed is not None
-        task = self._task_of(replace(lease, version=self._installed))
         self._overhead_s += time.monotonic() - started
         self._pulse.enter("sampling", ordinal=task.ordinal)
         started = time.monotonic()

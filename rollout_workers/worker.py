@@ -48,7 +48,10 @@ class RolloutWorker:
             prompts = prompt_source(config)
 
             def task_of(lease: Lease) -> GroupTask:
-                return group_task(config, prompts, context.run, lease.ordinal, lease.attempt, lease.version)
+                place = queue.place_of(lease) if config.prompts.curriculum.after else lease.ordinal
+                return group_task(
+                    *(config, prompts, context.run, lease.ordinal, lease.attempt, lease.version), place=place
+                )
 
             loop = RolloutLoop(
                 self._name, queue, sampler, scorer, task_of, pulse, keep_images=sample_keeper(context)

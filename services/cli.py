@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from services import cli_eval
 from services.cli_reward import reward
 from services.config_file import ConfigError, dump_config, load_config
 from services.exit_codes import run
@@ -105,24 +106,8 @@ def record(
         raise typer.Exit(INTERRUPTED)
 
 
-@app.command("eval")
-def evaluate(
-    model: Annotated[
-        Path, typer.Argument(help="A run directory, one of its checkpoints, or a pipeline directory.")
-    ],
-    recipe: Annotated[
-        str | None, typer.Option("--recipe", help="Prompts, rewards and sampling; default: those of the run.")
-    ] = None,
-    weights: Annotated[str, typer.Option("--weights", help="ema or policy, of a checkpoint.")] = "ema",
-    overrides: Overrides = None,
-    as_json: Json = False,
-) -> None:
-    """Score a model on held-out prompts with every reward; fixed prompts and seeds."""
-    from services.evaluate import evaluate_model
-
-    result = evaluate_model(model, recipe, weights, tuple(overrides or ()), screen)
-    if as_json:
-        _emit(result)
+app.command("eval")(cli_eval.evaluate)
+app.command("compare")(cli_eval.compare)
 
 
 @app.command()

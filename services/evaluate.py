@@ -4,6 +4,8 @@ Promises
 - The same prompts, seeds, solver and rewards as the evaluations inside a run of the same recipe, so that the
   scores are paired with those.
 - Starts only the reward servers that the recipe names by app; the model runs in this process.
+
+Evaluations on a suite of prompts, over several workers: services/suites/.
 """
 
 from __future__ import annotations
@@ -18,10 +20,16 @@ from rich.table import Table
 from services.config import Config
 from services.config_file import ConfigError, find, load_config
 from services.run_directory import RunDirectory
+from services.suites.settings import with_rewards
 
 
 def evaluate_model(
-    model: Path, recipe: str | None, weights: str, overrides: tuple[str, ...], screen: Console
+    model: Path,
+    recipe: str | None,
+    weights: str,
+    overrides: tuple[str, ...],
+    screen: Console,
+    rewards: list[str] | None = None,
 ) -> dict[str, Any]:
     """Evaluate a run directory's newest checkpoint, one checkpoint directory, or a pipeline directory.
 
@@ -29,6 +37,7 @@ def evaluate_model(
         model: one of those three.
         recipe: needed for a pipeline directory; a run brings its own.
         weights: `ema` or `policy`, of a checkpoint.
+        rewards: instead of those of the recipe (services/suites/settings.py `with_rewards`).
 
     Returns:
         Means and standard errors by reward, exact rates, diversity (null unless prompts are words) and what
@@ -46,7 +55,9 @@ def evaluate_model(
     from services.prompts import prompt_source
     from services.ray_runtime import ray_cluster
 
-    config, checkpoint = _what(model, recipe, overrides)
+    config, checkpoint = to_evaluate(model, recipe, overrides)
+    if rewards:
+        config = with_rewards(config, rewards)
     prompts = prompt_source(config).heldout(config.eval.seed, config.eval.final_prompts)
     if not prompts:
         raise ConfigError("eval.path: no held-out prompts; give a file of them (--set eval.path=FILE)")
@@ -74,8 +85,12 @@ def evaluate_model(
     return result
 
 
-def _what(model: Path, recipe: str | None, overrides: tuple[str, ...]) -> tuple[Config, Path | None]:
-    """The configuration to evaluate with, and the checkpoint, if it is not a pipeline."""
+def to_evaluate(model: Path, recipe: str | None, overrides: tuple[str, ...]) -> tuple[Config, Path | None]:
+    """The configuration to evaluate with, and the checkpoint, if it is not a pipeline.
+
+    Raises:
+        ConfigError: it is neither a run directory, a checkpoint nor a pipeline.
+    """
     from learner.checkpoint import newest_checkpoint
 
     if (model / "model_index.json").is_file():

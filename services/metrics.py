@@ -71,6 +71,8 @@ class UpdateRow(Row):
     """Groups whose samples all had the same total reward; they teach nothing."""
     dropped_terms: dict[str, int] = Field(default_factory=dict)
     """Optional reward -> groups that were trained without it, because it had failed."""
+    prompts_left_out: int = 0
+    """Places of the prompts that the curriculum left out when it assigned those of later updates."""
     staleness_mean: Number = None
     """Updates that the groups lagged behind."""
     staleness_max: int = 0

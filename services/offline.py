@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from services.config import Config
 from services.config_file import find
 from services.messages import Prompt
-from services.prompts import HeldoutFile, WordPrompts, pass_order
+from services.prompt_lists import HeldoutList, read_list
+from services.prompts import WordPrompts, seeded
 from services.recording import Facts, Recording, RecordingError
 
 
@@ -29,7 +30,14 @@ def place_of(seed: int, ordinal: int, size: int) -> int:
     [0, 1, 2]
     """
     turn, place = divmod(ordinal, size)
-    return place if turn == 0 else pass_order(seed, turn, size)[place]
+    return place if turn == 0 else _pass_order(seed, turn, size)[place]
+
+
+@lru_cache(maxsize=2)
+def _pass_order(seed: int, turn: int, size: int) -> tuple[int, ...]:
+    order = list(range(size))
+    seeded(seed, "pass", turn).shuffle(order)
+    return tuple(order)
 
 
 def open_recording(config: Config) -> Recording:
@@ -63,10 +71,13 @@ class RecordedPrompts:
         return self._heldout.heldout(seed, count) if self._heldout is not None else []
 
     @cached_property
-    def _heldout(self) -> HeldoutFile | WordPrompts | None:
-        if self._config.eval.path is not None:
+    def _heldout(self) -> HeldoutList | WordPrompts | None:
+        path = self._config.eval.path
+        if path is not None:
+            heldout = HeldoutList(read_list(find(path)), f"eval.path {path}")
             texts = {self.recording.header(place).prompt.text for place in range(len(self.recording))}
-            return HeldoutFile(find(self._config.eval.path), texts, str(self.recording.directory))
+            heldout.refuse(texts, str(self.recording.directory))
+            return heldout
         return WordPrompts() if self.recording.facts.prompts == "words" else None
 
 

@@ -15,7 +15,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from services.codec import Group
 from services.messages import PolicyVersion, WeightsAnnouncement
@@ -160,6 +160,15 @@ class QueueLearner(QueueIntake):
             "announce", version.epoch, version.step, announcement.kind, announcement.model_dump_json()
         )
         self._accept(answer, version)
+
+    def plan(self, places: Mapping[int, int]) -> None:
+        """Say which place of the prompts each ordinal takes that may be issued before the next commit.
+
+        For a run with a curriculum (learner/curriculum.py): call it after `begin_epoch` and before `commit`.
+        """
+        version = self._at()
+        pairs = [number for pair in places.items() for number in pair]
+        self._accept(self._scripts.run("plan", version.epoch, version.step, *pairs), version)
 
     def frontier_after(self, ordinals: Sequence[int]) -> Frontier:
         """The frontier as it will be after the commit of these, for a checkpoint written before it."""

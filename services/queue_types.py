@@ -48,6 +48,10 @@ class Stopped(QueueError):
     """The caller's `stop` asked to end the wait."""
 
 
+class NotAssigned(QueueError):
+    """The learner has not said which prompt an ordinal takes: it is about to, or its epoch is over."""
+
+
 class Admitted(StrEnum):
     """What became of a group."""
 

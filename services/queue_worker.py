@@ -19,7 +19,7 @@ from services.codec import EncodedGroup
 from services.config import QueueConfig
 from services.messages import PolicyVersion
 from services.queue_scripts import BESIDE, INLINE, Argument, Keys, Scripts
-from services.queue_types import Admitted, Failed, Lease, RunEnded
+from services.queue_types import Admitted, Failed, Lease, NotAssigned, RunEnded
 
 INLINE_BYTES = 64 * 1024
 """A larger payload is not handed through Lua, where it would be copied three times, but SET beside."""
@@ -27,6 +27,11 @@ BLOB_TTL_MS = 60_000
 """What a worker that dies between the two leaves behind is gone after this."""
 BLOCK_S = 2.0
 """Longest single blocking read; well below the socket timeout of services/queue_connection.py."""
+
+
+PLAN_WAIT_S = 2.0
+"""Between the beginning of an epoch and its first plan there is a moment."""
+PLAN_POLL_S = 0.05
 
 
 class QueueWorker:
@@ -82,6 +87,23 @@ class QueueWorker:
                 self._wake_after = answer[0][1][-1][0]
                 return True
         return False
+
+    def place_of(self, lease: Lease) -> int:
+        """Which place of the prompts the ordinal takes; only for a run whose learner plans them.
+
+        Raises:
+            NotAssigned: the learner of the lease's epoch has not said so, nor does within `PLAN_WAIT_S`.
+        """
+        give_up = time.monotonic() + PLAN_WAIT_S
+        while True:
+            epoch, place = self._client.hmget(self._keys.key("plan"), "epoch", lease.ordinal)
+            if epoch is not None and place is not None and int(epoch) >= lease.version.epoch:
+                return int(place)
+            if time.monotonic() >= give_up:
+                raise NotAssigned(
+                    f"no prompt is assigned to ordinal {lease.ordinal} (epoch {lease.version.epoch})"
+                )
+            time.sleep(PLAN_POLL_S)
 
     def renew(self, worker: str, ordinal: int) -> bool:
         """Hold an ordinal for another `lease_s`; False if it is no longer this worker's."""

@@ -24,12 +24,17 @@ def recorder_config(config: Config, groups: int) -> Config:
     """The configuration of the run that records.
 
     Raises:
-        ConfigError: the groups of the recipe come from a recording themselves.
+        ConfigError: the groups of the recipe come from a recording themselves, or follow a curriculum.
     """
     if config.offline:
         raise ConfigError(
             f"prompts.source: {config.prompts.path} is a recording already; give prompts to sample for: "
             "words or file"
+        )
+    if config.prompts.curriculum.after:
+        raise ConfigError(
+            "prompts.curriculum: it follows what a model learns, and that of a recording learns nothing: "
+            "--set prompts.curriculum.after=0"
         )
     per_step = _per_step(groups, config.learner.groups_per_step)
     # All versions are the same weights, so staleness costs nothing: keep every worker busy, one group being

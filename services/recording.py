@@ -49,7 +49,8 @@ class Facts(Message):
     model: str
     height: int
     width: int
-    prompts: Literal["words", "file"]
+    prompts: str
+    """The kind of source they came from."""
     group_size: int
     solver: str
     noise_level: float | None

@@ -12,6 +12,7 @@ Layout
     secrets/           tokens, readable by the owner alone; never copied into a report
     logs/              one file a part
     export/            the trained model, for stock diffusers
+    evaluations/       of suites of prompts (services/suites/folder.py)
     report.html
 
 Promises

@@ -6,8 +6,8 @@ Promises
 - The model is frozen: a run cannot change its configuration under itself.
 - Secrets are not in here: only the names of environment variables or files that hold them.
 
-Here is the whole; its sections are in training.py and objectives.py (what is trained, and how) and parts.py
-(with whom, where).
+Here is the whole; its sections are in prompts.py, training.py and objectives.py (on what is trained, and how)
+and parts.py (with whom, where).
 Loading, overrides and error text are in services/config_file.py.
 """
 
@@ -35,13 +35,13 @@ from services.config.parts import (
     RunConfig,
     TelemetryConfig,
 )
+from services.config.prompts import CurriculumConfig, MixedSourceConfig, PromptsConfig, PromptSourceConfig
 from services.config.section import Section
 from services.config.training import (
     AdvantageConfig,
     LearnerConfig,
     LoraConfig,
     ModelConfig,
-    PromptsConfig,
     RolloutConfig,
 )
 
@@ -52,6 +52,7 @@ __all__ = [
     "CheckpointConfig",
     "ClusterConfig",
     "Config",
+    "CurriculumConfig",
     "DgpoConfig",
     "DiffusionNftConfig",
     "EvalConfig",
@@ -59,8 +60,10 @@ __all__ = [
     "GuardConfig",
     "LearnerConfig",
     "LoraConfig",
+    "MixedSourceConfig",
     "ModelConfig",
     "ObjectiveConfig",
+    "PromptSourceConfig",
     "PromptsConfig",
     "QueueConfig",
     "RewardConfig",
@@ -160,6 +163,7 @@ class Config(Section):
                 f"learner.micro_batch {micro} must divide rollout.group_size {group} or be a multiple of it"
             )
         self._check_objective()
+        self._check_heldout()
         if self.offline and self.telemetry.record:
             raise ValueError(
                 "telemetry.record with prompts.source 'recorded' would record the recording: set it to false"
@@ -170,6 +174,21 @@ class Config(Section):
                 f"{self.queue.max_staleness + 1} x {self.learner.groups_per_step} groups in flight"
             )
         return self
+
+    def _check_heldout(self) -> None:
+        """Held-out prompts come from one place."""
+        prompts = self.prompts
+        own = [f"prompts.{key}" for key in ("heldout_share", "heldout_split") if getattr(prompts, key)]
+        own += [
+            f"prompts.mix.{number}.{key}"
+            for number, source in enumerate(prompts.mix)
+            for key in ("heldout_share", "heldout_split", "heldout_path")
+            if getattr(source, key)
+        ]
+        if self.eval.path is not None and own:
+            raise ValueError(
+                f"eval.path and {', '.join(own)} both say which prompts are held out: give one of them"
+            )
 
     def _check_objective(self) -> None:
         """Impossible combinations of the objective and how its groups are sampled."""

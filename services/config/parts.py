@@ -31,7 +31,7 @@ class RewardConfig(Section):
     name: RewardName
     """Names the reward in metrics and groups."""
     app: str | None = None
-    """A scorer of reward_servers/scorers that the driver serves itself (`ocr`, `ocr_tesseract`)."""
+    """A scorer that the driver serves itself: of reward_servers/scorers (`ocr`), or `package.module:create`."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Arguments of that scorer, for `app`."""
     url: str | None = None
@@ -180,8 +180,8 @@ class EvalConfig(Section):
     seed: int = Field(default=99, ge=0)
     """Held-out prompts and their initial noise follow from it."""
     path: Path | None = None
-    """Held-out prompts for `prompts.source: file` and `recorded`; null skips evaluation there, but for a
-    recording of `words`."""
+    """A file of held-out prompts (.txt, .jsonl or .parquet) for every `prompts.source` but `words` and
+    `shapes`; null: those that the source holds out itself, and none of a recording but of `words`."""
     batch: int = Field(default=64, ge=1)
     """Held-out prompts sampled at once, one image each."""
     solver: Literal["dpmsolver++", "euler", "heun"] | None = None

@@ -1,9 +1,8 @@
-"""The sections that say what is trained and how: model, prompts, rollouts, objective and learner."""
+"""The sections that say what is trained and how: model, rollouts, advantages and learner."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -15,17 +14,9 @@ class LoraConfig(Section):
     """Rank of each adapter."""
     alpha: float = Field(default=128.0, gt=0)
     """Scale of each adapter is alpha / rank."""
-    targets: Annotated[tuple[str, ...], Field(min_length=1)] = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
-    """Endings of the module names that get an adapter."""
+    targets: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """Endings of the module names that get an adapter; null: the attention projections of the model's family
+    (docs/models.md)."""
 
 
 class ModelConfig(Section):
@@ -40,31 +31,17 @@ class ModelConfig(Section):
     """Dtype of the frozen weights. Trained weights are float32."""
     device: str = "auto"
     """cpu, cuda, cuda:1; auto takes a GPU where there is one."""
+    text_encoders: Literal["device", "offload", "cpu"] = "device"
+    """Where text encoders are: on the device; on the CPU, but for the time of an encoding (`offload`, for
+    large ones); or always on the CPU."""
+    embedded_guidance: float | None = Field(default=None, ge=1)
+    """Guidance that a guidance-distilled model (FLUX.1-dev) is told, in rollouts and training; null: 3.5."""
     max_sequence_length: int = Field(default=256, ge=1, le=512)
-    """T5 tokens of the prompt condition."""
+    """Text tokens of the prompt condition: of T5, Gemma or Qwen; the CLIP encoders have their own length."""
     height: int = Field(default=512, ge=8)
     """Pixels."""
     width: int = Field(default=512, ge=8)
     """Pixels."""
-
-
-class PromptsConfig(Section):
-    source: Literal["words", "shapes", "file", "recorded"] = "file"
-    """`words`: the quickstart's endless text-rendering prompts; `shapes`: coloured shapes, asked for in
-    GenEval's six categories; `file`: one prompt a line, or JSONL; `recorded`: whole groups
-    that an earlier run has recorded, nothing is sampled (docs/offline.md)."""
-    path: Path | None = None
-    """For `file`: .txt with one prompt a line, or .jsonl with {prompt, ...metadata} objects. For `recorded`:
-    the directory of the recording, `RUN_DIR/groups` or what `dgpo record` wrote."""
-
-    @model_validator(mode="after")
-    def _file_has_a_path(self) -> PromptsConfig:
-        endless = self.source in ("words", "shapes")
-        if not endless and self.path is None:
-            raise ValueError(f"source {self.source!r} needs a path")
-        if endless and self.path is not None:
-            raise ValueError(f"source {self.source!r} makes its own prompts: leave path out")
-        return self
 
 
 class RolloutConfig(Section):
@@ -83,6 +60,11 @@ class RolloutConfig(Section):
     """Solver steps a sample; each evaluates the model once, those of heun but the last twice."""
     shift: float = Field(default=3.0, gt=0)
     """Flow shift of the sigma schedule; training uses the same schedule."""
+    sigmas: Literal["scheduler", "fractions", "vp"] = "scheduler"
+    """Where the steps are before the shift: the scheduler's own, from 1 to 1/1000 (SD3, SANA); 1, (n-1)/n,
+    ..., 1/n (FLUX, Qwen-Image); or those of SDXL's discrete noise schedule, which has no shift."""
+    terminal: float | None = Field(default=None, gt=0, lt=1)
+    """Stretch the shifted sigmas so that the last is this (Qwen-Image has 0.02); null: leave them."""
     guidance: float = Field(default=1.0, ge=1.0)
     """Classifier-free guidance scale of the rollout; 1 is CFG-free."""
     decode_batch: int = Field(default=16, ge=1)
@@ -101,6 +83,17 @@ class RolloutConfig(Section):
         for key, solver in (("order", "dpmsolver++"), ("noise_level", "sde")):
             if getattr(self, key) is not None and self.solver != solver:
                 raise ValueError(f"{key} is for solver {solver!r}, not {self.solver!r}: leave it out")
+        if self.solver not in ("euler", "sde"):
+            if self.sigmas != "scheduler":
+                raise ValueError(
+                    f"sigmas {self.sigmas!r} is for solvers 'euler' and 'sde', not {self.solver!r}"
+                )
+            if self.terminal is not None:
+                raise ValueError(
+                    f"terminal is for solvers 'euler' and 'sde', not {self.solver!r}: leave it out"
+                )
+        if self.sigmas == "vp" and (self.shift != 1 or self.terminal is not None):
+            raise ValueError("sigmas 'vp' has no flow shift: set shift to 1, and leave terminal out")
         return self
 
 

@@ -27,6 +27,7 @@ Name = Literal[
     "commit",
     "announce",
     "begin",
+    "plan",
     "set_state",
     "status",
 ]
@@ -78,6 +79,7 @@ _SCRIPTED = (
     "lineage",
     "wake",
     "issued",
+    "plan",
 )
 
 

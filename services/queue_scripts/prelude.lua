@@ -4,7 +4,7 @@
 -- (place 'inline'), or the header alone: a large payload has a key of its own, named by the sha256 ('beside').
 -- An ordinal is in exactly one place: leased, queued, again (issuable), resolved, or never issued (>= next).
 local POLICY, GROUPS, QUEUED, LEASES, LEASE, ATTEMPTS, AGAIN, RESOLVED, DEAD, DEAD_ORDINALS, WEIGHTS, LATEST,
-  LINEAGE, WAKE, ISSUED = unpack(KEYS)
+  LINEAGE, WAKE, ISSUED, PLAN = unpack(KEYS)
 
 local function now_ms()
   local time = redis.call('TIME')

@@ -16,6 +16,7 @@ from rollout_workers.loop import RolloutLoop, SampledGroup
 from rollout_workers.scoring import GroupScores
 from services.config_file import load_config
 from services.embedded import EmbeddedValkey
+from services.group_queue import Lease, NotAssigned
 from services.heartbeat import Pulse
 from services.messages import GroupTask, Prompt, WeightsAnnouncement
 from services.policy_store import WeightsGone, WeightsMismatch
@@ -152,6 +153,24 @@ def test_weights_that_are_gone_cost_no_attempt_and_no_spinning(run: Run) -> None
     sampler._install.clear()
     taken = run.learner.take(2, deadline_s=20)
     assert [group.header.attempt for group in taken] == [1, 1]
+    run.learner.set_state("done")
+    thread.join(timeout=20)
+
+
+def test_an_ordinal_without_a_prompt_is_given_back_and_costs_no_attempt(run: Run) -> None:
+    made = loop(run, Sampler(), Scorer())
+    task_of, refusals = made._task_of, [NotAssigned("not yet") for _ in range(2)]
+
+    def assigned_later(lease: Lease) -> GroupTask:
+        if refusals:
+            raise refusals.pop()
+        return task_of(lease)
+
+    made._task_of = assigned_later
+    thread, _ = in_background(made)
+    taken = run.learner.take(2, deadline_s=20)
+    assert [(group.header.ordinal, group.header.attempt) for group in taken] == [(0, 1), (1, 1)]
+    assert not refusals
     run.learner.set_state("done")
     thread.join(timeout=20)
 

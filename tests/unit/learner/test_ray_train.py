@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
+import torch
+from safetensors import SafetensorError
 
-from learner import ray_train
+from learner import checkpoint, ray_train
+from learner.checkpoint import CheckpointError, write_checkpoint
+from learner.loop import Start
 from learner.ray_train import LearnerFailed, fit, train_rank
 from learner.update import UpdateError
 from policy.errors import PolicyError
 from services.config_file import ConfigError, load_config
 from services.context import RunContext
 from services.group_queue import Fenced, QueueTimeout, QueueUnreachable, StateLost
+from tests.recorded_groups import group
 
 
 @pytest.fixture
@@ -52,6 +60,68 @@ def test_what_a_restart_may_mend_is_raised(
     fail_with(kind("gone"), monkeypatch)
     with pytest.raises(kind, match="gone"):
         train_rank(settings(context))
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_disk_that_takes_no_more_ends_the_run(
+    code: int, context: RunContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_with(OSError(code, os.strerror(code), "/runs/a/groups/shard"), monkeypatch)
+    told = train_rank(settings(context))
+    assert told is not None
+    assert f"{os.strerror(code)}: '/runs/a/groups/shard'" in told
+    assert " in /runs/a/groups, then go on with --resume" in told
+
+
+def test_a_full_disk_behind_a_checkpoint_ends_the_run(
+    context: RunContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever writes it: Python, which leaves the file out, or safetensors, which leaves the number out."""
+
+    def flush(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def save(tensors: Any, file: Path) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    state = {"policy": {"weight": torch.zeros(2)}}
+    for target, name, replacement in ((os, "fsync", flush), (checkpoint, "save_file", save)):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, replacement)
+            with pytest.raises(CheckpointError) as caught:
+                write_checkpoint(context.directory, 3, state, {}, keep=1)
+        fail_with(caught.value, monkeypatch)
+        told = train_rank(settings(context))
+        assert told is not None
+        assert str(context.directory / "checkpoints" / "step-3") in told
+        assert f"free space in {context.directory}, then go on with --resume" in told
+
+
+def test_a_full_disk_under_a_recording_ends_the_run(
+    context: RunContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trainer works, the recording has no room: the file is named."""
+
+    class Loop:
+        def __init__(self, *parts: Any, record: Any, **more: Any) -> None:
+            self._record = record
+
+        def run(self, start: Start) -> None:
+            monkeypatch.setattr(os, "fsync", flush)
+            self._record([group(0)])
+
+    def flush(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    recorded = load_config("quickstart", ["telemetry.record=true"])
+    recording = context.model_copy(update={"config": recorded})
+    monkeypatch.setattr(ray_train, "PolicyTrainer", lambda *parts: MagicMock(restore=Start))
+    monkeypatch.setattr(ray_train, "LearnerLoop", Loop)
+    told = train_rank(settings(recording))
+    assert told is not None
+    place = context.directory / "groups"
+    assert "No space left on device" in told and str(place / ".shard-000000.safetensors.partial") in told
+    assert f"free space in {place}, then go on with --resume" in told
 
 
 def test_a_secret_that_is_not_there_is_told(context: RunContext, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from services.cli import app
 from services.config_file import ConfigError
-from services.prompts import read_prompts
+from services.prompt_lists import read_prompts
 
 
 def written(file: Path, *options: str) -> list[str]:

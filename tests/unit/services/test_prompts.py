@@ -9,7 +9,8 @@ import pytest
 
 from services.config_file import ConfigError, load_config
 from services.messages import PolicyVersion
-from services.prompts import group_task, prompt_source, read_prompts, sample_seeds
+from services.prompt_lists import read_prompts
+from services.prompts import group_task, prompt_source, sample_seeds
 
 
 def test_a_task_follows_from_seed_and_ordinal_alone() -> None:
@@ -113,7 +114,7 @@ def test_held_out_prompts_that_are_trained_are_refused(tmp_path: Path) -> None:
         ("p.jsonl", b'{"prompt": "  "}', "line 1: .*empty"),
         ("p.jsonl", b'{"prompt": "a", "x": NaN}', "line 1: .*NaN"),
         ("p.jsonl", b'{"prompt": "\\ud800"}', "line 1: .*surrogates"),
-        ("p.csv", b"a,b", r"a .txt or a .jsonl file, the ending is '.csv'"),
+        ("p.csv", b"a,b", r"a .txt, .jsonl or .parquet file, the ending is '.csv'"),
     ],
 )
 def test_what_would_be_misread_is_refused(tmp_path: Path, name: str, content: bytes, says: str) -> None:

@@ -1,0 +1,200 @@
+"""`dgpo eval` and `dgpo compare`: score a model, on held-out prompts or a suite, and compare two of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from services.config_file import ConfigError
+
+if TYPE_CHECKING:
+    from services.config import Config
+    from services.suites.prompts import Suite
+
+screen = Console(stderr=True)
+
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object as the last line of standard output.")
+]
+
+
+def evaluate(
+    model: Annotated[
+        Path | None,
+        typer.Argument(help="A run directory, one of its checkpoints, or a pipeline directory."),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option("--checkpoint", help="The same, as an option.", show_default=False)
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", help="Prompts, rewards and sampling; default: those of the run.")
+    ] = None,
+    weights: Annotated[str, typer.Option("--weights", help="ema or policy, of a checkpoint.")] = "ema",
+    rewards: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--rewards",
+            metavar="NAME",
+            help="Rewards of the recipe or scorers (dgpo reward list) by name, several with commas; a scorer "
+            "with arguments as NAME={JSON}. May be repeated; default: the recipe's.",
+        ),
+    ] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            "--suite",
+            help="geneval, ocr, drawbench, heldout, a file of prompts, or dataset:NAME@COMMIT[:SPLIT].",
+        ),
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option("--prompts", help="With --suite drawbench: its list, a file or dataset:NAME@COMMIT."),
+    ] = None,
+    text_column: Annotated[
+        str | None, typer.Option("--text-column", help="Of a list of prompts, what holds the text.")
+    ] = None,
+    tag_column: Annotated[
+        str | None, typer.Option("--tag-column", help="What holds the tag that scores are told by.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option("--samples", min=1, help="Images a prompt; 1.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first prompts.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder of the evaluation; one that was begun is gone on with."),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="Rollout workers; default: the recipe's.")
+    ] = None,
+    images: Annotated[bool, typer.Option("--images", help="Keep every image, beside the sheets.")] = False,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="SECTION.KEY=VALUE", help="Override a value of the recipe; may be repeated."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Score a model: on held-out prompts, in this process; or on a --suite, over rollout workers.
+
+    With a suite: scores by tag, contact sheets, a folder that goes on where it was interrupted. Two of them:
+    dgpo compare.
+    """
+    if (model is None) == (checkpoint is None):
+        raise ConfigError("give what to evaluate: MODEL, or --checkpoint")
+    place = model or checkpoint
+    assert place is not None
+    settings = tuple(overrides or ())
+    if suite is None:
+        told = {
+            "--prompts": prompts,
+            "--text-column": text_column,
+            "--tag-column": tag_column,
+            "--samples": samples,
+            "--limit": limit,
+            "--out": out,
+            "--workers": workers,
+            "--images": images or None,
+        }
+        if given := [name for name, value in told.items() if value is not None]:
+            raise ConfigError(
+                f"{', '.join(given)}: for an evaluation of a suite; add --suite (heldout: the prompts of an "
+                "evaluation without one)"
+            )
+        from services.evaluate import evaluate_model
+
+        result = evaluate_model(place, recipe, weights, settings, screen, rewards)
+    else:
+        from services.suites.prompts import Columns, load_suite
+
+        if workers is not None:
+            settings = (*settings, f"rollout.workers={workers}")
+        result = _evaluate_suite(
+            place,
+            (recipe, weights, settings, rewards or []),
+            lambda config: load_suite(
+                suite, config, prompts=prompts, columns=Columns(text_column, tag_column), limit=limit
+            ),
+            samples=samples or 1,
+            out=out,
+            images=images,
+        )
+    if as_json:
+        typer.echo(json.dumps(result))
+
+
+def compare(
+    first: Annotated[Path, typer.Argument(help="Folder of an evaluation (dgpo eval --suite ... --out).")],
+    second: Annotated[Path, typer.Argument(help="Another one, of the same prompts and seeds.")],
+    common: Annotated[
+        bool, typer.Option("--common", help="Compare what both have, where one has more or is not finished.")
+    ] = False,
+    confidence: Annotated[
+        float, typer.Option("--confidence", min=0.5, max=0.999, help="Of the intervals.")
+    ] = 0.95,
+    resamples: Annotated[int, typer.Option("--resamples", min=100, help="Of the bootstrap.")] = 10_000,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the bootstrap.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Compare two evaluations of a suite: paired differences by reward and tag, with confidence intervals."""
+    from services.suites.compare import compare as differences
+    from services.suites.compare import comparison_table
+
+    found = differences(first, second, common=common, confidence=confidence, resamples=resamples, seed=seed)
+    _say(f"first:  {first}\nsecond: {second}")
+    if found["otherwise"]:
+        told = "\n".join(f"  {line}" for line in found["otherwise"])
+        _say(f"beside their scores they differ in:\n{told}")
+    screen.print(comparison_table(found))
+    if as_json:
+        typer.echo(json.dumps(found))
+
+
+def _evaluate_suite(
+    model: Path,
+    told: tuple[str | None, str, tuple[str, ...], list[str]],
+    suite_of: Callable[[Config], Suite],
+    *,
+    samples: int,
+    out: Path | None,
+    images: bool,
+) -> dict[str, Any]:
+    from services.evaluate import to_evaluate
+    from services.suites.run import SuiteEvaluation, evaluate_suite
+    from services.suites.settings import for_workers, with_rewards
+    from services.suites.summary import table
+
+    recipe, weights, overrides, rewards = told
+    if weights not in ("ema", "policy"):
+        raise ConfigError(f"--weights {weights!r}: ema or policy")
+    config, checkpoint = to_evaluate(model, recipe, overrides)
+    evaluation = SuiteEvaluation(
+        config=for_workers(with_rewards(config, rewards)),
+        checkpoint=checkpoint,
+        kind=weights,
+        suite=suite_of(config),
+        samples=samples,
+        keep_images=images,
+    )
+    folder = out or _default_folder(model, checkpoint, weights, evaluation.suite.name)
+    result = evaluate_suite(evaluation, folder, screen)
+    screen.print(table(result))
+    _say(f"written to {folder}")
+    return result
+
+
+def _default_folder(model: Path, checkpoint: Path | None, weights: str, suite: str) -> Path:
+    """In the run's directory, or beside the pipeline's."""
+    label = re.sub(r"[^\w.-]+", "-", Path(suite).stem)
+    if checkpoint is None:
+        return model.resolve().parent / "evaluations" / f"{model.resolve().name}-{label}"
+    return checkpoint.resolve().parent.parent / "evaluations" / f"{checkpoint.name}-{weights}-{label}"
+
+
+def _say(text: str) -> None:
+    screen.print(text, highlight=False, soft_wrap=True, markup=False)
