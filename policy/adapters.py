@@ -8,7 +8,8 @@ Promises
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,10 +20,12 @@ from policy.errors import PolicyError
 from services.config import LoraConfig
 
 ADAPTER_NAME = "default"
+IN_BLOCK = re.compile(r".*blocks\.\d+\.(.+)")
+"""The name of a module that is repeated in every block, without the block."""
 
 
-def add_lora(transformer: Any, config: LoraConfig, *, seed: int) -> None:
-    """Put trainable adapters on every module whose name ends in one of `config.targets`.
+def add_lora(transformer: Any, config: LoraConfig, *, seed: int, targets: Sequence[str]) -> None:
+    """Put trainable adapters on every linear layer whose name ends in one of `targets`.
 
     Raises:
         PolicyError: an ending matches no module.
@@ -31,19 +34,19 @@ def add_lora(transformer: Any, config: LoraConfig, *, seed: int) -> None:
 
     make_config: Any = peft.LoraConfig
     names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    for target in config.targets:
+    for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
-            endings = sorted({".".join(name.split(".")[2:]) for name in names if name.startswith("transf")})
+            endings = sorted({found[1] for found in map(IN_BLOCK.fullmatch, names) if found})
             raise PolicyError(
                 f"model.lora.targets: {target!r} ends the name of no linear layer; "
-                f"valid endings: {', '.join(ending for ending in endings if ending)}"
+                f"valid endings: {', '.join(endings)}"
             )
     transformer.requires_grad_(False)
     transformer.add_adapter(
         make_config(
             r=config.rank,
             lora_alpha=config.alpha,
-            target_modules=list(config.targets),
+            target_modules=list(targets),
             init_lora_weights="gaussian",
         ),
         adapter_name=ADAPTER_NAME,

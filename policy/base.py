@@ -7,14 +7,14 @@ Promises
   body raises.
 - Parameters keep their identity for the life of the policy, so an optimizer may hold them.
 
-A family (policy/families/) implements the abstract methods and nothing else.
+policy/pipeline_policy.py implements most of it for the families of diffusers pipelines (policy/families/).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,10 +25,11 @@ from torch import Tensor, nn
 
 from policy.adapters import adapters_disabled
 from policy.errors import InstallError
-from services.config import ModelConfig
+from services.config import ModelConfig, RolloutConfig
 
 Condition = dict[str, Tensor]
-"""The encoded prompt of one sample, no batch dimension; for SD3 `prompt_embeds` (L, D) and `pooled` (P,)."""
+"""The encoded prompt of one sample, no batch dimension; for SD3 `prompt_embeds` (L, D) and `pooled` (P,).
+What each family has is in docs/models.md."""
 
 CONDITION_CACHE_BYTES = 128 * 1024**2
 
@@ -39,7 +40,7 @@ class Policy(ABC):
     Args:
         config: the `model` section.
         pipeline: the stock diffusers pipeline, frozen, on the device.
-        transformer: its denoiser, with adapters already in it when LoRA is trained.
+        transformer: its denoiser (of SDXL a U-Net), with adapters already in it when LoRA is trained.
         base: keep a frozen copy for `base()` when every weight is trained.
     """
 
@@ -54,7 +55,7 @@ class Policy(ABC):
         self._base: dict[str, Tensor] | None = None
         if config.train == "full" and base:
             self._base = self.tensors()
-        self._conditions: OrderedDict[str, Condition] = OrderedDict()
+        self._conditions: OrderedDict[str | None, Condition] = OrderedDict()
         self._condition_bytes = 0
 
     @abstractmethod
@@ -96,22 +97,33 @@ class Policy(ABC):
     def decode(self, latents: Tensor, batch: int) -> NDArray[np.uint8]:
         """(N, H, W, 3) uint8 images of (N, C, h, w) latents, `batch` decoded at once."""
 
+    def check_rollout(self, rollout: RolloutConfig) -> None:  # noqa: B027 - a model may bear any
+        """Whether groups may be sampled so.
+
+        Raises:
+            PolicyError: the model cannot be sampled so; the text says how it can.
+        """
+
     def encode(self, prompt: str) -> Condition:
         """The condition of a prompt; the last ones are kept, up to 128 MiB."""
-        if prompt in self._conditions:
-            self._conditions.move_to_end(prompt)
-            return dict(self._conditions[prompt])
-        condition = self._encode(prompt)
-        self._conditions[prompt] = condition
+        return self._kept(prompt, lambda: self._encode(prompt))
+
+    def negative(self) -> Condition:
+        """The condition that guidance leads away from: of the empty prompt, or what the family has for it."""
+        return self.encode("")
+
+    def _kept(self, key: str | None, compute: Callable[[], Condition]) -> Condition:
+        """A condition, computed if it is not kept; None is the key of one that is of no prompt."""
+        if key in self._conditions:
+            self._conditions.move_to_end(key)
+            return dict(self._conditions[key])
+        condition = compute()
+        self._conditions[key] = condition
         self._condition_bytes += _bytes(condition)
         while self._condition_bytes > CONDITION_CACHE_BYTES and len(self._conditions) > 1:
             _, dropped = self._conditions.popitem(last=False)
             self._condition_bytes -= _bytes(dropped)
         return dict(condition)
-
-    def negative(self) -> Condition:
-        """The condition of the empty prompt, from which guidance leads away."""
-        return self.encode("")
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name, float32; the same objects at every call."""

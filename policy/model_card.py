@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from policy.base import Policy
+from policy.pipeline_policy import PipelinePolicy
 from services.config import AnyObjective, DgpoConfig, RolloutConfig
 
 CARD = """---
@@ -32,11 +32,7 @@ from diffusers import {imports}
 {load}
 image = pipeline(
     {prompt!r},
-    height={height},
-    width={width},
-    num_inference_steps={steps},
-    guidance_scale={guidance},
-    max_sequence_length={length},
+{arguments}
     generator=torch.Generator().manual_seed(0),
 ).images[0]
 ```
@@ -57,7 +53,7 @@ class Training:
 
 
 def write_card(
-    policy: Policy,
+    policy: PipelinePolicy,
     directory: Path,
     rollout: RolloutConfig,
     training: Training | None,
@@ -86,10 +82,8 @@ def write_card(
         imports=imports,
         load=load,
         prompt=told.prompt,
-        height=config.height,
-        width=config.width,
-        steps=rollout.steps,
-        guidance=rollout.guidance,
-        length=config.max_sequence_length,
+        arguments="\n".join(
+            f"    {name}={value!r}," for name, value in policy.call_arguments(rollout).items()
+        ),
     )
     (directory / "README.md").write_text(text)

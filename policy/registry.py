@@ -3,7 +3,7 @@
 Promises
 - A missing directory, a missing component, a wrong class or an unknown pipeline is a PolicyError that says
   what was found and what would be valid; nothing is loaded halfway.
-- Adding a family is adding one file to policy/families/.
+- Adding a family is adding one file to policy/families/ (docs/models.md).
 """
 
 from __future__ import annotations
@@ -13,34 +13,18 @@ import json
 import pkgutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from policy import families
-from policy.base import Policy
 from policy.errors import PolicyError
+from policy.pipeline_policy import PipelinePolicy
 from services.config import ModelConfig
 from services.config_file import find
 
 
-class Loader(Protocol):
-    """Builds the policy of one pipeline class."""
-
-    def __call__(
-        self,
-        config: ModelConfig,
-        location: str,
-        index: Mapping[str, Any],
-        *,
-        text_encoders: bool,
-        vae: bool,
-        base: bool,
-        seed: int,
-    ) -> Policy: ...
-
-
 def load_policy(
     config: ModelConfig, *, text_encoders: bool, vae: bool, base: bool = True, seed: int = 0
-) -> Policy:
+) -> PipelinePolicy:
     """Load the model of the `model` section.
 
     Args:
@@ -54,21 +38,40 @@ def load_policy(
         PolicyError: it cannot be loaded; the text says why and what would be valid.
     """
     location, index = _locate(config)
-    known = _loaders()
-    name = str(index.get("_class_name"))
+    family = _family(location, index)
+    return family.load(config, location, index, text_encoders=text_encoders, vae=vae, base=base, seed=seed)
+
+
+def stock_rollout(config: ModelConfig) -> dict[str, object]:
+    """The keys of the `rollout` section with which rollouts step as the stock pipeline does by default.
+
+    Reads configurations only, no weights; where the shift depends on the image size, it is that of `config`.
+
+    Raises:
+        PolicyError: as `load_policy`.
+    """
+    location, index = _locate(config)
+    family = _family(location, index)
+    return family.stock_rollout(config, family.read_configs(config, location, index, text_encoders=False))
+
+
+def supported() -> dict[str, type[PipelinePolicy]]:
+    """Pipeline class name -> family."""
+    found: dict[str, type[PipelinePolicy]] = {}
+    for module in pkgutil.iter_modules(families.__path__):
+        for family in importlib.import_module(f"{families.__name__}.{module.name}").FAMILIES:
+            found[family.parts.pipeline] = family
+    return found
+
+
+def _family(location: str, index: Mapping[str, Any]) -> type[PipelinePolicy]:
+    known, name = supported(), str(index.get("_class_name"))
     if name not in known:
         raise PolicyError(
             f"model.path {location}: pipeline class {name!r} is not supported; "
             f"supported: {', '.join(sorted(known))}"
         )
-    return known[name](config, location, index, text_encoders=text_encoders, vae=vae, base=base, seed=seed)
-
-
-def _loaders() -> dict[str, Loader]:
-    found: dict[str, Loader] = {}
-    for module in pkgutil.iter_modules(families.__path__):
-        found.update(importlib.import_module(f"{families.__name__}.{module.name}").FAMILIES)
-    return found
+    return known[name]
 
 
 def _locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:

@@ -3,6 +3,9 @@
 Promises
 - Rollouts, training timesteps and exported pipelines use the same timesteps and sigmas.
 - A scheduler is made fresh for each use: diffusers schedulers hold the state of one sampling run.
+- The discrete variance-preserving (VP) schedule of SDXL is told in the terms of a flow: with sigma_ve its
+  noise over its signal, the flow's noise level is sigma = sigma_ve / (1 + sigma_ve), and a step of Euler from
+  one such level to the next is the same step in either form (policy/families/sdxl.py).
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +21,17 @@ from services.config import RolloutConfig
 
 DEFAULT_ORDER = 2
 """Of DPM-Solver++."""
+
+VP_SETTINGS: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+    "timestep_spacing": "leading",
+    "steps_offset": 1,
+}
+"""The noise schedule of every SDXL, and the steps of its published scheduler."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +53,15 @@ class Schedule:
 
 
 def make_scheduler(rollout: RolloutConfig) -> Any:
-    """The stock diffusers scheduler of the `rollout` section, timesteps not set yet."""
+    """The diffusers scheduler that a rollout steps with; `set_timesteps` sets its timesteps."""
     import diffusers
 
     schedulers: Any = diffusers
     # Without its noise, Flow-GRPO's sampler takes Euler's steps.
     if rollout.solver in ("euler", "sde"):
-        return schedulers.FlowMatchEulerDiscreteScheduler(shift=rollout.shift)
+        return schedulers.FlowMatchEulerDiscreteScheduler(
+            shift=rollout.shift, shift_terminal=rollout.terminal
+        )
     if rollout.solver == "heun":
         return schedulers.FlowMatchHeunDiscreteScheduler(shift=rollout.shift)
     return schedulers.DPMSolverMultistepScheduler(
@@ -58,13 +75,53 @@ def make_scheduler(rollout: RolloutConfig) -> Any:
     )
 
 
+def set_timesteps(scheduler: Any, rollout: RolloutConfig, device: torch.device | None = None) -> None:
+    """Give a scheduler of `make_scheduler` the steps of the rollout."""
+    if rollout.sigmas == "fractions":
+        fractions = np.linspace(1.0, 1 / rollout.steps, rollout.steps)
+        scheduler.set_timesteps(sigmas=fractions, device=device)
+    elif rollout.sigmas == "vp":
+        sigmas = _vp_scheduler(rollout.steps).sigmas[:-1].to(torch.float64)
+        scheduler.set_timesteps(sigmas=(sigmas / (1 + sigmas)).tolist(), device=device)
+    else:
+        scheduler.set_timesteps(rollout.steps, device=device)
+
+
+def pipeline_scheduler(rollout: RolloutConfig) -> Any:
+    """The scheduler with which a stock pipeline takes the steps of the rollout."""
+    return _vp_scheduler() if rollout.sigmas == "vp" else make_scheduler(rollout)
+
+
 def make_schedule(rollout: RolloutConfig) -> Schedule:
-    """The schedule that `make_scheduler(rollout)` steps through."""
+    """The schedule that a rollout steps through."""
     scheduler = make_scheduler(rollout)
-    scheduler.set_timesteps(rollout.steps)
+    set_timesteps(scheduler, rollout)
     timesteps, sigmas = scheduler.timesteps.to(torch.float32), scheduler.sigmas[:-1].to(torch.float32)
     if rollout.solver == "heun":
         # Points where two steps meet are listed twice: the second evaluation of one, the first of the next.
         points = [0, *range(1, len(timesteps), 2)]
         timesteps, sigmas = timesteps[points], sigmas[points]
     return Schedule(timesteps=timesteps, sigmas=sigmas)
+
+
+def initial_scale(rollout: RolloutConfig) -> float:
+    """What unit noise is multiplied with at the start of a rollout.
+
+    1 for flows, which start from pure noise. A VP schedule never reaches that: its stock scheduler starts
+    from noise of the deviation that noised samples have, sqrt(sigma_ve^2 + 1) before the division by
+    1 + sigma_ve.
+    """
+    if rollout.sigmas != "vp":
+        return 1.0
+    scheduler = _vp_scheduler(rollout.steps)
+    return float(scheduler.init_noise_sigma) / (1 + float(scheduler.sigmas[0]))
+
+
+def _vp_scheduler(steps: int | None = None) -> Any:
+    import diffusers
+
+    make: Any = diffusers.EulerDiscreteScheduler
+    scheduler = make(**VP_SETTINGS)
+    if steps is not None:
+        scheduler.set_timesteps(steps)
+    return scheduler

@@ -34,6 +34,9 @@ def sample(
 
     Returns:
         (G, C, h, w) float32 latents x0, free of autograd.
+
+    Raises:
+        PolicyError: the model cannot be sampled so.
     """
     latents, _ = sample_trajectory(policy, condition, negative, seeds, rollout)
     return latents
@@ -51,6 +54,7 @@ def sample_trajectory(
     def velocity(x: Tensor, timestep: Tensor) -> Tensor:
         return policy.velocity(x, timestep, condition, guidance=rollout.guidance, negative=negative)
 
+    policy.check_rollout(rollout)
     with torch.inference_mode():
         start = policy.initial_latents(seeds)
         if rollout.solver != "sde":

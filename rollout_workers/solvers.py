@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from policy.schedule import make_schedule, make_scheduler
+from policy.schedule import initial_scale, make_schedule, make_scheduler, set_timesteps
 from policy.sde import DEFAULT_NOISE_LEVEL, log_likelihood, step_gaussian
 from services.config import RolloutConfig
 from services.seeds import derive_seed
@@ -39,14 +39,15 @@ def solve(rollout: RolloutConfig, velocity: VelocityFunction, x: Tensor) -> Tens
     Args:
         rollout: names the solver, its steps and its shift.
         velocity: evaluated at each step; by heun twice at each but the last.
-        x: (N, C, h, w) initial latents.
+        x: (N, C, h, w) initial latents, unit noise.
 
     Returns:
         (N, C, h, w) final latents x0.
     """
     # A scheduler keeps what it has seen of a trajectory, so each gets its own.
     scheduler = make_scheduler(rollout)
-    scheduler.set_timesteps(rollout.steps, device=x.device)
+    set_timesteps(scheduler, rollout, x.device)
+    x = x * initial_scale(rollout)
     for timestep in scheduler.timesteps:
         x = scheduler.step(velocity(x, timestep), timestep, x, return_dict=False)[0]
     return x.to(torch.float32)
@@ -58,13 +59,13 @@ def solve_stochastic(
     """Sample Flow-GRPO's SDE from noise to sigma 0; its last step is the ODE's.
 
     Args:
-        x: (N, C, h, w) initial latents.
+        x: (N, C, h, w) initial latents, unit noise.
         seeds: N of them, each determines the noise of its sample.
 
     Returns:
         (N, C, h, w) final latents x0, and how they came about.
     """
-    schedule, x = make_schedule(rollout), x.to(torch.float32)
+    schedule, x = make_schedule(rollout), x.to(torch.float32) * initial_scale(rollout)
     level = rollout.noise_level or DEFAULT_NOISE_LEVEL
     sources = [torch.Generator().manual_seed(derive_seed("sde", seed)) for seed in seeds]
     points, likelihoods = [x], []

@@ -1,1 +1,1 @@
-"""One file a model family. A file declares `FAMILIES`: pipeline class name -> loader (policy/registry.py)."""
+"""One file a model family. A file declares `FAMILIES`, its classes of policies (policy/registry.py)."""

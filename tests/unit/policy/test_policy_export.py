@@ -97,7 +97,7 @@ def test_scheduler_of_the_base_directory_is_untouched(model_config: ModelConfig,
 
 def test_impossible_exports_are_named(model_config: ModelConfig, tmp_path: Path) -> None:
     policy = load_policy(model_config, text_encoders=False, vae=False)
-    with pytest.raises(PolicyError, match="text_encoder, vae"):
+    with pytest.raises(PolicyError, match="text_encoder, text_encoder_2, vae"):
         export_pipeline(policy, tmp_path, rollout=ROLLOUT)
     with pytest.raises(PolicyError, match="no LoRA"):
         export_lora(policy, tmp_path, rollout=ROLLOUT)

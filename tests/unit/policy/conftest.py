@@ -1,0 +1,29 @@
+"""Every family in turn, built once for all tests."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from tiny_pipelines import TINY
+
+if TYPE_CHECKING:
+    from family_case import Case
+
+    from policy.pipeline_policy import PipelinePolicy
+
+
+@pytest.fixture(scope="session", params=list(TINY))
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    from family_case import Case
+
+    tiny = TINY[request.param]
+    directory = tmp_path_factory.mktemp("tiny") / request.param
+    tiny.build(directory)
+    return Case(request.param, tiny, directory)
+
+
+@pytest.fixture(scope="session")
+def policy(case: Case) -> PipelinePolicy:
+    """Nothing in here trains it."""
+    return case.load()
