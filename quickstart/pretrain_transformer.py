@@ -46,6 +46,7 @@ def train_transformer(pipeline: StableDiffusion3Pipeline, task: Task[Example], s
             latents[chosen],
             torch.where(dropped[:, None, None], empty_embeds, embeds[chosen]),
             torch.where(dropped[:, None], empty_pooled, pooled[chosen]),
+            task.noise_shift,
         )
         optimizer.zero_grad()
         torch.autograd.backward(loss)
@@ -61,15 +62,17 @@ def train_transformer(pipeline: StableDiffusion3Pipeline, task: Task[Example], s
 
 
 def flow_matching_loss(
-    pipeline: StableDiffusion3Pipeline, x0: Tensor, embeds: Tensor, pooled: Tensor
+    pipeline: StableDiffusion3Pipeline, x0: Tensor, embeds: Tensor, pooled: Tensor, noise_shift: float
 ) -> Tensor:
-    """Mean squared error of the velocity noise - x0 at logit-normal noise levels.
+    """Mean squared error of the velocity noise - x0 at logit-normal noise levels (arXiv 2403.03206, section 3).
 
     Args:
         x0: (N, 4, H / 4, W / 4) clean latents.
         embeds: (N, tokens, width) text tokens; pooled: (N, pooled width).
+        noise_shift: of the levels, as a scheduler's `shift`; above 1 there is more noise.
     """
     sigma = torch.sigmoid(torch.randn(len(x0)))
+    sigma = noise_shift * sigma / (1 + (noise_shift - 1) * sigma)
     noise = torch.randn_like(x0)
     mixed = torch.lerp(x0, noise, sigma.view(-1, 1, 1, 1))
     velocity = pipeline.transformer(mixed, embeds, pooled, sigma * 1000, return_dict=False)[0]

@@ -37,6 +37,8 @@ class Task(Protocol[Example]):
     transformer_steps: int
     """Steps of the transformer's training, of `transformer_batch` images each."""
     transformer_batch: int
+    noise_shift: float
+    """Shift of the noise levels that the transformer is trained at; above 1 where layout is hard."""
     images: int
     """Ground truth that the transformer is trained on, a multiple of 1000."""
 

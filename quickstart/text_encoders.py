@@ -5,20 +5,21 @@ Promises
   template and each character are pieces: `K` is the same number in "KKKK" and in "7K", a word is therefore
   exactly four tokens.
 - Encoders are frozen and made from a seed, not trained; their outputs have about unit variance, which is
-  what the transformer expects. One layer each: the pipeline takes the hidden states before the last layer,
-  so what the transformer sees of a character is its own embedding plus that of its place.
+  what the transformer expects. The pipeline takes the hidden states before the last layer: with one layer the
+  transformer sees of a word its embedding and that of its place, with two its context as well.
 - The T5 encoder is there because plain `from_pretrained` asks for one; it adds a single constant token when
   the pipeline is called with `max_sequence_length=1`.
 """
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.normalizers import Replace
 from tokenizers.processors import TemplateProcessing
+from torch import Tensor
 from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
@@ -36,6 +37,8 @@ CLIP_WIDTH: Final = 48
 """As many dimensions as there are places (8) and tokens (40), so that all of them can be orthogonal."""
 POINTING: Final = 10.0
 """Makes the attention of a pointing head all but one-hot."""
+CONTEXT: Final = 0.7
+"""How strong a token's context is beside its own word and place."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,9 @@ class Vocabulary:
     """Places in the prompt that the pooled output depends on; as many divide `width`."""
     width: int
     """Of one CLIP encoder. At least `prompt_tokens` + pieces + 2, so that all of them can be orthogonal."""
+    pivot: int | None = None
+    """Place of the word that relates what stands before it to what stands behind. With one, a token tells the
+    word to its left too, and behind the pivot the pivot: the context that a trained encoder puts in."""
 
     @property
     def joint_width(self) -> int:
@@ -81,10 +87,11 @@ def new_clip_tokenizer(vocabulary: Vocabulary = WORDS) -> CLIPTokenizer:
 def new_clip_encoder(
     tokenizer: CLIPTokenizer, seed: int, vocabulary: Vocabulary = WORDS
 ) -> CLIPTextModelWithProjection:
-    """A frozen encoder of one layer: random, but for orthogonal embeddings and heads that point.
+    """A frozen encoder: random, but for orthogonal embeddings and heads that point.
 
-    Tokens and places are orthogonal to each other and have half the variance each. Each head looks at one of
-    the watched places alone, so that the pooled output depends on what stands where, and not only on the sum.
+    Tokens and places are orthogonal to each other and have half the variance each. Each head of the last layer
+    looks at one of the watched places alone, so that the pooled output depends on what stands where, and not
+    only on the sum.
     """
     width, places = vocabulary.width, vocabulary.prompt_tokens
     config = CLIPTextConfig(
@@ -92,7 +99,7 @@ def new_clip_encoder(
         hidden_size=width,
         intermediate_size=width,
         projection_dim=width,
-        num_hidden_layers=1,
+        num_hidden_layers=1 if vocabulary.pivot is None else 2,
         num_attention_heads=len(vocabulary.watched),
         max_position_embeddings=places,
         bos_token_id=tokenizer.bos_token_id,
@@ -112,14 +119,41 @@ def new_clip_encoder(
     scale = (width / 2) ** 0.5
     embeddings.position_embedding.weight.copy_(scale * axes[:places])
     embeddings.token_embedding.weight.copy_(scale * axes[places:][: len(tokenizer)])
-    attention = encoder.text_model.encoder.layers[0].self_attn
-    attention.q_proj.weight.zero_()
-    attention.k_proj.weight.zero_()
-    for head, place in enumerate(vocabulary.watched):
-        row = head * (width // len(vocabulary.watched))
-        attention.q_proj.bias[row] = POINTING
-        attention.k_proj.weight[row] = axes[place]
+    heads = [head * (width // len(vocabulary.watched)) for head in range(len(vocabulary.watched))]
+    *context, last = encoder.text_model.encoder.layers
+    last.self_attn.q_proj.weight.zero_()
+    last.self_attn.k_proj.weight.zero_()
+    for row, place in zip(heads, vocabulary.watched, strict=True):
+        _point(last.self_attn, row, axes[place])
+    for layer in context:
+        assert vocabulary.pivot is not None
+        attention = layer.self_attn
+        attention.q_proj.weight.zero_()
+        attention.k_proj.weight.zero_()
+        torch.nn.init.orthogonal_(attention.v_proj.weight, generator=generator)
+        torch.nn.init.orthogonal_(attention.out_proj.weight, gain=CONTEXT, generator=generator)
+        layer.mlp.fc2.weight.zero_()
+        # More of the heads look left, where there is more to tell.
+        pivots = len(heads) // 2
+        for row in heads[:pivots]:
+            _point(attention, row, axes[vocabulary.pivot])
+        for row in heads[pivots:]:
+            _look_left(attention, row, axes[:places])
     return encoder
+
+
+def _point(attention: Any, row: int, axis: Tensor) -> None:
+    """The head that begins at `row` looks at the place of that axis, from wherever it can be seen."""
+    attention.q_proj.bias[row] = POINTING
+    attention.k_proj.weight[row] = axis
+
+
+def _look_left(attention: Any, row: int, axes: Tensor) -> None:
+    """The head that begins at `row` looks at the place before its own; it needs a channel for each place."""
+    assert len(axes) <= attention.head_dim
+    end = row + len(axes)
+    attention.q_proj.weight[row:end] = axes * POINTING**0.5
+    attention.k_proj.weight[row + 1 : end] = axes[:-1] * POINTING**0.5
 
 
 def new_t5_tokenizer() -> PreTrainedTokenizerFast:

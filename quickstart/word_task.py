@@ -31,6 +31,7 @@ class WordTask:
     vae_batch = 24
     transformer_steps = 3000
     transformer_batch = 96
+    noise_shift = 1.0
     images = 12_000
 
     def example(self, rng: random.Random) -> str:

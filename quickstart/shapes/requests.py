@@ -8,8 +8,6 @@ Promises
 - `heldout_requests` goes through the six categories in turn. Where a category has no more distinct held-out
   prompts it begins again: of single objects there are 2, of two objects 16, of colours 16.
 - Only names and the standard library's random numbers: no global random state.
-
-Counting and position are asked for with colours as often as without, beyond what GenEval asks.
 """
 
 from __future__ import annotations
@@ -26,8 +24,8 @@ from quickstart.shapes.combinations import (
     companion_is_heldout,
     number_is_heldout,
 )
-from reward_servers.geneval.rules import RELATIONS, TAGS
-from reward_servers.shape_outlines import COLOURS, SHAPES
+from reward_servers.geneval.task import RELATIONS, TAGS
+from reward_servers.shapes.outlines import COLOURS, SHAPES
 
 TEMPLATE: Final = "a photo of"
 NUMBER_WORDS: Final = {2: "two", 3: "three", 4: "four"}
@@ -40,8 +38,6 @@ TRAINING_SHARES: Final = {
     "color_attr": 5,
 }
 """How often a category is asked for in training, as ratios: the hard ones more often."""
-WITH_COLOURS: Final = 0.5
-"""Share of counting and position prompts that name colours."""
 
 
 _Value = TypeVar("_Value")
@@ -53,8 +49,10 @@ class Request:
 
     >>> Request("counting", ("cross",), number=3).prompt
     'a photo of three crosses'
-    >>> Request("position", ("star", "circle"), ("blue", "green"), relation="left of").prompt
-    'a photo of a blue star left of a green circle'
+    >>> Request("position", ("star", "circle"), relation="left of").prompt
+    'a photo of a star left of a circle'
+    >>> Request("color_attr", ("star", "circle"), ("blue", "orange")).prompt
+    'a photo of a blue star and an orange circle'
     """
 
     tag: str
@@ -62,7 +60,7 @@ class Request:
     shapes: tuple[str, ...]
     """One, or two different ones; in a relation the first one stands `relation` the second."""
     colours: tuple[str, ...] | None = None
-    """As many as shapes, different ones, or untold."""
+    """As many as shapes, different ones, or untold, as where shapes are counted or stand in a relation."""
     number: int = 1
     """How many of a single shape."""
     relation: str | None = None
@@ -71,8 +69,7 @@ class Request:
     def prompt(self) -> str:
         """The request in words."""
         if self.number > 1:
-            words = [NUMBER_WORDS[self.number], *(self.colours or ()), _plural(self.shapes[0])]
-            return " ".join([TEMPLATE, *words])
+            return f"{TEMPLATE} {NUMBER_WORDS[self.number]} {_plural(self.shapes[0])}"
         named = [_one(shape, colour) for shape, colour in self._coloured()]
         between = f" {self.relation or 'and'} "
         return f"{TEMPLATE} {between.join(named)}"
@@ -127,6 +124,11 @@ def heldout_requests(count: int, seed: int) -> list[Request]:
     return requests
 
 
+def with_article(word: str) -> str:
+    """A shape or colour with "a" or "an" before it."""
+    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
+
+
 def mistaken(request: Request, share: float, rng: random.Random) -> Request:
     """`request` with each of its words for a shape, colour, number or relation replaced by another one with
     probability `share`; without held-out combinations.
@@ -156,13 +158,10 @@ def mistaken(request: Request, share: float, rng: random.Random) -> Request:
 def any_request(tag: str, rng: random.Random) -> Request:
     """A request of a category, held out or not."""
     shapes = tuple(rng.sample(SHAPES, 2 if tag in ("two_object", "position", "color_attr") else 1))
-    coloured = tag in ("colors", "color_attr")
-    if tag in ("counting", "position"):
-        coloured = rng.random() < WITH_COLOURS
     return Request(
         tag,
         shapes,
-        colours=tuple(rng.sample(COLOURS, len(shapes))) if coloured else None,
+        colours=tuple(rng.sample(COLOURS, len(shapes))) if tag in ("colors", "color_attr") else None,
         number=rng.choice(NUMBERS) if tag == "counting" else 1,
         relation=rng.choice(RELATIONS) if tag == "position" else None,
     )
@@ -203,8 +202,7 @@ def _is_sound(request: Request) -> bool:
 
 
 def _one(shape: str, colour: str | None) -> str:
-    named = f"{colour} {shape}" if colour else shape
-    return f"{'an' if named[0] in 'aeiou' else 'a'} {named}"
+    return f"{with_article(colour)} {shape}" if colour else with_article(shape)
 
 
 def _plural(shape: str) -> str:

@@ -12,6 +12,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from quickstart.base_model import FLOW_SHIFT
 from quickstart.shapes.render import HEIGHT, WIDTH, render
 from quickstart.shapes.requests import (
     NUMBER_WORDS,
@@ -19,24 +20,31 @@ from quickstart.shapes.requests import (
     Request,
     mistaken,
     training_request,
+    with_article,
 )
 from quickstart.text_encoders import Vocabulary
-from reward_servers.geneval.rules import RELATIONS
-from reward_servers.shape_outlines import COLOURS, SHAPES
+from reward_servers.geneval.task import RELATIONS
+from reward_servers.shapes.outlines import COLOURS, SHAPES
 
-WRONG_WORDS: Final = 0.2
+WRONG_WORDS: Final = 0.1
 """Share of the words for shapes, colours, numbers and relations in captions that are replaced by another."""
-LONGEST_PROMPT: Final = 8
-"""Tokens of "a photo of a red star above a blue ring": template, twice article, colour, shape; relation."""
+LONGEST_PROMPT: Final = 6
+"""Tokens of "a photo of a red star and a blue ring": template; twice colour, shape; "and" or a relation."""
 
 VOCABULARY: Final = Vocabulary(
-    # The plural's ending is a token of its own, so that a shape is the same token in every number.
-    pieces=(TEMPLATE, "a", "an", "and", *NUMBER_WORDS.values(), *RELATIONS, *COLOURS, *SHAPES, "s", "es"),
+    # An article is one token with the colour behind it, so that a shape has the same place with a colour and
+    # without; a plural's ending is a token of its own, so that a shape is the same token in every number.
+    pieces=(
+        *(TEMPLATE, "a", "and", *NUMBER_WORDS.values(), *RELATIONS),
+        *(with_article(colour) for colour in COLOURS),
+        *(*SHAPES, "s", "es"),
+    ),
     prompt_tokens=LONGEST_PROMPT + 2,
     watched=tuple(range(2, LONGEST_PROMPT + 1)),
-    width=56,
+    width=40,
+    pivot=4,
 )
-"""All words are tokens, none depends on what stands beside it."""
+"""Colours bind to what stands behind them and relations to both sides, as in the tokens of a trained encoder."""
 
 
 class ShapeTask:
@@ -46,11 +54,12 @@ class ShapeTask:
     width = WIDTH
     vocabulary = VOCABULARY
     patch = 2
-    vae_steps = 600
+    vae_steps = 1500
     vae_batch = 32
-    transformer_steps = 4000
+    transformer_steps = 6000
     transformer_batch = 64
-    images = 16_000
+    noise_shift = FLOW_SHIFT
+    images = 32_000
 
     def example(self, rng: random.Random) -> Request:
         return training_request(rng)

@@ -18,7 +18,7 @@ from quickstart.shapes.combinations import (
     number_is_heldout,
 )
 from quickstart.shapes.requests import Request, heldout_requests, mistaken, training_request
-from reward_servers.geneval.rules import TAGS, parse_task
+from reward_servers.geneval.task import TAGS, parse_task
 from reward_servers.shapes.outlines import COLOURS, SHAPES
 
 Combination = tuple[str, ...]
@@ -104,7 +104,7 @@ def test_requests_repeat_only_where_there_are_no_others() -> None:
 
 def test_the_prompt_space_is_large() -> None:
     rng = random.Random(0)
-    assert len({training_request(rng).prompt for _ in range(4000)}) > 1000
+    assert len({training_request(rng).prompt for _ in range(4000)}) > 800
 
 
 def test_requests_are_the_same_in_every_release() -> None:
@@ -112,8 +112,8 @@ def test_requests_are_the_same_in_every_release() -> None:
     rng = random.Random("pinned")
     assert [training_request(rng).prompt for _ in range(3)] == [
         "a photo of four crosses",
-        "a photo of a ring and a triangle",
-        "a photo of two hearts",
+        "a photo of a black diamond and a red ring",
+        "a photo of a red circle and a green cross",
     ]
 
 
@@ -139,9 +139,9 @@ def test_metadata_is_what_the_scorer_judges(seed: int) -> None:
             [{"class": "star", "count": 1, "color": "orange"}],
         ),
         (
-            Request("counting", ("cross",), ("red",), number=4),
-            "a photo of four red crosses",
-            [{"class": "cross", "count": 4, "color": "red"}],
+            Request("counting", ("cross",), number=4),
+            "a photo of four crosses",
+            [{"class": "cross", "count": 4}],
         ),
         (
             Request("color_attr", ("ring", "heart"), ("red", "blue")),

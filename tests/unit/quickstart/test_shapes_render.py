@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from quickstart.shapes.combinations import colour_is_heldout
-from quickstart.shapes.render import HEIGHT, WIDTH, render
+from quickstart.shapes.render import HEIGHT, QUARTER, WIDTH, render
 from quickstart.shapes.requests import Request, any_request, training_request
-from reward_servers.geneval.rules import TAGS, judge, parse_task, relations
+from reward_servers.geneval.rules import judge, relations
+from reward_servers.geneval.task import TAGS, parse_task
 from reward_servers.shapes.detector import find_shapes
 
 
@@ -51,10 +52,23 @@ def test_relations_are_plain(relation: str) -> None:
         assert relations(boxes["star"], boxes["circle"]) == {relation}
 
 
+def test_every_object_keeps_to_a_quarter_of_its_own() -> None:
+    rng = random.Random(0)
+    for index in range(120):
+        found = find_shapes(render(any_request(TAGS[index % len(TAGS)], rng), rng))
+        quarters = [
+            ((d.box[0] + d.box[2]) // (2 * QUARTER), (d.box[1] + d.box[3]) // (2 * QUARTER)) for d in found
+        ]
+        assert len(set(quarters)) == len(found)
+        for (column, row), (left, top, right, bottom) in zip(quarters, [d.box for d in found], strict=True):
+            assert QUARTER * column <= left and right <= QUARTER * (column + 1)
+            assert QUARTER * row <= top and bottom <= QUARTER * (row + 1)
+
+
 def test_what_is_left_open_varies() -> None:
     rng = random.Random(0)
     images = [render(Request("single_object", ("circle",)), rng) for _ in range(60)]
     found = [find_shapes(image)[0] for image in images]
     assert len({d.colour for d in found}) == 6  # of 8, those that are trained
-    assert np.std([d.box[0] for d in found]) > 3 and np.std([d.box[2] - d.box[0] for d in found]) > 1
+    assert np.std([d.box[0] for d in found]) > 3 and np.std([d.box[2] - d.box[0] for d in found]) > 0.5
     assert np.std([image[0, 0] for image in images], axis=0).min() > 3

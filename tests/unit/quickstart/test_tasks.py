@@ -21,7 +21,7 @@ from quickstart.shapes.requests import any_request
 from quickstart.shapes.task import VOCABULARY
 from quickstart.task import TASKS, load_task
 from quickstart.text_encoders import new_clip_tokenizer
-from reward_servers.geneval.rules import TAGS
+from reward_servers.geneval.task import TAGS
 
 MODEL = Path(quickstart.__file__).parent / "model"
 SUMS = [391552.2917299264, 688903.402231141, 80319.1597606517]
@@ -75,6 +75,20 @@ def test_text_about_shapes_has_unit_scale_and_tells_prompts_apart(prompts: list[
     assert torch.dist(*swapped) > 1.0
     unconditional, _ = encode_prompts(pipeline, [UNCONDITIONAL_PROMPT])
     assert not torch.equal(unconditional[0], embeds[0])
+
+
+def test_a_token_about_shapes_tells_the_word_to_its_left_and_the_relation_before_it() -> None:
+    transformer = new_transformer(patches=4, width=32, vocabulary=VOCABULARY)
+    pipeline = new_pipeline(transformer, new_vae(), seed=0, vocabulary=VOCABULARY)
+
+    def changed(one: str, other: str) -> list[int]:
+        first, second = encode_prompts(pipeline, [f"a photo of {one}", f"a photo of {other}"])[0]
+        return (first - second).norm(dim=-1).gt(0.1).nonzero().flatten().tolist()
+
+    # Places: start, template, colour, shape, relation, colour, shape, end.
+    assert changed("a red star and a blue ring", "a pink star and a blue ring") == [2, 3]
+    assert changed("a red star and a blue ring", "a red heart and a blue ring") == [3, 4]
+    assert changed("a star above a ring", "a star below a ring") == [4, 5, 6, 7]
 
 
 class Small:
