@@ -64,7 +64,7 @@ def train_transformer(pipeline: StableDiffusion3Pipeline, task: Task[Example], s
 def flow_matching_loss(
     pipeline: StableDiffusion3Pipeline, x0: Tensor, embeds: Tensor, pooled: Tensor, noise_shift: float
 ) -> Tensor:
-    """Mean squared error of the velocity noise - x0 at logit-normal noise levels (arXiv 2403.03206, section 3).
+    """Mean squared error of the velocity noise - x0 at logit-normal noise levels (arXiv 2403.03206).
 
     Args:
         x0: (N, 4, H / 4, W / 4) clean latents.

@@ -89,9 +89,9 @@ def new_clip_encoder(
 ) -> CLIPTextModelWithProjection:
     """A frozen encoder: random, but for orthogonal embeddings and heads that point.
 
-    Tokens and places are orthogonal to each other and have half the variance each. Each head of the last layer
-    looks at one of the watched places alone, so that the pooled output depends on what stands where, and not
-    only on the sum.
+    Tokens and places are orthogonal to each other and have half the variance each. Each head of the last
+    layer looks at one of the watched places alone, so that the pooled output depends on what stands where,
+    and not only on the sum.
     """
     width, places = vocabulary.width, vocabulary.prompt_tokens
     config = CLIPTextConfig(

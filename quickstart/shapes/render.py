@@ -5,8 +5,8 @@ Promises
 - It satisfies its request by the strict rule, and shows no other object. What the request leaves open (size,
   place, background, untold colours and shade) varies.
 - An image of a request without held-out combinations shows none either: untold colours are trained ones.
-- Each object stands in a quarter of the image of its own, `MARGIN` pixels or more from the quarter's edge: two
-  are twice as far apart.
+- Each object stands in a quarter of the image of its own, `MARGIN` pixels or more from the quarter's edge:
+  two are twice as far apart.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ VOCABULARY: Final = Vocabulary(
     width=40,
     pivot=4,
 )
-"""Colours bind to what stands behind them and relations to both sides, as in the tokens of a trained encoder."""
+"""A shape's token tells its colour, and in the second half the relation, as those of a trained encoder do."""
 
 
 class ShapeTask:

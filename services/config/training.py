@@ -123,8 +123,8 @@ class LearnerConfig(Section):
     micro_batch: int = Field(default=16, ge=1)
     """Samples in one forward-backward. Smaller than a group is exact (deferred group weight)."""
     activation_offload: bool = False
-    """Keep activations in host memory between forward and backward. DGPO with a KL and a micro-batch below the
-    group size then needs no pass of its own for the group weight; host memory grows with the group instead."""
+    """Keep activations in host memory between forward and backward. DGPO with a KL and a micro-batch below
+    the group size then needs no pass of its own for the group weight; host memory grows with the group."""
     learning_rate: float = Field(default=3e-4, gt=0)
     """AdamW learning rate at its peak."""
     warmup_steps: int = Field(default=0, ge=0)
