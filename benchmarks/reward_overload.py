@@ -16,6 +16,7 @@ from typing import Any, Final
 import httpx
 import numpy as np
 import psutil
+from pydantic import ValidationError
 
 from benchmarks.reward_servers import DEADLINE_S, Load, Served, alone
 from benchmarks.timed_scorer import TIMED
@@ -39,7 +40,9 @@ class Answers:
     scored: list[int] = field(default_factory=list)
     shed: list[int] = field(default_factory=list)
     wrong: dict[int, str] = field(default_factory=dict)
-    """Lost, answered for another, scored twice, or shed without saying when to come back."""
+    """Answered for another, scored twice, refused otherwise, or shed without saying when to come back."""
+    lost: dict[int, str] = field(default_factory=dict)
+    """Without an answer of HTTP: the connection broke, or nothing came in time."""
     seconds: list[float] = field(default_factory=list)
     """Of the scored ones."""
     sending_s: float = 0.0
@@ -53,11 +56,24 @@ class Answers:
             else:
                 self.wrong[number] = f"answered with {details}"
             return
-        shed = response.status_code == 429 and response.headers.get("retry-after", "").isdigit()
-        if shed and ErrorBody.model_validate_json(response.content).error == "overloaded":
+        if response.status_code == 429 and _says_when(response):
             self.shed.append(number)
         else:
             self.wrong[number] = f"{response.status_code} {response.text[:80]}"
+
+    @property
+    def examples(self) -> list[str]:
+        """Some of what is not as it should be."""
+        return [*self.lost.values(), *self.wrong.values()][:3]
+
+
+def _says_when(response: httpx.Response) -> bool:
+    """Whether a request that was shed is told so by the protocol, and when to come back."""
+    try:
+        said = ErrorBody.model_validate_json(response.content).error
+    except ValidationError:
+        return False
+    return said == "overloaded" and response.headers.get("retry-after", "").isdigit()
 
 
 class ResidentMemory:
@@ -96,7 +112,6 @@ def overload(requests: int) -> dict[str, Any]:
         uncounted = _scored_by_server(served) - total - 1 - len(answers.seconds)
         back = _come_back(served, answers.shed[:COMING_BACK])
     settled = memory.samples[len(memory.samples) // 10 :]
-    answered = len(answers.scored) + len(answers.shed) + len(answers.wrong)
     offered = requests / answers.sending_s
     return {
         "requests": requests,
@@ -105,9 +120,9 @@ def overload(requests: int) -> dict[str, Any]:
         "overload": offered / capacity,
         "scored": len(answers.scored),
         "shed": len(answers.shed),
-        "lost": requests - answered,
+        "lost": len(answers.lost),
         "wrong": len(answers.wrong),
-        "examples": list(answers.wrong.values())[:3],
+        "examples": answers.examples,
         "scored_unanswered": uncounted,
         "scored_s": len(answers.scored) / answers.sending_s,
         "p50_s": float(np.percentile(answers.seconds, 50)),
@@ -117,7 +132,7 @@ def overload(requests: int) -> dict[str, Any]:
         "memory_start_bytes": settled[0],
         "memory_most_bytes": max(settled),
         "memory_growth": max(settled) / settled[0] - 1,
-        "met": answered == requests
+        "met": not answers.lost
         and offered >= LEAST_OVERLOAD * capacity
         and not answers.wrong
         and uncounted == 0
@@ -139,7 +154,7 @@ async def _send(served: Served, requests: int, rate: float) -> Answers:
             try:
                 response = await client.post(SCORE_PATH, content=body)
             except httpx.HTTPError as error:
-                answers.wrong[number] = f"{type(error).__name__}: {error}"
+                answers.lost[number] = f"{type(error).__name__}: {error}"
                 return
             answers.take(number, response, time.perf_counter() - asked)
 

@@ -1,4 +1,8 @@
-"""Replicas that follow the load, with a scorer that waits: what two cores can show of many GPUs."""
+"""Replicas that follow the load, with a scorer that waits: what two cores can show of many GPUs.
+
+The policy is that of every reward (reward_servers/deployment.py `autoscaling`) but for its delays, which are
+shortened: how soon replicas come and go here is not how soon they do in a run.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,13 @@ TARGET: Final = 0.9
 IMAGES: Final = 4
 """Of a request."""
 SETTLING_S: Final = 2.0
+SHORTENED: Final = {
+    "metrics_interval_s": 0.5,
+    "look_back_period_s": 2,
+    "upscale_delay_s": 1,
+    "downscale_delay_s": 5,
+}
+"""In place of those delays: a minute of waiting measures nothing."""
 
 
 def scaling(most: int, image_s: float, pass_s: float) -> dict[str, Any]:
@@ -24,18 +35,10 @@ def scaling(most: int, image_s: float, pass_s: float) -> dict[str, Any]:
     replica come; then none is left.
     """
     images = np.zeros((IMAGES, 8, 8, 3), np.uint8)
-    scale = {
-        "num_replicas": "auto",
-        "autoscaling_config": {
-            "min_replicas": 1,
-            "max_replicas": most,
-            "target_ongoing_requests": 2,
-            "metrics_interval_s": 0.5,
-            "look_back_period_s": 2,
-            "upscale_delay_s": 1,
-            "downscale_delay_s": 5,
-        },
-    }
+    from reward_servers.deployment import autoscaling
+
+    policy = autoscaling(1, most)
+    scale = {"num_replicas": "auto", "autoscaling_config": policy | SHORTENED}
     arguments = {"image_s": image_s, "max_batch": IMAGES}
     with ray_serve(cpus=most) as base, replicas(base, TIMED, arguments, scale) as served:
         with Load(served, 2, images, "p") as load:
@@ -59,6 +62,7 @@ def scaling(most: int, image_s: float, pass_s: float) -> dict[str, Any]:
         "met": rate >= TARGET * most * one,
         "up_s": up_s,
         "down_s": down_s,
+        "delays_s": {name: [SHORTENED[name], policy[name]] for name in SHORTENED},
         "p50_s": float(np.percentile(took, 50)),
         "p99_s": float(np.percentile(took, 99)),
     }

@@ -78,8 +78,9 @@ def _overload(part: dict[str, Any]) -> Table:
     rows = {
         "scored, each once": f"{part['scored']:,} ({part['scored_s']:.0f}/s)",
         "shed: 429 with Retry-After": f"{part['shed']:,}",
-        "lost": str(part["lost"]),
-        "wrong answers": f"{part['wrong']} {'; '.join(part['examples'])}",
+        "lost: no answer at all": str(part["lost"]),
+        "wrong answers": str(part["wrong"]),
+        "such as": "; ".join(part["examples"]),
         "scored but not answered": str(part["scored_unanswered"]),
         "shed, came back, scored once": f"{part['came_back_scored_once']} of {part['came_back']}",
         "p50, p99 of the scored, ms": f"{part['p50_s'] * 1e3:.0f}, {part['p99_s'] * 1e3:.0f}",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from pydantic import Field
 
@@ -21,6 +21,8 @@ TIMED: Final = "benchmarks.timed_scorer:create"
 
 class TimedOptions(ScorerOptions):
     """Arguments of the timed scorer."""
+
+    neutral: ClassVar[frozenset[str]] = frozenset({"image_s", "max_batch"})
 
     image_s: float = Field(default=0.05, ge=0)
     """Seconds it waits an image."""
@@ -38,6 +40,7 @@ class TimedScorer(Scorer):
     batch_invariant = True
 
     def __init__(self, options: TimedOptions) -> None:
+        self.options = options
         self.max_batch = options.max_batch
         self.model = f"a wait of {options.image_s:g} s an image"
         self._image_s = options.image_s

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import importlib
 import logging
 import math
 from collections.abc import AsyncIterator, Coroutine, Sequence
@@ -58,7 +57,7 @@ def create_app(config: ServerConfig, *, scorer: Scorer | None = None) -> FastAPI
         scorer: scores in place of `config.app`, for tests and for scorers of other packages.
     """
     token = config.token().encode("ascii")
-    scorer = scorer or _scorer(config)
+    scorer = scorer or load_scorer(config.app, config.args, config.threads)
     engine = ScoringEngine(
         scorer,
         # Where merging cannot be seen in a score, it only fills the scorer's batches.
@@ -74,7 +73,11 @@ def create_app(config: ServerConfig, *, scorer: Scorer | None = None) -> FastAPI
         yield
         await engine.stop()
 
-    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None,
+        # They would lead to wherever the Host header says.
+        redirect_slashes=False,
+    )  # fmt: skip
     app.state.engine = engine
 
     @app.get(HEALTH_PATH)
@@ -104,21 +107,12 @@ def create_app(config: ServerConfig, *, scorer: Scorer | None = None) -> FastAPI
     return app
 
 
-def _scorer(config: ServerConfig) -> Scorer:
-    module, separator, name = config.app.partition(":")
-    if not separator:
-        return load_scorer(config.app, config.args, config.threads)
-    scorer = getattr(importlib.import_module(module), name)(config.args, config.threads)
-    if not isinstance(scorer, Scorer):
-        raise TypeError(f"{config.app}() returned {type(scorer).__name__}, not a Scorer")
-    return scorer
-
-
 def _info(config: ServerConfig, scorer: Scorer) -> ServerInfo:
     return ServerInfo(
-        reward=scorer.name,
+        # What it was asked for by: a scorer of another package does not know under which name.
+        reward=config.app,
         model=scorer.model,
-        version=scorer.version,
+        version=scorer.full_version,
         batch_invariant=scorer.batch_invariant,
         batching=config.batching,
         max_batch=scorer.max_batch,

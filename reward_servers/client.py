@@ -6,7 +6,7 @@ Promises
   and jitter until `deadline_s` has passed: RewardUnavailable. Other refusals are not: RewardRefused. Neither
   is an answer that breaks the protocol: RewardInvalid.
 - One attempt takes at most `attempt_s` (half the deadline unless said otherwise), so that a server that hangs
-  once is asked again.
+  once is asked again. (Of `score`, headers that drip are bounded by each read only.)
 - Connections are kept and used again. Redirects are not followed: they would carry the token elsewhere.
 
 `score` may be called from many threads; `score_async` belongs to one event loop.
@@ -14,7 +14,6 @@ Promises
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Sequence
 from typing import Any, Final
@@ -32,24 +31,22 @@ from tenacity import (
 )
 
 from reward_servers.answer import (
-    Answer,
     RewardError,
     RewardInvalid,
     RewardRefused,
     RewardUnavailable,
     Scored,
-    Transient,
     scored,
 )
+from reward_servers.exchange import Answer, Transient, ask, ask_async, client_options
 from reward_servers.protocol import (
     INFO_PATH,
-    JSON_TYPE,
     SCORE_PATH,
     TENSOR_TYPE,
     Metadata,
     ServerInfo,
 )
-from reward_servers.retrying import asked_and_backoff, is_loopback
+from reward_servers.retrying import asked_and_backoff
 from reward_servers.wire import encode_tensors
 
 __all__ = ["RewardClient", "RewardError", "RewardInvalid", "RewardRefused", "RewardUnavailable", "Scored"]
@@ -79,9 +76,14 @@ class RewardClient:
         app: str | None = None,
         attempt_s: float | None = None,
     ) -> None:
-        parsed = httpx.URL(url)
-        if parsed.scheme not in ("http", "https") or not parsed.host:
-            raise ValueError(f"reward {name!r}: {url!r} is no http:// or https:// address")
+        try:
+            parsed = httpx.URL(url)
+        except httpx.InvalidURL as error:
+            raise ValueError(f"reward {name!r}: no http:// or https:// address: {error}") from error
+        if parsed.userinfo:
+            raise ValueError(f"reward {name!r}: its address holds a password; give the token by itself")
+        if parsed.scheme not in ("http", "https") or not parsed.host or parsed.query or parsed.fragment:
+            raise ValueError(f"reward {name!r}: {url!r} is no http:// or https:// address up to /v1")
         if token is not None and not (token.isascii() and token.isprintable()):
             raise ValueError(f"reward {name!r}: its token holds more than printable ASCII")
         self.name = name
@@ -89,21 +91,9 @@ class RewardClient:
         self.deadline_s = deadline_s
         self._app = app
         self._attempt_s = attempt_s or deadline_s / 2
+        self._token = token
         self._target = self.url + SCORE_PATH
-        self._options: dict[str, Any] = {
-            "headers": {
-                "Content-Type": TENSOR_TYPE,
-                "Accept": JSON_TYPE,
-                # The size of the answer is bounded before it is unpacked.
-                "Accept-Encoding": "identity",
-                **({"Authorization": f"Bearer {token}"} if token else {}),
-            },
-            # A proxy of the environment cannot reach this machine's loopback.
-            "trust_env": not is_loopback(parsed.host),
-            "follow_redirects": False,
-            # Reading the certificates takes longer than many a request, and http has no use for them.
-            "verify": parsed.scheme == "https",
-        }
+        self._options = client_options(parsed, token, {"Content-Type": TENSOR_TYPE})
         self._sync = httpx.Client(**self._options)
         self._async: httpx.AsyncClient | None = None
 
@@ -123,7 +113,8 @@ class RewardClient:
         try:
             for attempt in Retrying(**self._policy(failures)):
                 with attempt:
-                    answer = self._post(self._sync, body, self._left(started))
+                    seconds = self._left(started)
+                    answer = ask(self._sync, "POST", self._target, seconds, self._token, content=body)
                     return self._scored(answer, len(images), attempt.retry_state.attempt_number)
         except RetryError as error:
             raise self._unavailable(failures, started) from error.last_attempt.exception()
@@ -143,7 +134,8 @@ class RewardClient:
         try:
             async for attempt in AsyncRetrying(**self._policy(failures)):
                 with attempt:
-                    answer = await self._post_async(self._async, body, self._left(started))
+                    seconds, client = self._left(started), self._async
+                    answer = await ask_async(client, "POST", self._target, seconds, self._token, content=body)
                     return self._scored(answer, len(images), attempt.retry_state.attempt_number)
         except RetryError as error:
             raise self._unavailable(failures, started) from error.last_attempt.exception()
@@ -162,9 +154,9 @@ class RewardClient:
     def info(self, seconds: float = 5.0) -> ServerInfo | None:
         """What the server says of itself; None if it does not say so in time."""
         try:
-            answer = self._sync.get(self.url + INFO_PATH, timeout=seconds)
-            return ServerInfo.model_validate_json(answer.content) if answer.status_code == 200 else None
-        except (httpx.HTTPError, ValueError):
+            answer = ask(self._sync, "GET", self.url + INFO_PATH, seconds, self._token)
+            return ServerInfo.model_validate_json(bytes(answer.body)) if answer.status == 200 else None
+        except (Transient, ValueError):
             return None
 
     def _policy(self, failures: list[str]) -> dict[str, Any]:
@@ -182,37 +174,6 @@ class RewardClient:
     def _left(self, started: float) -> float:
         left = self.deadline_s - (time.monotonic() - started)
         return max(0.001, min(left, self._attempt_s))
-
-    def _post(self, client: httpx.Client, body: bytes, seconds: float) -> Answer:
-        until = time.monotonic() + seconds
-        try:
-            with client.stream("POST", self._target, content=body, timeout=seconds) as response:
-                answer = Answer(response)
-                for chunk in response.iter_raw():
-                    answer.add(chunk)
-                    # httpx bounds each read, not their sum: a server may drip.
-                    if time.monotonic() > until:
-                        raise Transient(f"no whole answer within {seconds:.3g} s")
-                return answer
-        except httpx.TimeoutException as error:
-            raise Transient(f"no answer within {seconds:.3g} s ({type(error).__name__})") from error
-        except httpx.TransportError as error:
-            raise Transient(f"{type(error).__name__}: {error}") from error
-
-    async def _post_async(self, client: httpx.AsyncClient, body: bytes, seconds: float) -> Answer:
-        try:
-            async with (
-                asyncio.timeout(seconds),
-                client.stream("POST", self._target, content=body, timeout=seconds) as response,
-            ):
-                answer = Answer(response)
-                async for chunk in response.aiter_raw():
-                    answer.add(chunk)
-                return answer
-        except (TimeoutError, httpx.TimeoutException) as error:
-            raise Transient(f"no answer within {seconds:.3g} s ({type(error).__name__})") from error
-        except httpx.TransportError as error:
-            raise Transient(f"{type(error).__name__}: {error}") from error
 
     def _scored(self, answer: Answer, count: int, attempts: int) -> Scored:
         return scored(answer, name=self.name, url=self.url, app=self._app, count=count, attempts=attempts)

@@ -65,7 +65,8 @@ def deployment_of(config: ServerConfig) -> Deployment:
 def autoscaling(min_replicas: int, max_replicas: int) -> dict[str, Any]:
     """Serve's `autoscaling_config`: replicas by requests that are being scored or wait.
 
-    One being scored and one waiting keep a replica busy; more of them only wait longer.
+    The same as in deploy/serve/rewards.yaml. One being scored and one waiting keep a replica busy; more of
+    them only wait longer.
     """
     return {
         "min_replicas": min_replicas,

@@ -7,8 +7,12 @@ Promises
   wait while the scorer is busy are merged, counted in images; nobody waits for company that has not come.
 - No more than `max_pending` requests are held, counted from before their bodies are read; the next one is
   refused with 429 before any work.
-- A scorer that raises on merged requests is asked again for each alone: a bad request fails by itself.
+- A scorer that raises on merged requests is asked again for each alone: a bad request fails by itself. Where
+  it raises ProtocolError, which is no fault of a request, all of them fail with that.
+- Whatever a scorer raises, an exit or a panic of a library included, fails its requests and nothing else.
 - A scorer that hangs makes `stalled` say so, and whoever watches (Serve's health check) starts a new process.
+  It does not keep this one from ending.
+  Each call of the scorer is timed by itself: many that are slow or fail are no hang.
 """
 
 from __future__ import annotations
@@ -16,13 +20,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
+from queue import SimpleQueue
 
 from reward_servers.protocol import ProtocolError
 from reward_servers.scorer import ItemScore, Scorer
@@ -54,12 +61,14 @@ class ScoringEngine:
         self._arrived = asyncio.Event()
         self._pending = 0
         self._busy_since: float | None = None
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix=f"scorer-{scorer.name}")
+        self._work: SimpleQueue[tuple[Callable[[], None], Future[None]] | None] = SimpleQueue()
         self._loop_task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Warm the scorer up, then take requests."""
-        await asyncio.get_running_loop().run_in_executor(self._pool, self.scorer.warm_up)
+        # No executor: a scorer that hangs in one of its threads would keep the process from ending.
+        threading.Thread(target=self._work_off, name=f"scorer-{self.scorer.name}", daemon=True).start()
+        await self._in_thread(self.scorer.warm_up)
         self._loop_task = asyncio.create_task(self._run())
 
     async def stop(self) -> None:
@@ -69,7 +78,7 @@ class ScoringEngine:
             await asyncio.gather(self._loop_task, return_exceptions=True)
         for job in self._waiting:
             _fail(job, ProtocolError(503, "the server is shutting down", retry_after_s=1))
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._work.put(None)
 
     @property
     def stalled(self) -> str | None:
@@ -124,15 +133,30 @@ class ScoringEngine:
                 self._arrived.clear()
                 continue
             try:
-                self._busy_since = time.monotonic()
-                await loop.run_in_executor(self._pool, self._answer, loop, jobs)
+                await self._in_thread(partial(self._answer, loop, jobs))
             except Exception as error:
                 # Not the scorer's: _answer hands those on. The loop must outlive it all the same.
                 log.exception("scoring failed", extra={"reward": self.scorer.name})
                 for job in jobs:
                     _fail(job, error)
-            finally:
-                self._busy_since = None
+
+    async def _in_thread(self, work: Callable[[], None]) -> None:
+        done: Future[None] = Future()
+        self._work.put((work, done))
+        await asyncio.wrap_future(done)
+
+    def _work_off(self) -> None:
+        """The scorer's thread."""
+        while (given := self._work.get()) is not None:
+            work, done = given
+            if not done.set_running_or_notify_cancel():
+                continue
+            try:
+                work()
+            except BaseException as error:
+                done.set_exception(error)
+            else:
+                done.set_result(None)
 
     def _next_jobs(self) -> list[_Job]:
         """The next request, and with `merge` those behind it that fit in one batch, in order."""
@@ -153,13 +177,16 @@ class ScoringEngine:
         """In the scorer's thread."""
         try:
             items = iter(self._score([job.call for job in jobs]))
-        except Exception as error:
-            if len(jobs) > 1:
+        except BaseException as error:  # sys.exit() and Rust's panics are no Exception
+            if len(jobs) > 1 and not isinstance(error, ProtocolError):
                 for job in jobs:
-                    self._answer(loop, [job])
+                    # Who has given up meanwhile, at the deadline or gone, is not scored any more.
+                    if not job.answer.done():
+                        self._answer(loop, [job])
                 return
             log.exception("scorer failed", extra={"reward": self.scorer.name})
-            loop.call_soon_threadsafe(_fail, jobs[0], error)
+            for job in jobs:
+                loop.call_soon_threadsafe(_fail, job, error)
             return
         for job in jobs:
             loop.call_soon_threadsafe(_resolve, job, list(islice(items, len(job.call))))
@@ -174,7 +201,11 @@ class ScoringEngine:
         for start in range(0, len(merged), self.scorer.max_batch):
             chosen = slice(start, start + self.scorer.max_batch)
             part = ScoreCall(merged.images[chosen], merged.prompts[chosen], merged.metadata[chosen])
-            scored = self.scorer.score(part)
+            self._busy_since = time.monotonic()
+            try:
+                scored = self.scorer.score(part)
+            finally:
+                self._busy_since = None
             if len(scored) != len(part):
                 raise RuntimeError(f"scorer returned {len(scored)} scores for {len(part)} images")
             items += [_finite(item) for item in scored]
@@ -195,7 +226,7 @@ def _resolve(job: _Job, items: list[ItemScore]) -> None:
         job.answer.set_result(items)
 
 
-def _fail(job: _Job, error: Exception) -> None:
+def _fail(job: _Job, error: BaseException) -> None:
     if job.answer.done():
         return
     if not isinstance(error, ProtocolError):

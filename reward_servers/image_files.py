@@ -2,7 +2,8 @@
 
 Promises
 - In this process the scorer runs in the engine that serves it: the same batches, checks and deadline.
-- A file that is no image, or whose transparency leaves open what it shows, is refused.
+- A file that is no image, or leaves open what it shows (transparency, several pictures, more than 8 bits), is
+  refused. One that says how it was held is turned upright.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from reward_servers.client import RewardClient
 from reward_servers.engine import ScoringEngine
@@ -29,17 +30,23 @@ def read_image(path: Path) -> NDArray[np.uint8]:
     """(H, W, 3) RGB of an image file.
 
     Raises:
-        ValueError: it cannot be read, or is transparent somewhere.
+        ValueError: it cannot be read, or leaves open what it shows.
     """
     try:
         with Image.open(path) as image:
-            transparent = image.has_transparency_data
-            pixels = np.asarray(image.convert("RGB"))
+            transparent, mode = image.has_transparency_data, image.mode
+            animated = getattr(image, "is_animated", False)
+            pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except Exception as error:
         # Pillow raises what its decoders meet: all of it means that this is no image.
         raise ValueError(f"{path}: cannot be read as an image: {error}") from error
     if transparent:
         raise ValueError(f"{path}: has transparency: lay it over a background first")
+    if animated:
+        raise ValueError(f"{path}: holds several pictures: give one")
+    if mode.startswith(("I", "F")):
+        # Pillow would cut its values off at 255.
+        raise ValueError(f"{path}: has more than 8 bits a channel (mode {mode}): bring it to 8 first")
     return pixels
 
 
@@ -71,7 +78,7 @@ def score_here(
             await engine.stop()
 
     items = asyncio.run(run())
-    return {"reward": scorer.name, "model": scorer.model, "version": scorer.version}, items
+    return {"reward": app, "model": scorer.model, "version": scorer.full_version}, items
 
 
 def score_by_server(
@@ -94,12 +101,18 @@ def score_by_server(
     client = RewardClient("score", url, token, deadline_s)
     items: dict[int, ItemScore] = {}
     result: dict[str, Any] = {}
-    try:
-        for indices in by_size.values():
-            scored = client.score(np.stack([images[index] for index in indices]), prompt, metadata)
-            result = {"url": url, "model": scored.model, "version": scored.version}
-            for index, value, details in zip(indices, scored.scores, scored.details, strict=True):
-                items[index] = ItemScore(value, details)
-    finally:
-        client.close()
+
+    async def ask() -> None:
+        try:
+            for indices in by_size.values():
+                stacked = np.stack([images[index] for index in indices])
+                scored = await client.score_async(stacked, prompt, metadata)
+                result.update(url=url, model=scored.model, version=scored.version)
+                for index, value, details in zip(indices, scored.scores, scored.details, strict=True):
+                    items[index] = ItemScore(value, details)
+        finally:
+            await client.aclose()
+            client.close()
+
+    asyncio.run(ask())
     return result, [items[index] for index in range(len(images))]

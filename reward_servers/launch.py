@@ -5,7 +5,10 @@ Promises
 - Returns when every reward answers /v1/info with its own name, or raises RewardsNotReady within the deadline,
   naming what is not ready and why.
 - What a Serve of its own refuses has an ErrorBody, like what its rewards refuse (proxy.py).
-- A Serve that already runs on this Ray cluster is used as it is, and left running at the end.
+- Each call has an id of its own in its applications' names and routes: runs and evaluations on one Ray
+  cluster may have rewards of one name, with tokens and arguments of their own.
+- Stopped is only what was started here. A Serve that already runs on this Ray cluster is used as it is, and
+  left running; so is one that was started here, where others have applications on it by then.
 
 Ray must be initialised. The tokens' file must be readable where the replicas run.
 """
@@ -13,9 +16,10 @@ Ray must be initialised. The tokens' file must be readable where the replicas ru
 from __future__ import annotations
 
 import logging
+import secrets
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +33,7 @@ from ray.serve.schema import ApplicationStatus
 from reward_servers.deployment import QUIET, autoscaling, deployment_of
 from reward_servers.protocol import INFO_PATH, ServerInfo
 from reward_servers.proxy import CALLBACK
-from reward_servers.scorers import scorer_names
+from reward_servers.scorers import require_scorer
 from reward_servers.server_config import ServerConfig, read_token
 from services.config import RewardConfig
 
@@ -43,6 +47,7 @@ _GRACE_S = 5.0
 _started: list[str] = []
 """Applications of this process."""
 _owns_serve = False
+"""Whether this process has started the Serve that runs."""
 
 
 class RewardsNotReady(Exception):
@@ -72,45 +77,73 @@ def start_rewards(
     if not served:
         return addresses
     for reward in served:
-        if reward.app not in scorer_names():
-            raise ValueError(f"reward {reward.name!r}: no scorer {reward.app!r}; valid: {scorer_names()}")
+        try:
+            require_scorer(str(reward.app))
+        except ValueError as error:
+            raise ValueError(f"reward {reward.name!r}: {error}") from error
     until = time.monotonic() + deadline_s
     token = read_token(token_file)
-    targets = [_target(reward, token_file) for reward in served]
+    owner = secrets.token_hex(4)
+    targets = {reward.name: _target(reward, token_file, owner) for reward in served}
     # Serve tells of every step that it takes; whoever waits here shows progress of their own.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     owned = _owns_serve
-    names = [target.name for target in targets]
+    names = [target.name for target in targets.values()]
+    made: list[str] = []
     try:
         request_s = max(reward.deadline_s for reward in served) + _GRACE_S
         base = start_serve(host, port, deadline_s=deadline_s, request_timeout_s=request_s)
-        _started.extend(names)
+        _refuse_taken(names)
+        made = names
+        _started.extend(made)
         serve.run_many(
-            targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False
+            list(targets.values()),
+            wait_for_ingress_deployment_creation=False,
+            wait_for_applications_running=False,
         )
-        addresses |= {reward.name: f"{base}/{reward.name}" for reward in served}
-        _wait_ready(served, addresses, token, until, deadline_s)
+        addresses |= {name: f"{base}{target.route_prefix}" for name, target in targets.items()}
+        applications = {name: target.name for name, target in targets.items()}
+        _wait_ready(served, applications, addresses, token, until, deadline_s)
     except BaseException:
-        _stop(names, shutdown=_owns_serve and not owned)
+        _stop(made, end_serve=_owns_serve and not owned)
         raise
     return {reward.name: addresses[reward.name] for reward in rewards}
 
 
 def stop_rewards() -> None:
-    """Stop what this process started by `start_rewards`; nothing if it started nothing."""
-    _stop(list(_started), shutdown=_owns_serve)
+    """Stop what this process started; nothing if it started nothing."""
+    _stop(list(_started), end_serve=_owns_serve)
 
 
-def _stop(names: Sequence[str], *, shutdown: bool) -> None:
+def _stop(names: Sequence[str], *, end_serve: bool) -> None:
+    """Delete applications of this process, and with `end_serve` Serve too, unless others still use it."""
     global _owns_serve
     if ray.is_initialized():
-        if shutdown:
+        if end_serve and not _others(names):
             serve.shutdown()
+            _owns_serve = False
         else:
             for name in names:
                 serve.delete(name, _blocking=False)
+    else:
+        _owns_serve = False
     _started[:] = [name for name in _started if name not in names]
-    _owns_serve = _owns_serve and not shutdown
+
+
+def _others(names: Sequence[str]) -> list[str]:
+    """Applications that stay when those of `names` are gone."""
+    try:
+        found = serve.status().applications
+    except RayError:
+        return []  # A controller that does not answer, such as one that never came up, serves nobody.
+    ending = ApplicationStatus.DELETING
+    return [name for name, seen in found.items() if name not in names and seen.status != ending]
+
+
+def _refuse_taken(names: Sequence[str]) -> None:
+    """Serve would replace an application of the same name, whoever it belongs to."""
+    if taken := sorted(set(names) & set(serve.status().applications)):
+        raise RewardsNotReady(f"Serve already has an application {taken[0]!r}, which is not ours to replace")
 
 
 def start_serve(host: str, port: int, *, deadline_s: float, request_timeout_s: float) -> str:
@@ -143,7 +176,7 @@ def start_serve(host: str, port: int, *, deadline_s: float, request_timeout_s: f
                 logging_config=QUIET,
                 controller_options=_environment(deadline_s),
             )
-        except RayError as error:
+        except (RayError, TimeoutError) as error:
             reason = str(error).strip().splitlines()
             raise RewardsNotReady(
                 f"Ray Serve did not start on {running.host}:{running.port} within {deadline_s:g} s "
@@ -179,7 +212,7 @@ def _running_options() -> HTTPOptions | None:
     return None if client is None else client.http_config
 
 
-def _target(reward: RewardConfig, token_file: Path) -> serve.RunTarget:
+def _target(reward: RewardConfig, token_file: Path, owner: str) -> serve.RunTarget:
     config = server_config(reward, token_file)
     most = reward.max_replicas or reward.replicas
     scale: dict[str, Any] = (
@@ -192,7 +225,9 @@ def _target(reward: RewardConfig, token_file: Path) -> serve.RunTarget:
         ray_actor_options={"num_cpus": reward.num_cpus, "num_gpus": reward.num_gpus},
     )
     application = deployment.bind(config.model_dump(mode="json"))
-    return serve.RunTarget(application, name=f"reward-{reward.name}", route_prefix=f"/{reward.name}")
+    return serve.RunTarget(
+        application, name=f"reward-{owner}-{reward.name}", route_prefix=f"/{owner}/{reward.name}"
+    )
 
 
 def server_config(reward: RewardConfig, token_file: Path) -> ServerConfig:
@@ -211,7 +246,8 @@ def server_config(reward: RewardConfig, token_file: Path) -> ServerConfig:
 
 def _wait_ready(
     served: Sequence[RewardConfig],
-    addresses: dict[str, str],
+    applications: Mapping[str, str],
+    addresses: Mapping[str, str],
     token: str,
     until: float,
     deadline_s: float,
@@ -222,7 +258,7 @@ def _wait_ready(
         while waiting:
             statuses = serve.status().applications
             for name, reward in list(waiting.items()):
-                reasons[name] = _not_ready(reward, statuses.get(f"reward-{name}"), client, addresses[name])
+                reasons[name] = _not_ready(reward, statuses.get(applications[name]), client, addresses[name])
                 if not reasons[name]:
                     del waiting[name]
             if not waiting:

@@ -4,10 +4,12 @@ Promises
 - `LocalServer` binds loopback; it is ready when it is entered, or raises within its deadline; its thread ends
   with it.
 - `serve_until_stopped` binds what it is told to; a first signal lets it answer what it has admitted.
+- Nobody holds a connection without a request for much longer than `HEADERS_S`, nor memory by endless headers.
 """
 
 from __future__ import annotations
 
+import asyncio
 import math
 import signal
 import socket
@@ -18,8 +20,11 @@ from types import TracebackType
 from typing import Any, Final
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 LOOPBACK: Final = "127.0.0.1"
+HEADERS_S: Final = 20.0
+"""Seconds for the headers of a request to arrive."""
 STOPPING: Final = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -31,7 +36,7 @@ class LocalServer(AbstractContextManager["LocalServer"]):
         self.url = f"http://{LOOPBACK}:{self._socket.getsockname()[1]}"
         self._deadline_s = deadline_s
         self._settled = threading.Event()
-        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
+        config = _config(app, drain_s=1)
         self._server = _Server(config, lambda started: self._settled.set())
         self._thread = threading.Thread(target=self._run, name=f"reward-server-{self.url}", daemon=True)
 
@@ -61,6 +66,43 @@ class LocalServer(AbstractContextManager["LocalServer"]):
             self._settled.set()
 
 
+def _config(app: Any, drain_s: float) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        # Of uvicorn's parsers the only one that bounds headers.
+        http=_Protocol,
+        # An upgrade is then a request like any other, and refused by the application.
+        ws="none",
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=math.ceil(drain_s),
+    )
+
+
+class _Protocol(H11Protocol):
+    """Closes a connection that has had no request for two looks, `HEADERS_S` apart.
+
+    uvicorn itself waits for ever for headers that have begun, or for a connection's first request.
+    """
+
+    _seen: RequestResponseCycle | _Protocol | None = None
+    """The last request, answered; or self while one is being answered."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.loop.call_later(HEADERS_S, self._look)
+
+    def _look(self) -> None:
+        if self.transport.is_closing():
+            return
+        idle = self.cycle is None or self.cycle.response_complete
+        if idle and self.cycle is self._seen:
+            self.transport.close()
+            return
+        self._seen = self.cycle if idle else self
+        self.loop.call_later(HEADERS_S, self._look)
+
+
 class _Server(uvicorn.Server):
     """Says when it has started, so that nobody polls."""
 
@@ -87,9 +129,7 @@ def serve_until_stopped(
         RuntimeError: the application did not start.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_graceful_shutdown=math.ceil(drain_s)
-    )
+    config = _config(app, drain_s)
     ready = False
     with socket.create_server((host, port), family=family) as listening:
         shown = f"[{host}]" if family == socket.AF_INET6 else host

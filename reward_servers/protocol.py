@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, Strict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, Strict, ValidationError, model_validator
 
 PROTOCOL: Final = "v1"
 SCORE_PATH: Final = "/v1/score"
@@ -27,6 +27,9 @@ HEALTH_PATH: Final = "/healthz"
 JSON_TYPE: Final = "application/json"
 TENSOR_TYPE: Final = "application/vnd.safetensors"
 """Content type of the binary body."""
+
+MAX_DETAIL_CHARS: Final = 2000
+"""Of an error, which may repeat what was sent."""
 
 STATUS_NAMES: Final = {
     400: "bad_request",
@@ -69,7 +72,7 @@ class Limits(ProtocolModel):
     max_prompt_chars: int = Field(default=8192, ge=1)
     """Characters of one prompt."""
     max_header_bytes: int = Field(default=4 * 1024 * 1024, ge=1024)
-    """Bytes of prompts and metadata in a binary body."""
+    """Bytes of prompts and metadata: the header of a binary body, all but the images of a JSON body."""
 
 
 class ScoreRequest(ProtocolModel):
@@ -114,7 +117,7 @@ class ScoreResponse(ProtocolModel):
     model: str
     """The weights behind the scores."""
     version: str
-    """Version of the scorer's formula and preprocessing: scores of one version are comparable."""
+    """Of the scorer's formula, preprocessing and arguments: scores of one model and version compare."""
 
     @model_validator(mode="after")
     def _whole(self) -> ScoreResponse:
@@ -165,4 +168,26 @@ class ProtocolError(Exception):
 
     @property
     def body(self) -> ErrorBody:
-        return ErrorBody(error=STATUS_NAMES.get(self.status, "error"), detail=self.detail)
+        return ErrorBody(error=STATUS_NAMES.get(self.status, "error"), detail=shortened(self.detail))
+
+
+def shortened(text: str, most: int = MAX_DETAIL_CHARS) -> str:
+    """The beginning of a text that others may have written.
+
+    >>> shortened("abcdef", 3)
+    'abc...'
+    """
+    return text if len(text) <= most else text[:most] + "..."
+
+
+def explained(error: ValidationError, whole: str = "") -> str:
+    """What is wrong with a message, without its content: the first five places.
+
+    Args:
+        whole: what the place is called where it is not one field but all of it.
+    """
+    lines = [
+        ": ".join(filter(None, (".".join(map(str, detail["loc"])) or whole, detail["msg"])))
+        for detail in error.errors(include_input=False, include_url=False)[:5]
+    ]
+    return "; ".join(lines)

@@ -1,13 +1,12 @@
-"""How clients of reward servers and judges wait before they ask again, and which hosts need no proxy."""
+"""How long clients of reward servers and judges wait before they ask again."""
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Callable
 
 from tenacity import RetryCallState, wait_random_exponential
 
-from reward_servers.answer import Transient
+from reward_servers.exchange import Transient
 
 
 def asked_and_backoff(multiplier: float, longest_s: float) -> Callable[[RetryCallState], float]:
@@ -23,11 +22,3 @@ def asked_and_backoff(multiplier: float, longest_s: float) -> Callable[[RetryCal
         return asked + backoff(state)
 
     return wait
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address is this machine's own, which a proxy of the environment cannot reach."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -6,6 +6,8 @@ A scorer states what it needs from its callers and nothing about HTTP, Serve or 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,6 +23,19 @@ class ScorerOptions(BaseModel):
     """Base of a scorer's arguments: closed, so that a misspelt one is refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    neutral: ClassVar[frozenset[str]] = frozenset()
+    """Arguments that change no score, or only its last bits."""
+
+    def digest(self) -> str:
+        """Of the arguments that are not neutral and not at their default; empty where there is none.
+
+        A default that changes is a new `version` of the scorer.
+        """
+        told = self.model_dump(mode="json", exclude=set(self.neutral), exclude_defaults=True)
+        if not told:
+            return ""
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
 
 
 @dataclass(frozen=True)
@@ -38,13 +53,23 @@ class Scorer(ABC):
     name: ClassVar[str]
     """The name of its file in scorers/."""
     version: ClassVar[str]
-    """Of formula and preprocessing; grows when a score may change."""
+    """Of formula, preprocessing and defaults; grows when a score may change."""
     batch_invariant: ClassVar[bool]
     """An image gets the same score, to the bit, whatever it is scored with."""
     max_batch: int
     """Images that `score` takes at once."""
     model: str
     """The weights it scores with."""
+    options: ScorerOptions = ScorerOptions()
+    """Its arguments; whoever takes some keeps them here."""
+    threaded: ClassVar[bool] = False
+    """Whether it uses the CPU threads that it is given; otherwise more than one is refused."""
+
+    @property
+    def full_version(self) -> str:
+        """`version` and the digest of the arguments: scores of one model and full version are comparable."""
+        digest = self.options.digest()
+        return f"{self.version}-{digest}" if digest else self.version
 
     def check(self, prompt: str, metadata: Metadata) -> str | None:
         """Why this prompt and metadata can never be scored, or None. Refused before any work, with 422."""

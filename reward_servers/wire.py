@@ -29,7 +29,7 @@ from pydantic import ValidationError
 from pydantic_core import from_json
 from safetensors.numpy import save
 
-from reward_servers.protocol import Limits, Metadata, ProtocolError, ScoreRequest
+from reward_servers.protocol import Limits, Metadata, ProtocolError, ScoreRequest, explained
 
 Images = Sequence[NDArray[np.uint8]]
 """RGB images, each (H, W, 3); they may differ in size."""
@@ -108,19 +108,25 @@ def decode_tensors(body: bytes, limits: Limits) -> ScoreCall:
 
 def decode_json(body: bytes, limits: Limits) -> ScoreCall:
     """Inverse of `encode_json`."""
+    # Base64 has none of these: a body of nothing but `[],[],` would take twenty times its size.
+    _check_other(sum(map(body.count, (b"[", b"{", b","))), limits)
     try:
         # Not model_validate_json, which lets NaN pass inside metadata.
-        request = ScoreRequest.model_validate(from_json(body, allow_inf_nan=False))
+        given = from_json(body, allow_inf_nan=False)
+        if isinstance(given, dict) and isinstance(given.get("images"), list):
+            images = sum(len(image) for image in given["images"] if isinstance(image, str))
+            _check_other(len(body) - images, limits)
+        request = ScoreRequest.model_validate(given)
     except ValidationError as error:
-        raise ProtocolError(422, _explain(error)) from error
+        raise ProtocolError(422, explained(error, "body")) from error
     except ValueError as error:
         raise ProtocolError(422, f"body is no JSON: {error}") from error
     _check_count(len(request.images), limits)
     files = [_base64(text, index) for index, text in enumerate(request.images)]
     opened = [_open_png(file, index, limits) for index, file in enumerate(files)]
     _check_total(sum(image.width * image.height for image in opened), limits)
-    images = [_pixels(image, index) for index, image in enumerate(opened)]
-    return _call(images, request.prompts, request.metadata, limits)
+    pixels = [_pixels(image, index) for index, image in enumerate(opened)]
+    return _call(pixels, request.prompts, request.metadata, limits)
 
 
 def _header(body: bytes, limits: Limits) -> dict[str, Any]:
@@ -165,9 +171,12 @@ def _text(texts: dict[str, Any], name: str) -> Any:
     if name not in texts:
         return None
     try:
-        return from_json(texts[name], allow_inf_nan=False)
+        value = from_json(texts[name], allow_inf_nan=False)
+        # What is too large for a float has become infinite.
+        json.dumps(value, allow_nan=False)
     except (ValueError, TypeError) as error:
         raise ProtocolError(422, f"{name}: not a JSON text: {error}") from error
+    return value
 
 
 def _base64(text: str, index: int) -> bytes:
@@ -188,10 +197,12 @@ def _open_png(file: bytes, index: int, limits: Limits) -> Image.Image:
     except Exception as error:
         raise ProtocolError(422, f"images[{index}]: broken PNG file: {error}") from error
     _check_size(image.height, image.width, f"images[{index}]", limits)
-    if image.mode not in _PNG_MODES:
+    if image.mode not in _PNG_MODES or image.has_transparency_data:
         raise ProtocolError(
             422, f"images[{index}]: mode {image.mode}; send 8-bit RGB, grey or palette without alpha"
         )
+    if getattr(image, "is_animated", False):
+        raise ProtocolError(422, f"images[{index}]: animated; send one picture")
     return image
 
 
@@ -229,6 +240,13 @@ def _check_count(count: int, limits: Limits) -> None:
         raise ProtocolError(413, f"images: {count}; at most {limits.max_images} in a request")
 
 
+def _check_other(size: int, limits: Limits) -> None:
+    if size > limits.max_header_bytes:
+        raise ProtocolError(
+            413, f"body: more than {limits.max_header_bytes} bytes beside images, which is the limit"
+        )
+
+
 def _check_size(height: int, width: int, place: str, limits: Limits) -> None:
     if height < 1 or width < 1:
         raise ProtocolError(422, f"{place}: {width} x {height} pixels")
@@ -242,11 +260,3 @@ def _check_size(height: int, width: int, place: str, limits: Limits) -> None:
 def _check_total(pixels: int, limits: Limits) -> None:
     if pixels > limits.max_total_pixels:
         raise ProtocolError(413, f"images: {pixels} pixels together; at most {limits.max_total_pixels}")
-
-
-def _explain(error: ValidationError) -> str:
-    lines = [
-        f"{'.'.join(map(str, detail['loc'])) or 'body'}: {detail['msg']}"
-        for detail in error.errors(include_input=False, include_url=False)[:5]
-    ]
-    return "; ".join(lines)

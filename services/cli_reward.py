@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import os
 import sys
 from importlib.util import find_spec
@@ -131,7 +132,9 @@ def score(
     metadata: Annotated[
         str, typer.Option("--metadata", metavar="JSON", help="What the scorer needs beside the prompt.")
     ] = "{}",
-    app: Annotated[str | None, typer.Option("--app", help="Score in this process, with this scorer.")] = None,
+    app: Annotated[
+        str | None, typer.Option("--app", help="Score in this process, with this scorer (as of serve).")
+    ] = None,
     args: ScorerArgs = "{}",
     threads: Threads = 1,
     url: Annotated[
@@ -145,6 +148,8 @@ def score(
     """Score image files against a prompt, by a server or in this process."""
     if (app is None) == (url is None):
         raise ConfigError("give either --app, to score in this process, or --url of a server")
+    if not 0 < deadline < math.inf:
+        raise ConfigError(f"--deadline: expected seconds above 0, found {deadline}")
     from reward_servers.image_files import read_image, score_by_server, score_here
 
     extra = _object(metadata, "--metadata")
@@ -177,6 +182,8 @@ def bench(
     ] = None,
     requests: Annotated[int, typer.Option("--requests", min=100, help="Requests of the overload.")] = 10_000,
     replicas: Annotated[int, typer.Option("--replicas", min=2, help="Most replicas of the scaling.")] = 4,
+    passes: Annotated[int, typer.Option("--passes", min=1, help="Of each side of a comparison.")] = 9,
+    seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="Of one pass.")] = 3.0,
     as_json: Json = False,
 ) -> None:
     """What serving costs over the scorer alone; scaling; overload."""
@@ -185,7 +192,14 @@ def bench(
     unknown = sorted(set(parts or ()) - set(PARTS))
     if unknown:
         raise typer.BadParameter(f"{', '.join(unknown)}: valid are {', '.join(PARTS)}")
-    result = run_reward_bench(screen, parts=tuple(parts or PARTS), requests=requests, most=replicas)
+    result = run_reward_bench(
+        screen,
+        parts=tuple(parts or PARTS),
+        requests=requests,
+        most=replicas,
+        passes=passes,
+        pass_s=seconds,
+    )
     if as_json:
         _emit(result)
 
@@ -201,29 +215,31 @@ def _summary(name: str) -> str:
 
 def _object(text: str, option: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
-    except ValueError as error:
+        value = json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{option}: not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ConfigError(f"{option}: expected a JSON object, found {text:.80}")
     return value
 
 
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
 def _server_config(**fields: Any) -> ServerConfig:
     from pydantic import ValidationError
 
-    from reward_servers.scorers import scorer_names
+    from reward_servers.protocol import explained
+    from reward_servers.scorers import require_scorer
     from reward_servers.server_config import ServerConfig
 
-    app = fields["app"]
-    if ":" not in app and app not in scorer_names():
-        raise ConfigError(f"no scorer {app!r}; valid: {', '.join(scorer_names())}")
     try:
+        require_scorer(fields["app"])
         config = ServerConfig.model_validate(fields)
         config.token()
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, e['loc'])) or 'token'}: {e['msg']}" for e in error.errors()]
-        raise ConfigError("; ".join(lines)) from error
+        raise ConfigError(explained(error, "token")) from error
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
     return config

@@ -81,16 +81,16 @@ def parse_config(raw: dict[str, Any], *, source: str) -> Config:
 
 
 def _check_scorers(config: Config, source: str) -> None:
-    from reward_servers.scorers import scorer_names
+    from reward_servers.scorers import is_scorer, scorer_names
 
     valid = scorer_names()
     for index, reward in enumerate(config.rewards):
-        if reward.app is not None and reward.app not in valid:
+        if reward.app is not None and not is_scorer(reward.app):
             close = difflib.get_close_matches(reward.app, valid, n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
             raise ConfigError(
                 f"{source}:\n  rewards.{index}.app: there is no scorer {reward.app!r}; {hint}"
-                f"valid: {', '.join(valid)}"
+                f"valid: {', '.join(valid)}, or package.module:create"
             )
 
 

@@ -230,11 +230,11 @@ def _rewards(config: Config) -> list[Finding]:
 def _reward(reward: RewardConfig) -> Finding:
     what = f"reward {reward.name}"
     if reward.app is not None:
-        from reward_servers.scorers import scorer_names
+        from reward_servers.scorers import is_scorer, scorer_names
 
-        known = scorer_names()
-        ok = reward.app in known
-        remedy = "" if ok else f"set rewards[].app to one of {', '.join(known)}"
+        ok = is_scorer(reward.app)
+        valid = ", ".join(scorer_names())
+        remedy = "" if ok else f"set rewards[].app to one of {valid}, or to package.module:create"
         found = f"served by this run: {reward.app}" if ok else f"no scorer {reward.app!r}"
         return Finding(what=what, ok=ok, found=found, remedy=remedy)
     token = os.environ.get(reward.token_env) if reward.token_env else None

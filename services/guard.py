@@ -52,8 +52,15 @@ class Fall:
 class Guard:
     """Watches the rows of one run.
 
-    >>> guard = Guard(load_config("quickstart", ["guard.drop={tesseract: 0.1}"]))  # doctest: +SKIP
-    >>> [str(fall) for fall in guard.observe(row)]  # doctest: +SKIP
+    >>> from services.config_file import load_config
+    >>> from services.metrics import Estimate
+    >>> def row(step, **means):
+    ...     rewards = {name: Estimate(mean=mean) for name, mean in means.items()}
+    ...     return EvalRow(time=0, epoch=0, step=step, prompts=8, rewards=rewards)
+    >>> guard = Guard(load_config("quickstart", ["guard.drop={tesseract: 0.1}"]))
+    >>> rows = row(0, ocr=0.5, tesseract=0.6), row(1, ocr=0.7, tesseract=0.4)
+    >>> [[fall.reward for fall in guard.observe(each)] for each in rows]
+    [[], ['tesseract']]
     """
 
     def __init__(self, config: Config) -> None:

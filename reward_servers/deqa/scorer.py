@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -39,6 +39,9 @@ from reward_servers.wire import Images, ScoreCall
 class DeqaOptions(ScorerOptions):
     """Arguments of the DeQA scorer."""
 
+    # `model` is told by its name: the scorer's `model`.
+    neutral: ClassVar[frozenset[str]] = frozenset({"model", "device", "max_batch"})
+
     model: Path
     """Directory of the published repository: weights, tokenizer, preprocessor and code."""
     device: str = "cuda"
@@ -57,8 +60,9 @@ class DeqaScorer(Scorer):
     batch_invariant = False
 
     def __init__(self, options: DeqaOptions) -> None:
+        self.options = options
         self.max_batch = options.max_batch
-        self.model = f"{options.model.name} ({options.dtype})"
+        self.model = options.model.name
         self._divide_by = options.divide_by
         self._device = torch.device(options.device)
         self._dtype: torch.dtype = getattr(torch, options.dtype)

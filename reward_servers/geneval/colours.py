@@ -23,12 +23,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import CLIPModel
 
 from reward_servers.geneval.detector import Found, crop
 from reward_servers.geneval.task import COLOURS
 from reward_servers.networks.clip import Clip, ClipTokens
-from reward_servers.networks.loading import NeuralOptions, load_network
+from reward_servers.networks.loading import NeuralOptions
 from reward_servers.networks.pixels import clip_pixels
 
 TEMPLATES: Final = ("a photo of a {c} {name}", "a photo of a {c}-colored {name}", "a photo of a {c} object")
@@ -43,14 +42,12 @@ class ColourClassifier:
     """
 
     def __init__(self, source: str, options: NeuralOptions) -> None:
-        network = load_network(CLIPModel, source, options)
-        acts = {network.config.text_config.hidden_act, network.config.vision_config.hidden_act}
-        if acts != {"quick_gelu"}:
+        self._clip = Clip.load(source, options)
+        if (acts := self._clip.activations) != {"quick_gelu"}:
             raise ValueError(
                 f"{source}: its hidden_act is {', '.join(sorted(acts))}; colours are told by OpenAI's "
                 "checkpoint, whose activation is quick_gelu, such as openai/clip-vit-large-patch14"
             )
-        self._clip = Clip(network, options)
         self._tokens = ClipTokens(source, self._clip.text_config, options.revision)
         self._directions: dict[str, Tensor] = {}
 

@@ -1,9 +1,11 @@
 """Objects in images by Mask2Former (Swin-S, COCO instances), as GenEval's evaluation finds them with mmdet.
 
 Promises
-- Pre- and post-processing are mmdet's, re-made: what its test pipeline and `MaskFormerFusionHead` compute.
+- Resizing and post-processing are mmdet's, re-made: what its test pipeline and `MaskFormerFusionHead`
+  compute. Padding is that of the weights, Meta's: zeros after normalising. mmdet's own configuration (2.25
+  and later) pads with grey 128 before it normalises, which Meta's network has never seen.
   An image: bilinear (OpenCV) to a shorter side of 800, a longer one of at most 1333; ImageNet's mean and
-  deviation; zeros below and right to a multiple of 32.
+  deviation; then zeros below and right to a multiple of 32.
   A network's output: softmax over classes, the null class dropped; the 100 most probable pairs of query and
   class; mask logits bilinear to the padded size, cut, bilinear to the image's size; mask where they are above
   0; confidence = class probability x mean of sigmoid(logit) over the mask; box = tight around the mask.

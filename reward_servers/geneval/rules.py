@@ -19,7 +19,7 @@ only. A target that was itself not matched gives one 0 in both.
 
 Promises
 - Pure and free of any detector: what finds the objects, and what tells a colour, is the caller's.
-- What cannot be judged is refused by `parse_task` (task.py, whose names are here too).
+- What cannot be judged is refused by `parse_task` (task.py).
 
 Source: GenEval (arXiv 2310.11513), `evaluation/evaluate_images.py`; the training rules are those of
 `reward_server/gen_eval.py` of Flow-GRPO (arXiv 2505.05470), which DGPO (arXiv 2510.08425) trains with.
@@ -33,24 +33,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-from reward_servers.geneval.task import COLOURS, RELATIONS, TAGS, Requirement, Task, parse_task
-
-__all__ = [
-    "COLOURS",
-    "RELATIONS",
-    "TAGS",
-    "Box",
-    "Detection",
-    "Requirement",
-    "Rule",
-    "Task",
-    "Verdict",
-    "confident",
-    "judge",
-    "parse_task",
-    "relations",
-    "told_colour",
-]
+from reward_servers.geneval.task import Requirement, Task
 
 Rule = Literal["official", "strict", "dense"]
 Box = tuple[float, float, float, float]

@@ -21,8 +21,16 @@ from pydantic import Field
 from torch import Tensor
 from transformers import CLIPModel, CLIPTextConfig, CLIPTokenizer
 
-from reward_servers.networks.loading import NeuralOptions, batches, frozen, load_network, require_place
-from reward_servers.scorer import ItemScore, Scorer
+from reward_servers.networks.loading import (
+    NeuralOptions,
+    NeuralScorer,
+    batches,
+    frozen,
+    load_network,
+    require_place,
+    weights_name,
+)
+from reward_servers.scorer import ItemScore
 from reward_servers.wire import Images, ScoreCall
 
 Preprocess = Callable[[Images, int], Tensor]
@@ -54,19 +62,25 @@ class Clip:
         """Height and width of the network's input, pixels."""
 
     @classmethod
-    def load(cls, options: ClipOptions) -> Clip:
-        """The network at `options.path`.
+    def load(cls, source: str, options: NeuralOptions) -> Clip:
+        """The network in a local directory or at a hub id, in the format of transformers' CLIPModel.
 
         Raises:
             ValueError: it cannot be loaded, or is no whole CLIP network.
         """
         # Loaded in float32 and cast later: the temperature must not be rounded.
         exact = options.model_copy(update={"dtype": "float32", "device": "cpu"})
-        return cls(load_network(CLIPModel, options.path, exact), options)
+        return cls(load_network(CLIPModel, source, exact), options)
 
     @property
     def text_config(self) -> CLIPTextConfig:
         return self._network.config.text_config
+
+    @property
+    def activations(self) -> set[str]:
+        """Names of the activation functions; of OpenAI's networks `quick_gelu`."""
+        config = self._network.config
+        return {config.text_config.hidden_act, config.vision_config.hidden_act}
 
     @property
     def width(self) -> int:
@@ -129,17 +143,14 @@ class ClipTokens:
         return found["input_ids"], [bool(encoding.overflowing) for encoding in found.encodings]
 
 
-class ClipPairScorer(Scorer):
+class ClipPairScorer(NeuralScorer):
     """A score that is a factor of the cosine between image and prompt.
 
-    Details: `cosine`, and `truncated` where the network has not seen the end of a prompt.
+    Details: `cosine`, and `truncated`, 1 where the network has not seen the end of a prompt.
     """
 
-    batch_invariant = False
-
     def __init__(self, clip: Clip, tokens: ClipTokens, options: ClipOptions, *, factor: float) -> None:
-        self.model = options.path if options.revision is None else f"{options.path}@{options.revision}"
-        self.max_batch = options.max_batch
+        super().__init__(options, weights_name(options.path, options.revision))
         self._clip = clip
         self._tokens = tokens
         self._factor = factor
@@ -159,13 +170,10 @@ class ClipPairScorer(Scorer):
         texts = self._clip.text_features(tokens)[chosen]
         images = self._clip.image_features(call.images, self.pixels)
         cosines: list[float] = (images * texts).sum(dim=1).tolist()
-        return [self._item(cosine, truncated[place]) for cosine, place in zip(cosines, chosen, strict=True)]
-
-    def _item(self, cosine: float, truncated: bool) -> ItemScore:
-        if not math.isfinite(cosine):
-            return ItemScore(None, error="the network's features are not finite; try dtype float32")
-        details = {"cosine": cosine, "truncated": True} if truncated else {"cosine": cosine}
-        return ItemScore(cosine * self._factor, details)
+        return [
+            self.item(cosine * self._factor, {"cosine": cosine, "truncated": int(truncated[place])})
+            for cosine, place in zip(cosines, chosen, strict=True)
+        ]
 
     def warm_up(self) -> None:
         images = [np.zeros((self._clip.side, self._clip.side, 3), np.uint8)] * self.max_batch

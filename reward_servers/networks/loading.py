@@ -5,13 +5,15 @@ Promises
   them is run, and from a pickle only tensors and plain values are taken.
 - A checkpoint that lacks a weight of the network, or has another shape, is refused: a scorer never answers
   with random numbers.
+- Output that is not finite is an error of its image.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import Field
@@ -19,14 +21,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
-from reward_servers.scorer import ScorerOptions
+from reward_servers.scorer import ItemScore, Scorer, ScorerOptions
 
 Network = TypeVar("Network", bound=nn.Module)
 Item = TypeVar("Item")
+Options = TypeVar("Options", bound="NeuralOptions")
 
 
 class NeuralOptions(ScorerOptions):
     """Arguments of every scorer that is a torch network."""
+
+    # `dtype` is not among them: bfloat16 moves a score by more than models differ.
+    neutral: ClassVar[frozenset[str]] = frozenset({"device", "max_batch"})
 
     revision: str | None = None
     """Commit, tag or branch, where the weights come from the hub."""
@@ -43,13 +49,50 @@ class NeuralOptions(ScorerOptions):
         return found
 
 
-def load_network(kind: type[Network], source: str, options: NeuralOptions, **more: Any) -> Network:
+def neural_options(kind: type[Options], args: dict[str, Any], threads: int) -> Options:
+    """The arguments of a scorer, validated; torch, which has one setting a process, gets its threads."""
+    options = kind.model_validate(args)
+    torch.set_num_threads(threads)
+    return options
+
+
+class NeuralScorer(Scorer):
+    """A scorer that is a torch network, made with the threads of `neural_options`."""
+
+    batch_invariant = False
+    threaded = True
+    options: NeuralOptions
+
+    def __init__(self, options: NeuralOptions, model: str) -> None:
+        self.options = options
+        self.model = model
+        self.max_batch = options.max_batch
+
+    def item(self, score: float, details: dict[str, Any] | None = None) -> ItemScore:
+        """The score of an image, or why there is none."""
+        return ItemScore(score, details or {}) if math.isfinite(score) else self.not_finite()
+
+    def not_finite(self, what: str = "the network's output") -> ItemScore:
+        """For an image whose output is infinite or no number."""
+        finer = "" if self.options.dtype == "float32" else "; try dtype float32"
+        return ItemScore(None, error=f"{what} is not finite in {self.options.dtype}{finer}")
+
+
+def weights_name(source: str, revision: str | None) -> str:
+    """How a network's weights are told: where they are from, and at which revision.
+
+    >>> weights_name("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41")
+    'openai/clip-vit-large-patch14@32bd64288804d66eefd0ccbe215aa642df71cc41'
+    """
+    return source if revision is None else f"{source}@{revision}"
+
+
+def load_network(kind: type[Network], source: str, options: NeuralOptions) -> Network:
     """A frozen network in the format of transformers, on its device.
 
     Args:
         kind: class of transformers.
         source: local directory or hub id.
-        more: for `from_pretrained`, such as `subfolder`.
 
     Raises:
         ValueError: it cannot be loaded, or the checkpoint lacks weights of the network.
@@ -58,14 +101,13 @@ def load_network(kind: type[Network], source: str, options: NeuralOptions, **mor
     network: Network
     try:
         require_place(source)
-        _require_kind(load, source, options.revision, **more)
+        _require_kind(load, source, options.revision)
         network, found = load.from_pretrained(
             source,
             revision=options.revision,
             dtype=options.torch_dtype,
             use_safetensors=True,
             output_loading_info=True,
-            **more,
         )
     except Exception as error:
         raise ValueError(f"{source}: no {kind.__name__} could be loaded from there: {error}") from error
@@ -78,12 +120,10 @@ def load_network(kind: type[Network], source: str, options: NeuralOptions, **mor
     return frozen(network, options)
 
 
-def _require_kind(kind: Any, source: str, revision: str | None, subfolder: str = "", **_: Any) -> None:
+def _require_kind(kind: Any, source: str, revision: str | None) -> None:
     """transformers would make a network of default size of another's configuration, and only warn."""
     expected = kind.config_class
-    if expected.base_config_key:
-        return  # A part of a network, which is loaded from the checkpoint of the whole.
-    config, _ = expected.get_config_dict(source, revision=revision, subfolder=subfolder)
+    config, _ = expected.get_config_dict(source, revision=revision)
     found = config.get("model_type", expected.model_type)
     if found != expected.model_type:
         raise ValueError(f"it is a checkpoint of {found!r}, not of {expected.model_type!r}")

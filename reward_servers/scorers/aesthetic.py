@@ -12,7 +12,6 @@ use it, on `openai/clip-vit-large-patch14`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -21,9 +20,15 @@ import torch
 from torch import Tensor
 
 from reward_servers.networks.clip import Clip, ClipOptions
-from reward_servers.networks.loading import read_weights, weight_file
+from reward_servers.networks.loading import (
+    NeuralScorer,
+    neural_options,
+    read_weights,
+    weight_file,
+    weights_name,
+)
 from reward_servers.networks.pixels import clip_pixels
-from reward_servers.scorer import ItemScore, Scorer
+from reward_servers.scorer import ItemScore
 from reward_servers.wire import Images, ScoreCall
 
 LAYERS: Final = (0, 2, 4, 6, 7)
@@ -43,32 +48,24 @@ class AestheticOptions(ClipOptions):
 
 
 def create(args: dict[str, Any], threads: int) -> AestheticScorer:
-    torch.set_num_threads(threads)
-    return AestheticScorer(AestheticOptions.model_validate(args))
+    return AestheticScorer(neural_options(AestheticOptions, args, threads))
 
 
-class AestheticScorer(Scorer):
+class AestheticScorer(NeuralScorer):
     name = "aesthetic"
     version = "1"
-    batch_invariant = False
 
     def __init__(self, options: AestheticOptions) -> None:
         file = weight_file(options.head, options.head_file)
-        self._clip = Clip.load(options)
+        super().__init__(options, f"{file.name} on {weights_name(options.path, options.revision)}")
+        self._clip = Clip.load(options.path, options)
         self._weight, self._bias = affine_head(read_weights(file), self._clip.width, str(file))
         self._scale = options.scale
-        self.max_batch = options.max_batch
-        self.model = f"{file.name} on {options.path}"
 
     def score(self, call: ScoreCall) -> Sequence[ItemScore]:
         features = self._clip.image_features(call.images, _pixels)
         scores: list[float] = ((features @ self._weight + self._bias) / self._scale).tolist()
-        return [
-            ItemScore(score)
-            if math.isfinite(score)
-            else ItemScore(None, error="the network's features are not finite; try dtype float32")
-            for score in scores
-        ]
+        return [self.item(score) for score in scores]
 
     def warm_up(self) -> None:
         self._clip.image_features(

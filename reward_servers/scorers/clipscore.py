@@ -22,6 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from reward_servers.networks.clip import Clip, ClipOptions, ClipPairScorer, ClipTokens
+from reward_servers.networks.loading import neural_options
 from reward_servers.networks.pixels import centre_of_long, clip_normalised, clip_pixels, crop_starts
 from reward_servers.wire import Images
 
@@ -40,8 +41,7 @@ class ClipScoreOptions(ClipOptions):
 
 
 def create(args: dict[str, Any], threads: int) -> ClipScoreScorer:
-    torch.set_num_threads(threads)
-    return ClipScoreScorer(ClipScoreOptions.model_validate(args))
+    return ClipScoreScorer(neural_options(ClipScoreOptions, args, threads))
 
 
 class ClipScoreScorer(ClipPairScorer):
@@ -49,7 +49,7 @@ class ClipScoreScorer(ClipPairScorer):
     version = "1"
 
     def __init__(self, options: ClipScoreOptions) -> None:
-        clip = Clip.load(options)
+        clip = Clip.load(options.path, options)
         if options.tokenizer is None:
             tokens = ClipTokens(options.path, clip.text_config, options.revision)
         else:

@@ -28,22 +28,20 @@ from reward_servers.geneval.classes import CLASSES
 from reward_servers.geneval.colours import ColourClassifier
 from reward_servers.geneval.detector import Found, Mask2FormerDetector
 from reward_servers.geneval.rules import (
-    COLOURS,
     COUNTING_THRESHOLD,
     MAX_OBJECTS,
     POSITION_THRESHOLD,
     THRESHOLD,
     Detection,
     Rule,
-    Task,
     Verdict,
     confident,
     judge,
-    parse_task,
 )
-from reward_servers.networks.loading import NeuralOptions
+from reward_servers.geneval.task import COLOURS, Task, parse_task
+from reward_servers.networks.loading import NeuralOptions, NeuralScorer, neural_options, weights_name
 from reward_servers.protocol import Metadata
-from reward_servers.scorer import ItemScore, Scorer
+from reward_servers.scorer import ItemScore
 from reward_servers.wire import ScoreCall
 
 
@@ -85,18 +83,17 @@ class GenevalOptions(NeuralOptions):
 
 
 def create(args: dict[str, Any], threads: int) -> GenevalScorer:
-    return GenevalScorer(GenevalOptions.model_validate(args))
+    return GenevalScorer(neural_options(GenevalOptions, args, threads))
 
 
-class GenevalScorer(Scorer):
+class GenevalScorer(NeuralScorer):
     name = "geneval"
     version = "1"
-    batch_invariant = False
 
     def __init__(self, options: GenevalOptions) -> None:
+        detector = weights_name(options.detector, options.revision)
+        super().__init__(options, f"{detector} + {weights_name(options.clip, options.clip_revision)}")
         self._options = options
-        self.max_batch = options.max_batch
-        self.model = f"{options.detector} + {options.clip}"
         self._detector = Mask2FormerDetector(
             options.detector, options, short_side=options.short_side, long_side=options.long_side
         )
@@ -131,7 +128,7 @@ class GenevalScorer(Scorer):
         if isinstance(task, str):
             return ItemScore(None, error=task)
         if found is None:
-            return ItemScore(None, error=f"the detector's output is not finite in {self._options.dtype}")
+            return self.not_finite("the detector's output")
         counting = task.tag == "counting"
         kept = confident(
             [one.detection for one in found],
@@ -148,7 +145,7 @@ class GenevalScorer(Scorer):
             return trial
         told = {id(one.detection): next(colours) for _, one in trial.asked}
         if None in told.values():
-            return ItemScore(None, error=f"CLIP's output is not finite in {self._options.dtype}")
+            return self.not_finite("CLIP's output")
         detections = [replace(detection, colour=told.get(id(detection))) for detection in trial.kept]
         verdicts = {rule: self._judge(trial.task, detections, rule) for rule in get_args(Rule)}
         verdict = verdicts[self._options.rule]

@@ -18,12 +18,11 @@ from __future__ import annotations
 import html
 from typing import Any, Final
 
-import torch
 from torch import Tensor
 from transformers import CLIPConfig
 
 from reward_servers.networks.clip import Clip, ClipOptions, ClipPairScorer, ClipTokens
-from reward_servers.networks.loading import read_weights, weight_file
+from reward_servers.networks.loading import neural_options, read_weights, weight_file
 from reward_servers.networks.open_clip import load_open_clip
 from reward_servers.networks.pixels import clip_pixels
 from reward_servers.wire import Images
@@ -67,8 +66,7 @@ class HpsOptions(ClipOptions):
 
 
 def create(args: dict[str, Any], threads: int) -> HpsScorer:
-    torch.set_num_threads(threads)
-    return HpsScorer(HpsOptions.model_validate(args), VIT_H_14)
+    return HpsScorer(neural_options(HpsOptions, args, threads), VIT_H_14)
 
 
 class HpsScorer(ClipPairScorer):

@@ -7,7 +7,7 @@ About -2 to 2; SD3.5-M has 0.87 on DrawBench, and 1.0 to 1.3 after DGPO. `THUDM/
 
 Preprocessing: the shorter side to 224 pixels, bicubic, centre crop, CLIP's mean and deviation; prompts
 through the tokenizer of `bert-base-uncased`, padded and cut to 35 tokens. The rest of a longer prompt is not
-seen: `truncated` of the details says so.
+seen: `truncated` of the details is 1.
 
 Source: arXiv 2304.05977, `ImageReward/ImageReward.py` of its authors (image 224, tokens 35, first token).
 """
@@ -19,13 +19,19 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import torch
 from transformers import AutoTokenizer
 
 from reward_servers.networks.image_reward import load_image_reward
-from reward_servers.networks.loading import NeuralOptions, batches, require_place, weight_file
+from reward_servers.networks.loading import (
+    NeuralOptions,
+    NeuralScorer,
+    neural_options,
+    require_place,
+    weight_file,
+    weights_name,
+)
 from reward_servers.networks.pixels import clip_pixels
-from reward_servers.scorer import ItemScore, Scorer
+from reward_servers.scorer import ItemScore
 from reward_servers.wire import ScoreCall
 
 CONFIG: Final = "med_config.json"
@@ -45,18 +51,15 @@ class ImageRewardOptions(NeuralOptions):
 
 
 def create(args: dict[str, Any], threads: int) -> ImageRewardScorer:
-    torch.set_num_threads(threads)
-    return ImageRewardScorer(ImageRewardOptions.model_validate(args))
+    return ImageRewardScorer(neural_options(ImageRewardOptions, args, threads))
 
 
-class ImageRewardScorer(Scorer):
+class ImageRewardScorer(NeuralScorer):
     name = "imagereward"
     version = "1"
-    batch_invariant = False
 
     def __init__(self, options: ImageRewardOptions) -> None:
-        self.model = options.path
-        self.max_batch = options.max_batch
+        super().__init__(options, weights_name(options.path, options.revision))
         weights = weight_file(options.path, options.weights, options.revision)
         config = (
             weights.with_name(CONFIG)
@@ -76,19 +79,16 @@ class ImageRewardScorer(Scorer):
             )
 
     def score(self, call: ScoreCall) -> Sequence[ItemScore]:
-        items: list[ItemScore] = []
-        for chosen in batches(range(len(call)), self.max_batch):
-            prompts = [call.prompts[index] for index in chosen]
-            tokens = self._tokenizer(
-                prompts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
-            )
-            pixels = clip_pixels([call.images[index] for index in chosen], self._network.image_size)
-            rewards = self._network.score(pixels, tokens.input_ids, tokens.attention_mask)
-            items += [
-                ItemScore(reward, {"truncated": int(len(self._tokenizer(prompt).input_ids) > TOKENS)})
-                for reward, prompt in zip(rewards.tolist(), prompts, strict=True)
-            ]
-        return items
+        prompts = list(call.prompts)
+        tokens = self._tokenizer(
+            prompts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
+        )
+        pixels = clip_pixels(call.images, self._network.image_size)
+        rewards = self._network.score(pixels, tokens.input_ids, tokens.attention_mask)
+        return [
+            self.item(reward, {"truncated": int(len(self._tokenizer(prompt).input_ids) > TOKENS)})
+            for reward, prompt in zip(rewards.tolist(), prompts, strict=True)
+        ]
 
     def warm_up(self) -> None:
         self.score(ScoreCall([np.zeros((64, 64, 3), np.uint8)], ["warm-up"], [{}]))

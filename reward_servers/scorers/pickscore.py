@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from reward_servers.networks.clip import Clip, ClipOptions, ClipPairScorer, ClipTokens
+from reward_servers.networks.loading import neural_options
 from reward_servers.networks.pixels import clip_pixels
 from reward_servers.wire import Images
 
@@ -32,8 +32,7 @@ class PickScoreOptions(ClipOptions):
 
 
 def create(args: dict[str, Any], threads: int) -> PickScoreScorer:
-    torch.set_num_threads(threads)
-    return PickScoreScorer(PickScoreOptions.model_validate(args))
+    return PickScoreScorer(neural_options(PickScoreOptions, args, threads))
 
 
 class PickScoreScorer(ClipPairScorer):
@@ -41,7 +40,7 @@ class PickScoreScorer(ClipPairScorer):
     version = "1"
 
     def __init__(self, options: PickScoreOptions) -> None:
-        clip = Clip.load(options)
+        clip = Clip.load(options.path, options)
         tokens = ClipTokens(options.tokenizer, clip.text_config)
         super().__init__(clip, tokens, options, factor=clip.temperature / options.scale)
 

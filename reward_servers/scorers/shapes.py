@@ -22,7 +22,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from reward_servers.geneval.rules import Detection, Task, judge, parse_task
+from reward_servers.geneval.rules import Detection, judge
+from reward_servers.geneval.task import Task, parse_task
 from reward_servers.protocol import Metadata
 from reward_servers.scorer import ItemScore, Scorer, ScorerOptions
 from reward_servers.shapes.detector import find_shapes
@@ -39,7 +40,6 @@ class ShapesOptions(ScorerOptions):
 
 
 def create(args: dict[str, Any], threads: int) -> ShapesScorer:
-    # `threads` is of no use: images are too small to share out.
     return ShapesScorer(ShapesOptions.model_validate(args))
 
 
@@ -50,8 +50,9 @@ class ShapesScorer(Scorer):
     max_batch = 256
 
     def __init__(self, options: ShapesOptions) -> None:
+        self.options = options
         self._rule = options.rule
-        self.model = f"outlines of {len(SHAPES)} shapes in {len(COLOURS)} colours ({options.rule})"
+        self.model = f"outlines of {len(SHAPES)} shapes in {len(COLOURS)} colours"
 
     def check(self, prompt: str, metadata: Metadata) -> str | None:
         try:

@@ -9,8 +9,8 @@ Promises
 - An image whose answer holds no score is an error that shows the answer; nothing becomes 0.
 - At most `concurrency` requests are at the endpoint at once, over all images of a call; what may pass is
   tried again (vlm/endpoint.py).
-- A call ends within `call_s`: images without an answer by then are errors. If the endpoint was unavailable
-  for all of them, the call itself fails with 503, which clients try again.
+- A call ends within `call_s`. If the endpoint was unavailable for an image, or had not answered by then, the
+  call as a whole fails with 503, which clients try again: what may pass is no error of an image.
 
 Not batch-invariant: each image is a request of its own, but the endpoint batches it with whatever else it
 serves, and its kernels give other bits for other batches. At temperature 0 that can still change a word.
@@ -22,11 +22,10 @@ with `request` they queue behind one another.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import httpx
 from pydantic import Field, field_validator, model_validator
@@ -44,6 +43,10 @@ _KEPT_CHARS = 4000
 
 class VlmJudgeOptions(ScorerOptions):
     """Arguments of the `vlm_judge` scorer. A preset fills in what is not given."""
+
+    neutral: ClassVar[frozenset[str]] = frozenset(
+        {"preset", "base_url", "api_key_env", "concurrency", "attempt_s", "retries", "call_s"}
+    )
 
     preset: Literal["unified_reward", "unified_reward_qwen"] | None = None
     """Model, template, pattern, range, divisor and image size of a published judge (vlm/question.py)."""
@@ -147,11 +150,9 @@ class VlmJudge(Scorer):
     max_batch = 256
 
     def __init__(self, options: VlmJudgeOptions) -> None:
-        self._options = options
+        self.options = self._options = options
         self._key = options.key()
-        asked = repr((options.prompt_template, options.score_pattern.pattern, options.image_size))
-        # Scores to different questions are not comparable, and the model's name does not tell them apart.
-        self.model = f"{options.model} (question {hashlib.sha256(asked.encode()).hexdigest()[:8]})"
+        self.model = options.model
 
     def check(self, prompt: str, metadata: Metadata) -> str | None:
         if self._options.score_pattern.search(prompt) is None:
@@ -201,10 +202,16 @@ class VlmJudge(Scorer):
                     return Unavailable(f"no answer within the call's {self._options.call_s:g} s")
 
             items = await asyncio.gather(*map(one, range(len(call))))
+        scored = [item for item in items if isinstance(item, ItemScore)]
         failed = [item for item in items if isinstance(item, Unavailable)]
-        if len(failed) == len(items):
-            raise ProtocolError(503, f"the judge at {self._options.base_url}: {failed[0]}", retry_after_s=2)
-        return [ItemScore(None, error=str(item)) if isinstance(item, Unavailable) else item for item in items]
+        if failed:
+            raise ProtocolError(
+                503,
+                f"the judge at {self._options.base_url} is unavailable for {len(failed)} of {len(items)} "
+                f"images: {failed[0]}",
+                retry_after_s=2,
+            )
+        return scored
 
     async def _judge_one(self, endpoint: ChatEndpoint, call: ScoreCall, index: int) -> ItemScore:
         options = self._options

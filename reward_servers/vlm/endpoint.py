@@ -24,8 +24,8 @@ from tenacity import (
     stop_after_attempt,
 )
 
-from reward_servers.answer import Answer, Transient
-from reward_servers.retrying import asked_and_backoff, is_loopback
+from reward_servers.exchange import Answer, Transient, ask_async, client_options
+from reward_servers.retrying import asked_and_backoff
 
 _PAUSE: Final = asked_and_backoff(0.5, 8.0)
 
@@ -74,21 +74,10 @@ class ChatEndpoint:
         self._retries = retries
         self._patience_s = patience_s
         self._places = asyncio.Semaphore(concurrency)
-        parsed = httpx.URL(self.url)
         self._client = httpx.AsyncClient(
-            headers={
-                "Accept": "application/json",
-                # The size of the answer is bounded before it is unpacked.
-                "Accept-Encoding": "identity",
-                **({"Authorization": f"Bearer {key}"} if key else {}),
-            },
+            **client_options(httpx.URL(self.url), key),
             # `_places` is the bound: waiting for a connection would count as part of an attempt.
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=concurrency),
-            # A proxy of the environment cannot reach this machine's loopback.
-            trust_env=not is_loopback(parsed.host),
-            follow_redirects=False,
-            # Reading the certificates takes longer than many a request, and http has no use for them.
-            verify=parsed.scheme == "https",
         )
 
     async def __aenter__(self) -> ChatEndpoint:
@@ -113,7 +102,7 @@ class ChatEndpoint:
         try:
             return sorted(model.id for model in _Models.model_validate_json(bytes(answer.body)).data)
         except ValidationError as error:
-            raise Refused(f"expected a list of models, got {self._shown(answer)}") from error
+            raise Refused(f"expected a list of models, got {answer.shown}") from error
 
     async def chat(self, body: dict[str, Any]) -> bytes:
         """The body of its answer to a chat request.
@@ -141,27 +130,13 @@ class ChatEndpoint:
         raise AssertionError("unreachable: retrying ends with a return or an error")
 
     async def _attempt(self, method: str, path: str, body: dict[str, Any] | None) -> Answer:
-        seconds = self._attempt_s
-        try:
-            async with (
-                asyncio.timeout(seconds),
-                self._client.stream(method, self.url + path, json=body, timeout=seconds) as response,
-            ):
-                answer = Answer(response)
-                async for chunk in response.aiter_raw():
-                    answer.add(chunk)
-        except (TimeoutError, httpx.TimeoutException) as error:
-            raise Transient(f"no answer within {seconds:g} s") from error
-        except httpx.TransportError as error:
-            raise Transient(f"{type(error).__name__}: {error}") from error
-        if answer.status in (408, 429) or answer.status >= 500:
+        content = {} if body is None else {"json": body}
+        url = self.url + path
+        answer = await ask_async(self._client, method, url, self._attempt_s, self._key, **content)
+        if answer.may_pass:
             if answer.retry_after_s > self._patience_s:
-                raise Unavailable(f"asks to wait {answer.retry_after_s:.0f} s: {self._shown(answer)}")
-            raise Transient(self._shown(answer), answer.retry_after_s)
+                raise Unavailable(f"asks to wait {answer.retry_after_s:.0f} s: {answer.shown}")
+            raise Transient(answer.shown, answer.retry_after_s)
         if answer.status != 200 or answer.overflow:
-            raise Refused(f"expected 200, got {self._shown(answer)}")
+            raise Refused(f"expected 200, got {answer.shown}")
         return answer
-
-    def _shown(self, answer: Answer) -> str:
-        # Some endpoints repeat a key that they do not know.
-        return answer.shown.replace(self._key, "***") if self._key else answer.shown

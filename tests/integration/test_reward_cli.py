@@ -165,3 +165,14 @@ def test_the_bench_finds_nothing_lost(home: Path) -> None:
     words, photographs = found["bodies"]["rows"].values()
     assert photographs["safetensors"]["bytes"] > words["safetensors"]["bytes"] > 16 * 32 * 64 * 3
     assert set(words["json"]) == {"bytes", "encode_s", "decode_s", "answered_s"}
+
+
+def test_the_bench_measures_ocr_alone_and_on_serve(home: Path) -> None:
+    """One short pass of each, on a Ray of its own: that it measures, not what."""
+    found = result_of(dgpo(home, "bench", "throughput", "--passes", "1", "--seconds", "3", "--json"))
+    throughput = found["throughput"]
+    assert set(throughput["rows"]) == {"uvicorn", "Ray Serve"}
+    for row in throughput["rows"].values():
+        assert min(row["direct_images_s"], row["served_images_s"], row["p50_s"]) > 0
+        assert row["ratio_min"] == row["ratio"] == row["ratio_max"]
+        assert row["met"] is (row["ratio"] >= row["target"])

@@ -6,20 +6,25 @@ import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
 import psutil
 import pytest
+import ray
 from numpy.typing import NDArray
 from ray import serve
 
+from benchmarks.timed_scorer import TIMED
 from quickstart.render import render
 from quickstart.words import prompt_of, train_word
+from reward_servers import launch
 from reward_servers.client import RewardClient, RewardRefused
-from reward_servers.deployment import build
+from reward_servers.deployment import build, deployment_of
 from reward_servers.launch import RewardsNotReady, start_rewards, stop_rewards
 from reward_servers.protocol import JSON_TYPE, TENSOR_TYPE, ErrorBody
+from reward_servers.server_config import ServerConfig
 from reward_servers.wire import encode_tensors
 from services.config import RewardConfig
 
@@ -60,6 +65,11 @@ def client_of(urls: dict[str, str], name: str, token: str = TOKEN) -> RewardClie
     return RewardClient(name, urls[name], token, DEADLINE_S)
 
 
+def _root(urls: dict[str, str]) -> str:
+    """The address of Serve."""
+    return urls["words"].rsplit("/", 2)[0]
+
+
 @pytest.mark.parametrize("name", ["words", "tesseract"])
 def test_reads_words_the_same_alone_and_together(
     urls: dict[str, str], words: tuple[list[str], NDArray[np.uint8]], name: str
@@ -84,7 +94,75 @@ def test_each_reward_is_an_application_of_its_own(urls: dict[str, str]) -> None:
         for name in ("words", "tesseract")
     }
     assert served == {"words": "ocr", "tesseract": "ocr_tesseract"}
-    assert set(serve.status().applications) == {"reward-words", "reward-tesseract"}
+    own, others = urls["words"].split("/")[-2], set(serve.status().applications)
+    assert others == {f"reward-{own}-words", f"reward-{own}-tesseract"}
+    assert urls["tesseract"].endswith(f"/{own}/tesseract")
+
+
+def test_two_runs_with_a_reward_of_the_same_name_leave_each_other_alone(
+    urls: dict[str, str], words: tuple[list[str], NDArray[np.uint8]], tmp_path: Path
+) -> None:
+    """The second run is another process on the same Ray cluster, with a token of its own."""
+    prompts, images = words
+    file = tmp_path / "token"
+    file.touch(0o600)
+    file.write_text("the-token-of-another-run")
+    first, other = client_of(urls, "words"), another_run()
+    try:
+        theirs = ray.get(other.start.remote(file), timeout=DEADLINE_S)
+        assert theirs["words"] != urls["words"]
+        second = client_of(theirs, "words", "the-token-of-another-run")
+        assert first.score(images, prompts).scores == second.score(images, prompts).scores
+        with pytest.raises(RewardRefused, match="401"):
+            client_of(theirs, "words").score(images, prompts)
+        second.close()
+        ray.get(other.stop.remote(), timeout=DEADLINE_S)
+        assert len(first.score(images, prompts).scores) == len(images), "the first run's are still there"
+    finally:
+        first.close()
+        ray.kill(other)
+
+
+def another_run() -> Any:
+    """Its driver. The class is local so that it travels by value: Ray's workers cannot import tests."""
+
+    class Driver:
+        def start(self, token_file: Path) -> dict[str, str]:
+            return start_rewards(REWARDS[:1], token_file=token_file, port=0, deadline_s=DEADLINE_S)
+
+        def stop(self) -> None:
+            stop_rewards()
+
+    return ray.remote(num_cpus=0)(Driver).remote()
+
+
+def test_serve_outlives_the_run_that_started_it_while_another_uses_it(
+    urls: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "_started", [])
+    monkeypatch.setattr(launch, "_owns_serve", True)
+    before = set(serve.status().applications)
+    stop_rewards()
+    assert set(serve.status().applications) == before
+
+
+def test_an_application_that_is_not_ours_is_not_replaced(
+    urls: dict[str, str], token_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch.secrets, "token_hex", lambda count: urls["words"].split("/")[-2])
+    with pytest.raises(RewardsNotReady, match=r"already has an application 'reward-\w+-words'"):
+        start_rewards(REWARDS[:1], token_file=token_file, port=0, deadline_s=DEADLINE_S)
+    assert httpx.get(urls["words"] + "/healthz", trust_env=False).status_code == 200
+
+
+def test_a_scorer_of_another_package_is_served_by_where_it_is(urls: dict[str, str], token_file: Path) -> None:
+    timed = RewardConfig(name="timed", app=TIMED, args={"image_s": 0}, num_cpus=0.1)
+    found = start_rewards([timed], token_file=token_file, port=0, deadline_s=DEADLINE_S)
+    client = RewardClient("timed", found["timed"], TOKEN, DEADLINE_S, app=TIMED)
+    try:
+        assert client.score(np.zeros((2, 2, 2, 3), np.uint8), "p").scores == (0.0, 0.0)
+    finally:
+        client.close()
 
 
 def test_a_wrong_token_is_refused(urls: dict[str, str], words: tuple[list[str], NDArray[np.uint8]]) -> None:
@@ -119,7 +197,7 @@ def test_overload_is_shed_and_waited_out(
     prompts, images = words
     args = {"app": "ocr", "token_file": str(token_file), "max_pending": 1}
     serve.run(build(args), name="narrow", route_prefix="/narrow")
-    url = urls["words"].removesuffix("/words") + "/narrow"
+    url = _root(urls) + "/narrow"
     headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": TENSOR_TYPE}
     body = encode_tensors(images, prompts)
 
@@ -143,6 +221,49 @@ def test_overload_is_shed_and_waited_out(
         assert response.headers["content-type"] == JSON_TYPE
         assert ErrorBody.model_validate_json(response.content).error == "overloaded"
     assert len(set(scored)) == 1
+
+
+def test_what_serve_sheds_by_itself_has_the_same_body(urls: dict[str, str], token_file: Path) -> None:
+    """The replica has room; Serve lets one request through and one wait, and refuses the others."""
+    config = ServerConfig(
+        app="benchmarks.timed_scorer:create", args={"image_s": 0.5}, token_file=token_file, max_pending=64
+    )
+    narrow = deployment_of(config).options(max_ongoing_requests=1, max_queued_requests=1)
+    serve.run(narrow.bind(config.model_dump(mode="json")), name="queued", route_prefix="/queued")
+    url = _root(urls) + "/queued"
+    images = np.zeros((1, 2, 2, 3), np.uint8)
+    body = encode_tensors(images, "p")
+    headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": TENSOR_TYPE}
+
+    def post(_: int) -> httpx.Response:
+        return httpx.post(
+            url + "/v1/score", content=body, headers=headers, timeout=DEADLINE_S, trust_env=False
+        )
+
+    client = RewardClient("queued", url, TOKEN, DEADLINE_S)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            responses = list(pool.map(post, range(8)))
+            scored = list(pool.map(lambda _: client.score(images, "p"), range(8)))
+    finally:
+        client.close()
+        serve.delete("queued")
+    shed = [response for response in responses if response.status_code == 429]
+    assert shed and {response.status_code for response in responses} == {200, 429}
+    for response in shed:
+        assert response.headers["retry-after"] == "1"
+        assert response.headers["content-type"] == JSON_TYPE
+        answer = ErrorBody.model_validate_json(response.content)
+        assert answer.error == "overloaded" and "max_queued_requests" in answer.detail
+    assert [each.scores for each in scored] == [(0.0,)] * 8
+    assert max(each.attempts for each in scored) > 1, "what Serve shed was asked again"
+
+
+def test_a_path_that_nobody_serves_is_answered_by_the_protocol(urls: dict[str, str]) -> None:
+    url = _root(urls) + "/nowhere/v1/score"
+    answer = httpx.post(url, content=b"", trust_env=False)
+    assert answer.status_code == 404
+    assert ErrorBody.model_validate_json(answer.content).error == "not_found"
 
 
 def test_a_reward_that_cannot_start_is_named(urls: dict[str, str], token_file: Path) -> None:

@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import importlib
 import os
-import random
 import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
+import matplotlib
 import numpy as np
 import pytest
 import yaml
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
 from ray import serve
 from ray.serve.schema import ServeDeploySchema
 from ray.util import list_named_actors
 
-from quickstart.render import render
-from quickstart.words import prompt_of, train_word
+from benchmarks.reward_scaling import SHORTENED
+from quickstart.words import prompt_of
 from reward_servers.client import RewardClient
-from reward_servers.deployment import build
+from reward_servers.deployment import autoscaling, build
 from reward_servers.protocol import INFO_PATH, JSON_TYPE, SCORE_PATH, TENSOR_TYPE
 from reward_servers.scorer import ScorerOptions
 from reward_servers.scorers import scorer_names
 from reward_servers.server_config import ServerConfig
-from reward_servers.wire import encode_tensors
+from reward_servers.wire import ScoreCall, encode_tensors
 from services.config_file import PROJECT_ROOT
 
 TOKEN = "a-token-for-tests-only"
@@ -70,6 +73,39 @@ def test_its_scorer_takes_its_arguments(name: str) -> None:
     assert deployment["name"] == "reward", "Serve would refuse settings of a deployment that there is not"
     gpus = deployment["ray_actor_options"].get("num_gpus", 0)
     assert (config.args.get("device") == "cuda") is (gpus > 0)
+
+
+def test_the_autoscaling_policy_is_that_of_rewards_that_the_driver_starts() -> None:
+    policies = [
+        deployment["autoscaling_config"]
+        for application in APPLICATIONS.values()
+        for deployment in application["deployments"]
+        if "autoscaling_config" in deployment
+    ]
+    assert policies
+    for policy in policies:
+        assert policy == autoscaling(policy["min_replicas"], policy["max_replicas"])
+    assert set(SHORTENED) < set(policies[0]), "the bench shortens what there is"
+
+
+def test_the_ocr_of_the_file_reads_pictures() -> None:
+    """What a text-to-image model makes is no line of text."""
+    from reward_servers.scorers import load_scorer
+
+    for name in OCR:
+        given = APPLICATIONS[name]["args"]
+        (item,) = load_scorer(given["app"], given["args"]).score(
+            ScoreCall([sign("HELLO")], [prompt_of("HELLO")], [{}])
+        )
+        assert item.score == 1.0, item.details
+
+
+def sign(word: str) -> NDArray[np.uint8]:
+    """(512, 512, 3), a word somewhere in it."""
+    font = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    image = Image.new("RGB", (512, 512), (210, 220, 230))
+    ImageDraw.Draw(image).text((120, 300), word, (20, 20, 40), font=ImageFont.truetype(str(font), 64))
+    return np.asarray(image)
 
 
 def _serve_is_gone() -> bool:
@@ -124,9 +160,8 @@ def address(ray_local: None) -> Iterator[str]:
 @pytest.mark.integration
 @pytest.mark.parametrize("name", OCR)
 def test_a_deployed_reward_scores(address: str, name: str) -> None:
-    rng = random.Random(3)
-    words = [train_word(rng) for _ in range(8)]
-    images = np.stack([render(word, rng) for word in words])
+    words = ["HELLO", "MOON", "RIVER"]
+    images = np.stack([sign(word) for word in words])
     application = APPLICATIONS[name]
     url = address + application["route_prefix"]
     client = RewardClient("words", url, TOKEN, DEADLINE_S, app=application["args"]["app"])

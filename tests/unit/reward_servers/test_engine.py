@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -96,6 +100,69 @@ async def test_a_request_that_raises_fails_alone(fake: Any) -> None:
     assert "ArithmeticError: asked to raise" in failed.detail
 
 
+async def test_a_refusal_of_the_scorer_itself_is_no_fault_of_a_request(
+    fake: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unavailable(call: ScoreCall) -> Any:
+        fake.calls.append(list(call.prompts))
+        raise ProtocolError(503, "the judge is away", retry_after_s=2)
+
+    async with running(fake, merge=True) as engine:
+        busy, *tasks = await waiting_behind_a_hang(engine, call("a"), call("b"))
+        monkeypatch.setattr(fake, "score", unavailable)
+        fake.released.set()
+        _, *failed = await asyncio.gather(busy, *tasks, return_exceptions=True)
+    assert [(type(error), error.status) for error in failed] == [(ProtocolError, 503)] * 2
+    assert fake.calls == [["hang"], ["a", "b"]], "not asked again for each"
+
+
+async def test_who_has_left_is_not_asked_for_again(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner, entered, go_on = fake.score, threading.Event(), threading.Event()
+
+    def pausing(given: ScoreCall) -> Any:
+        if len(given) == 2:
+            entered.set()
+            assert go_on.wait(20)
+        return inner(given)
+
+    async with running(fake, merge=True) as engine:
+        busy, left, stays = await waiting_behind_a_hang(engine, call("left"), call("raise"))
+        monkeypatch.setattr(fake, "score", pausing)
+        fake.released.set()
+        await until(entered.is_set)
+        left.cancel()
+        await asyncio.gather(left, return_exceptions=True)
+        go_on.set()
+        with pytest.raises(ProtocolError, match="asked to raise"):
+            await stays
+        await busy
+    assert fake.calls == [["hang"], ["left", "raise"], ["raise"]]
+
+
+async def test_many_calls_that_are_slow_and_fail_are_no_hang(
+    fake: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock is the scorer's: each call takes 15 s of a deadline of 20 s."""
+    now = [0.0]
+    stalled: list[str | None] = []
+
+    def slow(given: ScoreCall) -> Any:
+        now[0] += 15
+        stalled.append(engine.stalled)
+        raise ArithmeticError("asked to raise")
+
+    async with running(fake, merge=True) as engine:
+        busy, *tasks = await waiting_behind_a_hang(engine, call("a"), call("b"), call("c"))
+        # Not time.monotonic itself, which the event loop goes by.
+        monkeypatch.setattr("reward_servers.engine.time", SimpleNamespace(monotonic=lambda: now[0]))
+        monkeypatch.setattr(fake, "score", slow)
+        fake.released.set()
+        _, *failed = await asyncio.gather(busy, *tasks, return_exceptions=True)
+        assert engine.stalled is None
+    assert [type(error) for error in failed] == [ProtocolError] * 3
+    assert stalled == [None] * 4, "once together, once each"
+
+
 async def test_a_score_that_is_not_finite_is_an_error(fake: Any) -> None:
     async with running(fake) as engine:
         good, nan, error = await ask(engine, call("a", "nan", "error"))
@@ -172,3 +239,44 @@ async def test_stopping_refuses_what_waits(fake: Any) -> None:
         await tasks[1]
     tasks[0].cancel()
     fake.released.set()
+
+
+class Panic(BaseException):
+    """As libraries in Rust raise it: no Exception."""
+
+
+@pytest.mark.parametrize("kind", [SystemExit, Panic, asyncio.CancelledError])
+async def test_whatever_a_scorer_raises_fails_its_request_only(
+    fake: Any, monkeypatch: pytest.MonkeyPatch, kind: type[BaseException]
+) -> None:
+    async with running(fake) as engine:
+        with monkeypatch.context() as patched:
+            patched.setattr(fake, "score", lambda call: (_ for _ in ()).throw(kind("out of order")))
+            with pytest.raises(ProtocolError, match=f"{kind.__name__}: out of order"):
+                await ask(engine, call("a"))
+        assert (await ask(engine, call("b")))[0].score == 0
+
+
+def test_a_scorer_that_hangs_does_not_keep_its_process() -> None:
+    program = """
+import asyncio
+from reward_servers.engine import ScoringEngine
+from tests.unit.reward_servers.fake_scorer import FakeScorer
+from tests.unit.reward_servers.test_engine import ask, call
+
+async def main():
+    scorer = FakeScorer()
+    scorer.released.wait = lambda seconds: __import__("time").sleep(600)
+    engine = ScoringEngine(scorer, merge=False, deadline_s=0.1, max_pending=1)
+    await engine.start()
+    try:
+        await ask(engine, call("hang"))
+    finally:
+        await engine.stop()
+
+asyncio.run(main())
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert ended.returncode == 1 and "no score within 0.1 s" in ended.stderr

@@ -11,6 +11,7 @@ import time
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -315,15 +316,15 @@ def test_a_scorer_of_another_package_is_served_by_its_import_path(token_file: Pa
     config = ServerConfig(app="benchmarks.timed_scorer:create", args={"image_s": 0.0}, token_file=token_file)
     with LocalServer(create_app(config)) as server:
         answer = post(server.url, encode_tensors(np.full((1, 2, 2, 3), 9, np.uint8), "p"), token).json()
-    assert (answer["reward"], answer["scores"]) == ("timed", [9.0])
+    assert (answer["reward"], answer["scores"]) == ("benchmarks.timed_scorer:create", [9.0])
 
 
 @pytest.mark.parametrize(
     ("app", "error", "says"),
     [
         ("nope", ValueError, "no scorer 'nope'"),
-        ("benchmarks.timed_scorer:nope", AttributeError, "nope"),
-        ("benchmarks.nope:create", ModuleNotFoundError, "benchmarks.nope"),
+        ("benchmarks.timed_scorer:nope", ValueError, "benchmarks.timed_scorer has no nope"),
+        ("benchmarks.nope:create", ValueError, "no scorer 'benchmarks.nope:create'"),
         ("operator:is_not", TypeError, r"operator:is_not\(\) returned bool, not a Scorer"),
     ],
 )
@@ -332,3 +333,70 @@ def test_what_is_no_scorer_is_not_served(
 ) -> None:
     with pytest.raises(error, match=says):
         create_app(ServerConfig(app=app, token_file=token_file))
+
+
+def refused_raw(url: str, request: bytes, status: int) -> str:
+    """What comes for a request as it is, until the server closes."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        with suppress(ConnectionError):  # the server no longer reads
+            connection.sendall(request)
+        answer = b""
+        with suppress(ConnectionError):
+            while chunk := connection.recv(65536):
+                answer += chunk
+    assert answer.startswith(f"HTTP/1.1 {status} ".encode()), answer[:200]
+    return answer.decode("latin-1")
+
+
+def test_headers_without_end_are_cut_off(serve_fake: Serve, token: str, images: Images) -> None:
+    url = serve_fake()
+    refused_raw(url, b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Long: " + b"a" * 2_000_000, 400)
+    refused_raw(
+        url, b"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n", 400
+    )
+    assert post(url, encode_tensors(images[:1], "p"), token).status_code == 200
+
+
+def test_an_upgrade_is_refused_as_what_it_asks_for(serve_fake: Serve) -> None:
+    upgrade = b"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+    answer = refused_raw(
+        serve_fake(),
+        b"GET /v1/score HTTP/1.1\r\nHost: x\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
+        + upgrade
+        + b"\r\n"
+        b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+        405,
+    )
+    assert "method_not_allowed" in answer
+
+
+def test_nobody_is_led_elsewhere(serve_fake: Serve, token: str) -> None:
+    headers = {"Authorization": f"Bearer {token}", "Host": "elsewhere.example"}
+    response = httpx.post(serve_fake() + "/v1/score/", headers=headers, trust_env=False)
+    refused(response, 404, "/v1/score/")
+    assert "location" not in response.headers
+
+
+@pytest.mark.parametrize("begun", [b"", b"GET /healthz HTTP/1.1\r\nX-Slow: "])
+def test_a_connection_without_a_request_is_closed(
+    serve_fake: Serve, token: str, images: Images, fake: Any, monkeypatch: pytest.MonkeyPatch, begun: bytes
+) -> None:
+    """One that waits for its answer is not."""
+    monkeypatch.setattr("reward_servers.local.HEADERS_S", 0.1)
+    host, port = (url := serve_fake()).removeprefix("http://").split(":")
+    with ThreadPoolExecutor(1) as pool, socket.create_connection((host, int(port)), timeout=20) as silent:
+        waiting = pool.submit(post, url, encode_tensors(images[:1], "hang"), token)
+        assert fake.entered.wait(20)
+        silent.sendall(begun)
+        assert silent.recv(1) == b""
+        threading.Event().wait(0.3)
+        fake.released.set()
+        assert waiting.result(20).status_code == 200
+
+
+def test_an_error_does_not_repeat_all_that_was_sent(serve_fake: Serve, token: str) -> None:
+    body = json.dumps({"images": [ONE], "prompts": "p", "k" * 100_000: 1}).encode()
+    response = post(serve_fake(), body, token, JSON_TYPE)
+    refused(response, 422, "kkk")
+    assert len(response.content) < 3000

@@ -24,6 +24,7 @@ from reward_servers.client import (
     RewardUnavailable,
     Scored,
 )
+from reward_servers.exchange import MAX_ANSWER_BYTES, Answer
 from reward_servers.local import LocalServer
 
 Images = NDArray[np.uint8]
@@ -36,6 +37,8 @@ class Reply:
     body: bytes = json.dumps(GOOD).encode()
     headers: dict[str, str] = field(default_factory=dict)
     hang: bool = False
+    endless: bool = False
+    """The body comes again and again."""
     kind: str = "application/json"
 
 
@@ -45,6 +48,8 @@ class Script:
 
     replies: list[Reply]
     requests: list[dict[str, Any]] = field(default_factory=list)
+    sent: int = 0
+    """Bytes of endless bodies."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
@@ -64,6 +69,13 @@ class Script:
         headers = {"content-type": reply.kind} | reply.headers
         raw = [(name.encode(), value.encode()) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": reply.status, "headers": raw})
+        # What is sent to nobody is not counted: uvicorn then takes it at once.
+        gone = asyncio.ensure_future(receive())
+        while reply.endless and self.sent < 8 * MAX_ANSWER_BYTES and not gone.done():
+            await send({"type": "http.response.body", "body": reply.body, "more_body": True})
+            self.sent += len(reply.body)
+            await asyncio.sleep(0)
+        gone.cancel()
         await send({"type": "http.response.body", "body": reply.body})
 
 
@@ -230,6 +242,18 @@ def test_a_bad_answer_is_an_error_and_never_a_score(
     assert len(script.requests) == 1
 
 
+@pytest.mark.parametrize("status", [200, 404, 500])
+def test_an_answer_without_an_end_is_read_to_the_limit_and_not_asked_for_again(
+    scripted: Any, images: Images, ask: Any, status: int
+) -> None:
+    url, script = scripted(Reply(status, bytes(1024 * 1024), endless=True))
+    script.sent = 0
+    with pytest.raises(RewardInvalid, match=f"{status}, more than {MAX_ANSWER_BYTES} bytes"):
+        ask(client_of(url, app="fake"), images)
+    assert len(script.requests) == 1
+    assert script.sent < 4 * MAX_ANSWER_BYTES, "the connection is closed, whatever its buffers hold"
+
+
 def test_connections_are_used_again(scripted: Any, images: Images) -> None:
     url, script = scripted(Reply())
     client = client_of(url)
@@ -299,3 +323,83 @@ def test_every_error_is_a_reward_error() -> None:
 def test_an_address_that_is_none_is_refused(url: str) -> None:
     with pytest.raises(ValueError, match="no http"):
         client_of(url)
+
+
+TOKEN = "a-token-for-tests-only"
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        Reply(body=f"you sent Bearer {TOKEN}".encode()),
+        Reply(422, json.dumps({"error": "refused", "detail": f"Bearer {TOKEN}"}).encode()),
+        Reply(500, f"Authorization: Bearer {TOKEN}".encode()),
+        Reply(302, b"", {"location": f"http://elsewhere/?token={TOKEN}"}),
+        changed(scores=[None, *[0.5] * 4], errors=[{"index": 0, "error": TOKEN}]),
+        changed(reward=TOKEN),
+    ],
+)
+def test_a_token_that_the_server_repeats_is_not_shown(
+    scripted: Any, images: Images, ask: Any, reply: Reply
+) -> None:
+    url, _ = scripted(reply)
+    with pytest.raises(RewardError, match=r"\*\*\*") as caught:
+        ask(client_of(url, 0.3, app="fake"), images)
+    assert TOKEN not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        Reply(422, json.dumps({"error": "refused", "detail": "d" * 10**6}).encode()),
+        Reply(500, json.dumps({"error": "failed", "detail": "d" * 10**6}).encode()),
+        changed(**{"k" * 10**6: 1}),
+        changed(scores=[None, *[0.5] * 4], errors=[{"index": 0, "error": "e" * 10**6}]),
+        changed(reward="r" * 10**6),
+    ],
+)
+def test_what_came_is_shortened(scripted: Any, images: Images, ask: Any, reply: Reply) -> None:
+    url, _ = scripted(reply)
+    with pytest.raises(RewardError) as caught:
+        ask(client_of(url, 0.3, app="fake"), images)
+    assert len(str(caught.value)) < 5000
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        ("7", 7.0),
+        ("nan", 0.0),
+        ("-3", 0.0),
+        ("inf", float("inf")),
+        ("soon", 0.0),
+        ("Mon, 01 Jan 0001 00:00:00 GMT", 0.0),
+        ("Mon, 01 Jan 2024 00:00:00 +9999999999999999999", 0.0),
+    ],
+)
+def test_any_retry_after_is_a_number_of_seconds(header: str, seconds: float) -> None:
+    assert Answer(httpx.Response(429, headers={"retry-after": header})).retry_after_s == seconds
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("http://[::1", "Invalid port"),
+        ("http://h:port", "Invalid port"),
+        ("http://h\x00", "non-printable"),
+        ("http://h/?token=s3cret", "up to /v1"),
+        ("http://user:s3cret@h", "holds a password"),
+    ],
+)
+def test_an_address_that_cannot_be_called_is_refused(url: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says) as caught:
+        client_of(url)
+    assert "user:s3cret" not in str(caught.value)
+
+
+def test_what_a_server_says_of_itself_is_bounded(scripted: Any) -> None:
+    for reply in (Reply(body=bytes(17 * 1024 * 1024)), Reply(hang=True), Reply(302), Reply(body=b"{")):
+        url, _ = scripted(reply)
+        client = client_of(url)
+        assert client.info(0.5) is None
+        client.close()

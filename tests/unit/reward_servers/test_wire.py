@@ -4,6 +4,7 @@ import base64
 import json
 import struct
 import zlib
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -202,14 +203,63 @@ def test_a_bomb_is_refused_before_any_image_is_decoded(monkeypatch: pytest.Monke
 
 
 def test_an_image_with_alpha_is_refused() -> None:
-    from io import BytesIO
-
-    buffer = BytesIO()
-    Image.new("RGBA", (2, 2)).save(buffer, "PNG")
+    file = as_png(Image.new("RGBA", (2, 2)))
     with pytest.raises(ProtocolError, match="mode RGBA"):
-        decode_json(json.dumps({"images": [text(buffer.getvalue())], "prompts": "p"}).encode(), LIMITS)
+        decode_json(json.dumps({"images": [text(file)], "prompts": "p"}).encode(), LIMITS)
 
 
 def test_float_images_are_not_encoded() -> None:
     with pytest.raises(ValueError, match="uint8"):
         encode_tensors(np.zeros((1, 2, 2, 3), np.float32), "p")  # type: ignore[arg-type]
+
+
+def as_png(image: Image.Image, **how: Any) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, "PNG", **how)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [
+        (as_png(Image.new("P", (2, 2)), transparency=0), "without alpha"),
+        (as_png(Image.new("RGB", (2, 2)), transparency=(0, 0, 0)), "without alpha"),
+        (as_png(Image.fromarray(np.full((2, 2), 300, np.uint16))), "8-bit"),
+        (
+            as_png(Image.new("RGB", (2, 2)), save_all=True, append_images=[Image.new("RGB", (2, 2), "red")]),
+            "animated",
+        ),
+    ],
+)
+def test_a_png_that_leaves_open_what_it_shows_is_refused(file: bytes, says: str) -> None:
+    with pytest.raises(ProtocolError, match=says) as caught:
+        decode_json(json.dumps({"images": [text(file)], "prompts": "p"}).encode(), LIMITS)
+    assert caught.value.status == 422
+
+
+def test_what_is_no_image_in_a_json_body_has_the_limit_of_a_header() -> None:
+    """A list of two bytes takes some sixty in memory: those are counted before anything is parsed."""
+    limits = Limits(max_header_bytes=1024, max_prompt_chars=10_000)
+    image = text(encode_png(np.zeros((40, 40, 3), np.uint8)))
+    big = {"images": [image] * 20, "prompts": "p" * 500, "metadata": {"a": [[]] * 50}}
+    assert len(decode_json(json.dumps(big).encode(), limits)) == 20, "images are not counted"
+    others: list[dict[str, Any]] = [
+        {"metadata": {"a": [[]] * 600}},
+        {"metadata": {"a": "x" * 1025}},
+        {"prompts": "p" * 1025},
+    ]
+    for other in others:
+        with pytest.raises(ProtocolError, match="1024 bytes beside images") as caught:
+            decode_json(json.dumps({"images": [image], "prompts": "p"} | other).encode(), limits)
+        assert caught.value.status == 413
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "Infinity", "NaN"])
+def test_numbers_of_metadata_are_finite_in_both_forms(number: str) -> None:
+    metadata = f'{{"n": [{number}]}}'
+    binary = tensors({"__metadata__": TEXTS | {"metadata": metadata}, "images": one()["images"]}, bytes(12))
+    image = text(encode_png(np.zeros((2, 2, 3), np.uint8)))
+    with pytest.raises(ProtocolError, match="metadata"):
+        decode_tensors(binary, LIMITS)
+    with pytest.raises(ProtocolError, match=r"metadata|no JSON"):
+        decode_json(f'{{"images": ["{image}"], "prompts": "p", "metadata": {metadata}}}'.encode(), LIMITS)

@@ -8,11 +8,13 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from quickstart.render import render
 from quickstart.words import prompt_of
+from reward_servers.image_files import read_image
 from reward_servers.scorers import scorer_names
 from services.cli import app
 from services.cli_reward import default_token_file
@@ -28,6 +30,9 @@ def dgpo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     Image.fromarray(render("K7QX", rng)).save(tmp_path / "K7QX.png")
     Image.fromarray(render("MOON", rng)).resize((96, 48)).save(tmp_path / "MOON.png")
     Image.new("RGBA", (8, 8)).save(tmp_path / "see-through.png")
+    Image.fromarray(np.full((8, 8), 30_000, np.uint16)).save(tmp_path / "deep.png")
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("white", "black")]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
     (tmp_path / "text.png").write_text("no image")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
@@ -61,6 +66,14 @@ def test_images_of_several_sizes_are_scored_here(dgpo: Dgpo) -> None:
     assert "MOON.png" in shown, "the table is for people"
 
 
+def test_a_photograph_is_turned_upright(tmp_path: Path) -> None:
+    image = Image.new("RGB", (8, 4))
+    held = image.getexif()
+    held[0x0112] = 6
+    image.save(tmp_path / "held.jpg", exif=held)
+    assert read_image(tmp_path / "held.jpg").shape == (8, 4, 3)
+
+
 def test_an_image_without_a_score_makes_it_fail(dgpo: Dgpo, monkeypatch: pytest.MonkeyPatch) -> None:
     from reward_servers.scorer import ItemScore
     from reward_servers.scorers.ocr import OcrScorer
@@ -91,7 +104,21 @@ def test_a_token_is_made_once_and_only_for_its_owner(dgpo: Dgpo) -> None:
         (["score", "text.png", "--prompt", '"A"', "--app", "ocr"], "text.png: cannot be read as an image"),
         (["score", "absent.png", "--prompt", '"A"', "--app", "ocr"], "absent.png: cannot be read"),
         (["score", "see-through.png", "--prompt", '"A"', "--app", "ocr"], "transparency"),
+        (["score", "deep.png", "--prompt", '"A"', "--app", "ocr"], "8 bits"),
+        (["score", "moving.gif", "--prompt", '"A"', "--app", "ocr"], "several pictures"),
+        (["score", ".", "--prompt", '"A"', "--app", "ocr"], "Is a directory"),
+        (["score", "-", "--prompt", '"A"', "--app", "ocr"], "-: cannot be read"),
         (["score", "MOON.png", "--prompt", "no quotes", "--app", "ocr"], "double quotes"),
+        (["score", "MOON.png", "--prompt", '"A"', "--app", "jpeg", "--metadata", '{"a": NaN}'], "NaN is no"),
+        (["score", "MOON.png", "--prompt", '"A"', "--app", "jpeg", "--metadata", "[" * 9999], "--metadata"),
+        (["score", "MOON.png", "--prompt", '"A"', "--app", "jpeg", "--deadline", "nan"], "above 0"),
+        (["score", "MOON.png", "--prompt", '"A"', "--app", "jpeg", "--deadline", "inf"], "above 0"),
+        (["score", "MOON.png", "--prompt", '"A"', "--url", "http://h", "--deadline", "0"], "above 0"),
+        (["score", "MOON.png", "--prompt", '"A"', "--url", "http://[::1"], "Invalid port"),
+        (["score", "MOON.png", "--prompt", '"A"', "--url", "http://u:p@h"], "holds a password"),
+        (["serve", "ocr", "--args", '{"model_path": "absent.onnx"}'], "absent.onnx: no ONNX network"),
+        (["serve", "ocr", "--args", '{"model_path": "text.png"}'], "text.png: no ONNX network"),
+        (["serve", "ocr_tesseract", "--args", '{"language": "xyz"}'], "'xyz' is not in"),
         (["score", "MOON.png", "--prompt", '"A"', "--app", "nope"], "no scorer 'nope'"),
         (["score", "MOON.png", "--prompt", '"A"'], "either --app"),
         (["score", "MOON.png", "--prompt", '"A"', "--app", "ocr", "--metadata", "[1]"], "--metadata"),
@@ -111,3 +138,12 @@ def test_wrong_usage_is_named_and_exits_with_2(dgpo: Dgpo, arguments: list[str],
     assert code == 2, shown
     assert says in shown
     assert "Traceback" not in shown
+
+
+def test_a_scorer_of_another_package_scores_here(dgpo: Dgpo) -> None:
+    timed = "benchmarks.timed_scorer:create"
+    code, out, _ = dgpo(
+        "score", "K7QX.png", "--prompt", "p", "--app", timed, "--args", '{"image_s": 0}', "--json"
+    )
+    result = json.loads(out.splitlines()[-1])
+    assert (code, result["reward"], len(result["scores"])) == (0, timed, 1)

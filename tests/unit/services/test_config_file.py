@@ -208,3 +208,12 @@ def test_what_cannot_be_extended_is_named(tmp_path: Path) -> None:
         (tmp_path / "b.yaml").write_text("extends: a.yaml\n")
         with pytest.raises(ConfigError, match=re.escape(named)):
             load_config(tmp_path / "a.yaml")
+
+
+def test_a_scorer_of_another_package_is_named_by_where_it_is() -> None:
+    config = load_config("quickstart", ["rewards.0.app=benchmarks.timed_scorer:create"])
+    assert config.rewards[0].app == "benchmarks.timed_scorer:create"
+    with pytest.raises(
+        ConfigError, match=r"rewards\.0\.app: there is no scorer 'no\.such:create'.*module:create"
+    ):
+        load_config("quickstart", ["rewards.0.app=no.such:create"])

@@ -194,7 +194,7 @@ def test_scores_are_those_of_the_published_formula(
 
 def test_says_what_it_is(scorer: DeqaScorer) -> None:
     assert (scorer.name, scorer.version, scorer.max_batch, scorer.batch_invariant) == ("deqa", "1", 4, False)
-    assert scorer.model.startswith("DeQA-Score-tiny") and scorer.model.endswith("(float32)")
+    assert scorer.model.startswith("DeQA-Score-tiny") and scorer.full_version.startswith("1-")
 
 
 def test_scores_can_be_divided(checkpoint: tuple[Path, Any], scorer: DeqaScorer) -> None:

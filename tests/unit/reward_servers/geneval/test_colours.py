@@ -108,6 +108,14 @@ def test_output_that_is_not_finite_is_no_colour(clip_folder: Path) -> None:
     assert classifier.classify(objects(2)) == [None, None]
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_temperature_is_not_rounded_to_the_networks_dtype(clip_folder: Path, dtype: str) -> None:
+    exact = ColourClassifier(str(clip_folder), NeuralOptions())._clip
+    rough = ColourClassifier(str(clip_folder), NeuralOptions(dtype=dtype))._clip  # type: ignore[arg-type]
+    assert rough.temperature == exact.temperature
+    assert {parameter.dtype for parameter in rough._network.parameters()} == {getattr(torch, dtype)}
+
+
 def test_a_network_without_quick_gelu_is_refused(tmp_path: Path) -> None:
     network = CLIPModel(CLIPConfig(**architecture(activation="gelu")))
     randomise(network)

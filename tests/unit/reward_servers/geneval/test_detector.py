@@ -1,4 +1,4 @@
-"""The detector against transformers' own network and mmdet's post-processing in a few lines."""
+"""The detector against transformers' own network and the published steps around it in a few lines."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def key(found: Found) -> tuple[str, tuple[float, ...]]:
     return found.detection.name, found.detection.box
 
 
-def published(network: Mask2FormerForUniversalSegmentation, image: NDArray[np.uint8]) -> list[Found]:
-    """mmdet's test pipeline, detector and instance post-processing, for one image."""
+def by_steps(network: Mask2FormerForUniversalSegmentation, image: NDArray[np.uint8]) -> list[Found]:
+    """mmdet's resizing, Meta's padding, the detector and mmdet's instance post-processing, for one image."""
     height, width = image.shape[:2]
     scale = min(LONG / max(height, width), SHORT / min(height, width))
     h, w = int(height * scale + 0.5), int(width * scale + 0.5)
@@ -68,12 +68,12 @@ def published(network: Mask2FormerForUniversalSegmentation, image: NDArray[np.ui
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_finds_what_mmdet_finds(
+def test_finds_what_the_published_steps_find(
     detector: Mask2FormerDetector, mask2former: Mask2FormerForUniversalSegmentation, size: tuple[int, int]
 ) -> None:
     image = photos(size)[0]
     (found,) = detector.find([image])
-    expected = {key(one): one for one in published(mask2former, image)}
+    expected = {key(one): one for one in by_steps(mask2former, image)}
     assert found is not None
     assert len(expected) > 60 and len({one.detection.box for one in found}) >= QUERIES / 2
     assert {key(one) for one in found} == set(expected)

@@ -20,7 +20,7 @@ from reward_servers.geneval.prompts import (
     training_records,
     write_records,
 )
-from reward_servers.geneval.rules import COLOURS, Requirement, Task, parse_task
+from reward_servers.geneval.task import COLOURS, Requirement, Task, parse_task
 from services.prompt_lists import HeldoutList, ListedPrompts, ReadPrompts, read_prompts
 
 PUBLISHED = """

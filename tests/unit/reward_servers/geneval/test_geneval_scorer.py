@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from reward_servers.geneval.colours import ColourClassifier
 from reward_servers.geneval.detector import Found, Mask2FormerDetector
-from reward_servers.geneval.rules import Detection, confident, judge, parse_task
+from reward_servers.geneval.rules import Detection, confident, judge
+from reward_servers.geneval.task import parse_task
 from reward_servers.networks.loading import NeuralOptions
 from reward_servers.scorer import ItemScore
 from reward_servers.scorers import load_scorer, scorer_names

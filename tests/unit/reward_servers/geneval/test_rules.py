@@ -9,16 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reward_servers.geneval.rules import (
-    Box,
-    Detection,
-    Rule,
-    confident,
-    judge,
-    parse_task,
-    relations,
-    told_colour,
-)
+from reward_servers.geneval.rules import Box, Detection, Rule, confident, judge, relations, told_colour
+from reward_servers.geneval.task import parse_task
 
 RULES: tuple[Rule, ...] = ("official", "strict", "dense")
 

@@ -69,6 +69,7 @@ def test_between_nothing_and_one(text: str, target: str) -> None:
 
 @given(st.text(max_size=12))
 def test_normalising_twice_changes_nothing_more(text: str) -> None:
+    assert normalised(normalised(text)) == normalised(text)
     assert not any(character.isspace() for character in normalised(text))
 
 

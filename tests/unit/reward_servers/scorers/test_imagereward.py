@@ -235,7 +235,18 @@ def test_pairs_only_and_each_image_once(
 
     monkeypatch.setattr(ImageRewardNetwork, "score", spy)
     assert len(scorer.score(call_of(pictures, list(PROMPTS)))) == 3
-    assert shapes == [(2, 2), (1, 1)]
+    assert shapes == [(3, 3)]
+
+
+def test_a_reward_that_is_not_finite_is_an_error(
+    scorer: Scorer, pictures: list[NDArray[np.uint8]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        ImageRewardNetwork, "score", lambda self, pixels, tokens, mask: torch.tensor([0.5, float("nan")])
+    )
+    fine, broken = scorer.score(call_of(pictures[:2], list(PROMPTS)[:2]))
+    assert fine.score == 0.5
+    assert broken.score is None and "the network's output is not finite in float32" in (broken.error or "")
 
 
 def test_a_long_prompt_is_cut_and_says_so(scorer: Scorer, pictures: list[NDArray[np.uint8]]) -> None:

@@ -258,3 +258,13 @@ def test_tesseract_takes_a_page_for_one_line_unless_told(pages: list[Page]) -> N
 def test_tesseract_finds_a_sign_in_a_scene() -> None:
     (item,) = load_scorer("ocr_tesseract", {"page": "sparse"}).score(call_of_pages([sign_in_a_scene()]))
     assert (item.score or 0.0) > 0.9
+
+
+def test_an_image_that_tesseract_does_not_take_fails_alone() -> None:
+    """A line of pixels is a quarter of a million wide once it is enlarged."""
+    thin = np.zeros((1, 4096, 3), np.uint8)
+    blank = np.full((32, 64, 3), 255, np.uint8)
+    scorer = load_scorer("ocr_tesseract")
+    first, failed, last = scorer.score(ScoreCall([blank, thin, blank], ['"a"'] * 3, [{}] * 3))
+    assert failed.score is None and "4096 x 1 pixels" in (failed.error or "")
+    assert first == last and first.error is None

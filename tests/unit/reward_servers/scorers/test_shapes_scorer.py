@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from quickstart.shapes.render import render
 from quickstart.shapes.requests import Request, any_request, mistaken, training_request
-from reward_servers.geneval.rules import TAGS
+from reward_servers.geneval.task import TAGS
 from reward_servers.scorers import load_scorer
 from reward_servers.shapes.detector import MAX_OBJECTS, find_shapes
 from reward_servers.shapes.drawing import coverage
@@ -70,7 +70,7 @@ def test_ground_truth_is_right_in_every_category(
 
 def test_another_request_than_was_drawn_is_wrong() -> None:
     rng = random.Random(2)
-    requests = [training_request(rng) for _ in range(300)]
+    requests = [training_request(rng) for _ in range(400)]
     renders = [render(request, rng) for request in requests]
     others = [mistaken(request, 0.5, rng) for request in requests]
     pairs = [

@@ -271,38 +271,47 @@ def test_what_may_pass_is_asked_again(
     assert (waits[0] >= 7) == (cue == "429 once")
 
 
+def unavailable(scorer: Scorer, *cues: str) -> str:
+    """Why the call fails as a whole: in a way that clients try again."""
+    with pytest.raises(ProtocolError) as caught:
+        scorer.score(call_of(*cues))
+    assert caught.value.status == 503 and caught.value.retry_after_s
+    return caught.value.detail
+
+
 def test_a_wait_longer_than_the_call_is_not_waited_for(
     make: Callable[..., Scorer], judge: Judge, waits: list[float]
 ) -> None:
     judge.retry_after = "3600"
-    assert "asks to wait 3600 s" in error_of(make(), "429 once")
+    assert "asks to wait 3600 s" in unavailable(make(), "429 once")
     assert waits == [] and judge.asked["429 once"] == 1
 
 
 def test_retries_end(make: Callable[..., Scorer], judge: Judge, waits: list[float]) -> None:
-    error = error_of(make(retries=2), "500 always")
+    error = unavailable(make(retries=2), "500 always")
     assert re.search("gave up after 3 attempts; last: 500 .*oops", error)
     assert judge.asked["500 always"] == 3 and len(waits) == 2
 
 
 def test_a_hanging_attempt_is_given_up(make: Callable[..., Scorer], judge: Judge, waits: list[float]) -> None:
-    assert "no answer within 0.5 s" in error_of(make(attempt_s=0.5, retries=1), "hang")
+    assert "within 0.5 s" in unavailable(make(attempt_s=0.5, retries=1), "hang")
     assert judge.asked["hang"] == 2
 
 
 def test_a_call_ends_in_time_whatever_hangs(make: Callable[..., Scorer], judge: Judge) -> None:
-    assert "no answer within the call's 0.6 s" in error_of(make(call_s=0.6), "hang")
+    assert "no answer within the call's 0.6 s" in unavailable(make(call_s=0.6), "hang")
     assert judge.asked["hang"] == 1
 
 
-def test_a_judge_that_answers_for_no_image_fails_the_call(
+def test_a_judge_that_is_away_for_one_image_fails_the_call(
     make: Callable[..., Scorer], waits: list[float]
 ) -> None:
-    with pytest.raises(ProtocolError, match="gave up after 4 attempts; last: 500") as caught:
-        make().score(call_of("500 always", "500 always"))
-    assert caught.value.status == 503 and caught.value.retry_after_s
-    with pytest.raises(ProtocolError, match="ConnectError"):
-        make(base_url="http://127.0.0.1:1/v1").score(call_of("4"))
+    assert re.search(
+        "unavailable for 1 of 3 images: gave up after 4 attempts; last: 500",
+        unavailable(make(), "5", "500 always", "no match"),
+    )
+    assert "2 of 2 images" in unavailable(make(), "500 always", "500 always")
+    assert "ConnectError" in unavailable(make(base_url="http://127.0.0.1:1/v1"), "4")
 
 
 def test_requests_at_the_endpoint_are_bounded(make: Callable[..., Scorer], judge: Judge) -> None:
@@ -350,14 +359,19 @@ def test_served_by_the_protocol(make: Callable[..., Scorer], token: str, token_f
     assert scored.model.startswith(MODEL)
 
 
-def test_another_question_is_told_in_the_models_name(make: Callable[..., Scorer]) -> None:
-    names = {
-        make().model,
-        make(call_s=9.0).model,
-        make(image_size=256).model,
-        make(prompt_template="Text Caption: [{prompt}]").model,
-    }
-    assert len(names) == 3
+def test_another_question_is_another_version(make: Callable[..., Scorer]) -> None:
+    versions = [
+        make(**args).full_version
+        for args in (
+            {},
+            {"call_s": 9.0, "retries": 1},
+            {"image_size": 256},
+            {"prompt_template": "Text Caption: [{prompt}]"},
+            {"divide_by": 4.0},
+        )
+    ]
+    assert versions[0] == versions[1]
+    assert len(set(versions)) == 4
 
 
 def test_a_prompt_that_holds_a_score_is_refused(make: Callable[..., Scorer]) -> None:

@@ -1,0 +1,20 @@
+"""Serve that does not start. What starts: tests/integration."""
+
+from __future__ import annotations
+
+import pytest
+from ray.exceptions import RayError
+
+from reward_servers import launch
+
+
+@pytest.mark.parametrize("error", [RayError("no controller"), TimeoutError("HTTP proxies not available")])
+def test_a_serve_that_does_not_start_is_told(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def start(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(launch, "_owns_serve", False)
+    monkeypatch.setattr(launch, "_running_options", lambda: None)
+    monkeypatch.setattr("reward_servers.launch.serve.start", start)
+    with pytest.raises(launch.RewardsNotReady, match=f"did not start on .*{error}"):
+        launch.start_serve("127.0.0.1", 0, deadline_s=5, request_timeout_s=5)
