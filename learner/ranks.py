@@ -222,10 +222,15 @@ class Ranks:
             waited, limit = time.monotonic() - begun, limit_s or self._deadline_s
             raise RankLost(
                 f"rank {self.rank} waited {waited:.1f} s, of {limit:g} s at most (learner.rank_deadline_s), "
-                f"for {what} from {whom}: {str(error).splitlines()[0]}"
+                f"for {what} from {whom}: {_first_sentence(error)}"
             ) from error
         finally:
             self.waited_s += time.monotonic() - begun
+
+
+def _first_sentence(error: Exception) -> str:
+    # gloo adds what this typically is, to every one.
+    return str(error).partition("\n")[0].partition(". This is typically")[0]
 
 
 def _joined(tensors: Sequence[Tensor]) -> Iterator[Tensor]:

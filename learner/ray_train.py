@@ -32,13 +32,14 @@ from learner.recorder import UntrainedTrainer, recording
 from learner.update import TrainingGroup, UpdateError, Updater
 from policy import load_policy
 from services.codec import Group
-from services.config import ClusterConfig, Config, LearnerConfig
+from services.config import ClusterConfig, LearnerConfig
 from services.context import RunContext
 from services.group_queue import Fenced, Frontier, GroupQueue, QueueTimeout
 from services.heartbeat import BEATS_TO_LIVE, Pulse
 from services.logs import configure_logging
 from services.messages import PolicyVersion, WeightsAnnouncement
 from services.policy_store import publish
+from services.ray_runtime import learner_backend
 
 logger = logging.getLogger(__name__)
 
@@ -204,15 +205,6 @@ def _ranks(settings: LearnerConfig) -> Ranks:
     return Ranks(whole, whole, deadline_s=settings.rank_deadline_s, lasting=LASTING)
 
 
-def _backend(config: Config) -> str | None:
-    """How ranks talk: gloo on the CPU, and NCCL between GPUs where each has one of its own."""
-    if config.learner.ranks == 1:
-        return None  # Ray Train's choice; nothing is sent
-    # NCCL refuses two ranks on one GPU, which is where fractions of one may be placed.
-    own_gpu = config.learner.num_gpus >= 1 and config.model.device != "cpu"
-    return "cpu:gloo,cuda:nccl" if own_gpu else "gloo"
-
-
 def _together(ranks: Ranks | None, what: str, make: Callable[[], T]) -> T:
     """The result of `make`; of several ranks, once all have theirs."""
     if ranks is None:
@@ -246,7 +238,7 @@ def fit(context: RunContext, store: Any) -> None:
         train_rank,
         train_loop_config={"context": context.model_dump_json(), "store": store},
         torch_config=TorchConfig(
-            backend=_backend(context.config), timeout_s=math.ceil(settings.rank_deadline_s)
+            backend=learner_backend(context.config), timeout_s=math.ceil(settings.rank_deadline_s)
         ),
         scaling_config=ScalingConfig(
             num_workers=ranks, use_gpu=settings.num_gpus > 0, resources_per_worker=resources
