@@ -39,8 +39,19 @@ DEADLINE_S = 600.0
 PROMPT = 'a sign that says "K7QX"'
 
 
-def run_ranks_bench(screen: Console | None = None, counts: tuple[int, ...] = COUNTS) -> dict[str, Any]:
+def run_ranks_bench(
+    screen: Console | None = None,
+    *,
+    counts: tuple[int, ...] = COUNTS,
+    updates: int = UPDATES,
+    overrides: tuple[str, ...] = (),
+) -> dict[str, Any]:
     """Updates on one, two and four ranks.
+
+    Args:
+        counts: numbers of ranks; the first one is what the others are compared with.
+        updates: the first of which is not timed.
+        overrides: of the quickstart recipe.
 
     Returns:
         `ranks`: by number, `update_s` (median wall seconds of an update), `cpu_s` (CPU seconds of an update
@@ -50,7 +61,8 @@ def run_ranks_bench(screen: Console | None = None, counts: tuple[int, ...] = COU
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for count in counts:
-            _run(count, Path(folder))
+            config = _config(count, overrides)
+            _run(config, Path(folder), updates)
             ranks = [json.loads((Path(folder) / f"{count}-{rank}.json").read_text()) for rank in range(count)]
             found[str(count)] = {
                 "update_s": statistics.median(ranks[0]["update_s"]),
@@ -58,19 +70,21 @@ def run_ranks_bench(screen: Console | None = None, counts: tuple[int, ...] = COU
                 "waited_s": statistics.median(ranks[0]["waited_s"]),
                 "difference": _difference(Path(folder), count, counts[0]),
             }
-    result = {"benchmark": "ranks", "updates": UPDATES - 1, "groups": _config(1).learner.groups_per_step}
+    result = {"benchmark": "ranks", "updates": updates - 1, "groups": config.learner.groups_per_step}
     if screen is not None:
         screen.print(_table(found))
     return result | {"ranks": found}
 
 
-def _config(count: int) -> Config:
-    return load_config("quickstart", [f"learner.ranks={count}", "learner.max_steps=1000"])
+def _config(count: int, overrides: tuple[str, ...]) -> Config:
+    return load_config("quickstart", [f"learner.ranks={count}", "learner.max_steps=1000", *overrides])
 
 
-def _run(count: int, folder: Path) -> None:
-    spawning = multiprocessing.get_context("spawn")
-    processes = [spawning.Process(target=_rank, args=(rank, count, folder)) for rank in range(count)]
+def _run(config: Config, folder: Path, updates: int) -> None:
+    spawning, count = multiprocessing.get_context("spawn"), config.learner.ranks
+    processes = [
+        spawning.Process(target=_rank, args=(rank, config, folder, updates)) for rank in range(count)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -81,9 +95,9 @@ def _run(count: int, folder: Path) -> None:
             )
 
 
-def _rank(rank: int, count: int, folder: Path) -> None:
+def _rank(rank: int, config: Config, folder: Path, updates: int) -> None:
     torch.set_num_threads(1)
-    config = _config(count)
+    count = config.learner.ranks
     policy = load_policy(config.model, text_encoders=rank == 0, vae=False, base=config.objective.needs_base)
     ranks = None
     if count > 1:
@@ -98,7 +112,7 @@ def _rank(rank: int, count: int, folder: Path) -> None:
     if rank == 0:
         condition = policy.encode(PROMPT)
         save_file(policy.tensors(), folder / f"{count}-before.safetensors")
-        for step in range(UPDATES):
+        for step in range(updates):
             groups = _groups(config, step, policy.latent_shape(), condition)
             wall, cpu = time.perf_counter(), time.process_time()
             metrics = updater.step(groups, step)

@@ -73,6 +73,7 @@ def begin_together(ranks: Ranks, updater: Updater) -> None:
     state = updater.state()
     trained = {f"{part}.{name}": tensor for part, held in state.items() for name, tensor in held.items()}
     compare(ranks, "the start", trained)
+    ranks.settled()
 
 
 def compare(ranks: Ranks, when: str, tensors: Mapping[str, Tensor]) -> None:

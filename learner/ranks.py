@@ -93,8 +93,8 @@ class Ranks:
     ) -> None:
         self.rank: int = control.rank()
         self.count: int = control.size()
-        self.listening = self.rank == 0
-        """Of rank 0: the others wait for an order. Where an update is under way they would not hear it."""
+        self.listening = False
+        """Of rank 0: the others wait for an order. In the middle of something they would not hear it."""
         self.waited_s = 0.0
         """Seconds spent so far on waiting for other ranks, and on what travelled between them."""
         self._control, self._data = control, data
@@ -138,7 +138,7 @@ class Ranks:
         self.order([order] * (self.count - 1), deadline_s=deadline_s)
 
     def settled(self) -> None:
-        """Of rank 0: what it ordered is done; the others listen again."""
+        """Of rank 0: what all were doing is done; the others listen."""
         self.listening = True
 
     def next_order(self, *, beside_s: float) -> tuple[Order, Tensor]:

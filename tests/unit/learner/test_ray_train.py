@@ -71,6 +71,7 @@ def test_the_other_ranks_hear_why_the_run_ends_unless_they_are_in_the_middle_of_
     busy: bool, context: RunContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def lead(context: RunContext, queue: Any, trainer: Any, pulse: Any, ranks: Ranks) -> None:
+        ranks.settled()
         if busy:
             ranks.order_all(Order(do="train"))
         raise Fenced("epoch 2 has begun")

@@ -321,6 +321,7 @@ def test_groups_that_rank_0_refuses_leave_the_others_listening() -> None:
 
     def body(ranks: Ranks) -> str | None:
         updater = Updater(made_of[ranks.rank], config, ranks)
+        begin_together(ranks, updater)
         if ranks.rank:
             return followed(ranks, updater)
         with pytest.raises(ValueError, match="ordinals that differ"):
