@@ -34,7 +34,7 @@ from services.recording import Recording
 from services.run_directory import RunDirectory
 from services.telemetry import read_metrics
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_local"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_local"), pytest.mark.timeout(900)]
 
 TOKEN_VARIABLE = "DGPO_TEST_REWARD_TOKEN"
 STEPS, GROUPS = 4, 3
@@ -50,6 +50,9 @@ def ocr_url() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory, ocr_url: str) -> Callable[..., Config]:
     folder = tmp_path_factory.mktemp("runs")
+    # A file has no held-out prompts, so there is no evaluator to start.
+    prompts = folder / "prompts.txt"
+    prompts.write_text("".join(f'a sign that says "{word}"\n' for word in ("K7QX", "RED", "ON", "42", "HUT")))
 
     def make(*overrides: str) -> Config:
         return load_config(
@@ -59,6 +62,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, ocr_url: str) -> Callable[.
                 "rollout.group_size=4",
                 "rollout.steps=4",
                 "rollout.num_cpus=0.1",
+                "rollout.workers=1",
                 "objective.timesteps.first=4",
                 "objective.timesteps.skip=0",
                 "learner.ranks=2",
@@ -70,7 +74,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, ocr_url: str) -> Callable[.
                 "queue.max_staleness=0",
                 "checkpoint.every_steps=2",
                 "eval.every_steps=0",
-                "eval.final_prompts=2",
+                "prompts.source=file",
+                f"prompts.path={prompts}",
                 "telemetry.tensorboard=false",
                 "telemetry.heartbeat_s=0.5",
                 "telemetry.record=true",
