@@ -1,8 +1,10 @@
 """The learner on Ray Train: binds the loop to the real policy, update, policy store and checkpoints.
 
 Promises
-- Whenever Ray Train starts a rank, first or again, it goes on from the newest complete checkpoint of the run
-  directory, in a new epoch.
+- Whenever Ray Train starts the ranks, first or again, they go on from the newest complete checkpoint of the
+  run directory, in a new epoch. A rank that dies takes the others with it: all are started again.
+- Rank 0 alone deals with the queue, publishes, writes checkpoints and metrics (learner/loop.py); the others
+  do what it orders (learner/follower.py).
 - The state lives in the run directory, not in Ray Train's own checkpoints (docs/decisions says why); Ray
   Train restarts ranks and shows the run in the Ray dashboard.
 - Crashes and lost connections are restarted `learner.max_restarts` times. What a restart cannot mend, such as
@@ -13,17 +15,21 @@ Promises
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import ray.train
 import torch
 
 from learner.checkpoint import newest_checkpoint, write_checkpoint
 from learner.curriculum import PART, curriculum_of
+from learner.follower import begin_together, follow, order_comparison
 from learner.loop import LearnerLoop, Start
+from learner.ranks import Order, RankFailedForGood, RankLost, Ranks, RanksDiffer
 from learner.recorder import UntrainedTrainer, recording
 from learner.update import TrainingGroup, UpdateError, Updater
 from policy import load_policy
@@ -31,21 +37,27 @@ from services.codec import Group
 from services.config import ClusterConfig, LearnerConfig
 from services.context import RunContext
 from services.full_disk import disk_refuses
-from services.group_queue import Fenced, Frontier, QueueTimeout
+from services.group_queue import Fenced, Frontier, GroupQueue, QueueTimeout
 from services.heartbeat import BEATS_TO_LIVE, Pulse
 from services.logs import configure_logging
 from services.messages import PolicyVersion, WeightsAnnouncement
 from services.policy_store import publish
+from services.ray_runtime import learner_backend
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 # A replaced learner that starts again fences its successor; workers that made no groups in time make none in
-# as much time again. ConfigError, PolicyError and a checkpoint of another model are ValueErrors.
-LASTING = (Fenced, QueueTimeout, UpdateError, ValueError)
+# as much time again; a machine that computes wrongly would do it again. ConfigError, PolicyError and a
+# checkpoint of another model are ValueErrors.
+LASTING = (Fenced, QueueTimeout, UpdateError, ValueError, RankFailedForGood, RanksDiffer)
 
 # Kinds of ControllerError.controller_failure; they are internal to Ray Train, hence by name.
 NOT_PLACED = ("WorkerGroupStartupTimeoutError", "InsufficientClusterResourcesError")
 
+GOODBYE_S = 10.0
+"""For telling the other ranks that the run has failed; they end anyway, later and with poorer words."""
 REPORT_EVERY_S = 5.0
 """Ray Train's controller takes a report every 2 s, and a rank that has another one waits for it that long."""
 
@@ -57,9 +69,10 @@ class LearnerFailed(RuntimeError):
 class PolicyTrainer:
     """The real trainer of the loop (learner/loop.py `Trainer`)."""
 
-    def __init__(self, context: RunContext, store: Any) -> None:
+    def __init__(self, context: RunContext, store: Any, ranks: Ranks | None = None) -> None:
         self._context = context
         self._store = store
+        self._ranks = ranks
         config = context.config
         torch.set_num_threads(config.learner.threads)
         objective = config.objective
@@ -71,8 +84,9 @@ class PolicyTrainer:
             base=objective.needs_base,
             seed=config.run.seed,
         )
-        self.updater = Updater(self.policy, config)
+        self.updater = Updater(self.policy, config, ranks)
         self.curriculum = curriculum_of(config)
+        self._compared = -1
 
     def restore(self) -> Start:
         """Load the newest complete checkpoint, if there is one."""
@@ -88,13 +102,17 @@ class PolicyTrainer:
         )
 
     def update(self, groups: Sequence[Group], step: int) -> dict[str, Any]:
-        return self.updater.step([training_group(group) for group in groups], step).row()
+        row = self.updater.step([training_group(group) for group in groups], step).row()
+        if (step + 1) % self._context.config.learner.compare_every == 0:
+            self._compare(step + 1)
+        return row
 
     def publish(self, version: PolicyVersion, *, kind: str) -> WeightsAnnouncement:
         tensors = self.updater.ema_tensors() if kind == "ema" else self.updater.rollout_tensors(version.step)
         return publish(self._store, tensors, version, kind=kind)
 
     def checkpoint(self, version: PolicyVersion, frontier: Frontier) -> None:
+        self._compare(version.step)
         write_checkpoint(
             self._context.directory,
             version.step,
@@ -102,6 +120,11 @@ class PolicyTrainer:
             {"epoch": version.epoch, "frontier": frontier.model_dump(mode="json")},
             keep=self._context.config.checkpoint.keep,
         )
+
+    def _compare(self, step: int) -> None:
+        if self._ranks is not None and self._compared != step:
+            order_comparison(self._ranks, step, self.updater)
+            self._compared = step
 
 
 def train_rank(settings: dict[str, Any]) -> str | None:
@@ -115,38 +138,113 @@ def train_rank(settings: dict[str, Any]) -> str | None:
     """
 
     context = RunContext.model_validate_json(settings["context"])
-    configure_logging("learner-0", context.directory, run=context.run)
     config = context.config
+    ranks = _ranks(config.learner) if config.learner.ranks > 1 else None
+    part = f"learner-{ranks.rank if ranks is not None else 0}"
+    configure_logging(part, context.directory, run=context.run)
     ttl = BEATS_TO_LIVE * config.telemetry.heartbeat_s
     try:
-        queue = context.open_queue()
-        with Pulse(
-            "learner-0", lambda beat: queue.beat(beat, ttl), every_s=config.telemetry.heartbeat_s
-        ) as pulse:
+        queue = _together(ranks, "the opening of the queue", context.open_queue)
+        with Pulse(part, lambda beat: queue.beat(beat, ttl), every_s=config.telemetry.heartbeat_s) as pulse:
             pulse.enter("loading the model")
-            kind = PolicyTrainer if context.record is None else UntrainedTrainer
-            trainer = kind(context, settings["store"])
-            start = trainer.restore()
-            logger.info("starts at step %d", start.step)
-            with recording(context, start) as record:
-                loop = LearnerLoop(
-                    *(config, queue, trainer, pulse),
-                    on_step=_reporter(),
-                    record=record,
-                    curriculum=trainer.curriculum,
-                )
-                loop.run(start)
+            if ranks is None:
+                kind = PolicyTrainer if context.record is None else UntrainedTrainer
+                _lead(context, queue, kind(context, settings["store"]), pulse)
+                return None
+            make = partial(PolicyTrainer, context, settings["store"], ranks)
+            trainer = _together(ranks, "the loading of the model", make)
+            if ranks.rank == 0:
+                _lead_others(context, queue, trainer, pulse, ranks)
+                return None
+            _together(ranks, "the newest checkpoint", Start)
+            begin_together(ranks, trainer.updater)
+            beside_s = config.queue.take_deadline_s
+            return follow(
+                ranks, trainer.updater, pulse, beside_s=beside_s, report=partial(ray.train.report, {})
+            )
     except LASTING as error:
-        logger.exception("learner-0 failed for good")
+        logger.exception("%s failed for good", part)
         return f"{type(error).__name__}: {error}"
     except Exception as error:
-        refused = disk_refuses(error, context.directory)
-        if refused is None:
-            logger.exception("learner-0 failed")
+        reason = _refused_by_the_disk(error, context)
+        if reason is None:
+            logger.exception("%s failed", part)
             raise
-        logger.exception("learner-0 failed for good")
-        return refused if context.record is not None else f"{refused}, then go on with --resume"
-    return None
+        logger.exception("%s failed for good", part)
+        return reason
+
+
+def _refused_by_the_disk(error: Exception, context: RunContext) -> str | None:
+    """What to do about a full disk, which a restart would find as full; None of another error."""
+    refused = disk_refuses(error, context.directory)
+    if refused is None or context.record is not None:
+        return refused
+    return f"{refused}, then go on with --resume"
+
+
+def _lead(
+    context: RunContext,
+    queue: GroupQueue,
+    trainer: PolicyTrainer | UntrainedTrainer,
+    pulse: Pulse,
+    ranks: Ranks | None = None,
+) -> None:
+    """The learner's loop, from the newest checkpoint to its end."""
+    start = _together(ranks, "the newest checkpoint", trainer.restore)
+    if ranks is not None:
+        assert isinstance(trainer, PolicyTrainer)
+        begin_together(ranks, trainer.updater)
+    logger.info("starts at step %d", start.step)
+    with recording(context, start) as record:
+        loop = LearnerLoop(
+            *(context.config, queue, trainer, pulse),
+            on_step=_reporter(ranks),
+            record=record,
+            curriculum=trainer.curriculum,
+        )
+        loop.run(start)
+
+
+def _lead_others(
+    context: RunContext, queue: GroupQueue, trainer: PolicyTrainer, pulse: Pulse, ranks: Ranks
+) -> None:
+    """The same, and the other ranks end with it."""
+    try:
+        _lead(context, queue, trainer, pulse, ranks)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        if not isinstance(error, LASTING):
+            refused = _refused_by_the_disk(error, context)
+            if refused is None:
+                raise
+            reason = refused
+        if ranks.listening:
+            try:
+                ranks.order_all(Order(do="end", reason=reason), deadline_s=GOODBYE_S)
+            except RankLost:
+                logger.warning("the other ranks could not be told that the run has failed", exc_info=True)
+        raise
+    ranks.order_all(Order(do="end"))
+
+
+def _ranks(settings: LearnerConfig) -> Ranks:
+    """Of this process, in the process group that Ray Train has made."""
+    whole = torch.distributed.group.WORLD
+    return Ranks(whole, whole, deadline_s=settings.rank_deadline_s, lasting=LASTING)
+
+
+def _together(ranks: Ranks | None, what: str, make: Callable[[], T]) -> T:
+    """The result of `make`; of several ranks, once all have theirs."""
+    if ranks is None:
+        return make()
+    made: list[T] = []
+
+    def run() -> bytes:
+        made.append(make())
+        return b""
+
+    ranks.exchange(what, run)
+    return made[0]
 
 
 def fit(context: RunContext, store: Any) -> None:
@@ -157,17 +255,21 @@ def fit(context: RunContext, store: Any) -> None:
         ray.train.TrainingFailedError: the restarts of `learner.max_restarts` did not help.
     """
     from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     settings, cluster = context.config.learner, context.config.cluster
-    resources = _resources(settings)
-    # Ray Train hands this variable of the driver on to its controller, on a joined cluster too.
+    resources, ranks = _resources(settings), settings.ranks
+    # Ray Train hands these variables of the driver on to its controller, on a joined cluster too.
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.start_deadline_s)
+    os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(settings.rank_deadline_s)
     trainer = TorchTrainer(
         train_rank,
         train_loop_config={"context": context.model_dump_json(), "store": store},
+        torch_config=TorchConfig(
+            backend=learner_backend(context.config), timeout_s=math.ceil(settings.rank_deadline_s)
+        ),
         scaling_config=ScalingConfig(
-            num_workers=settings.ranks, use_gpu=settings.num_gpus > 0, resources_per_worker=resources
+            num_workers=ranks, use_gpu=settings.num_gpus > 0, resources_per_worker=resources
         ),
         run_config=RunConfig(
             name=context.run,
@@ -181,7 +283,7 @@ def fit(context: RunContext, store: Any) -> None:
     except ControllerError as error:
         if type(error.controller_failure).__name__ not in NOT_PLACED:
             raise
-        raise LearnerFailed(_not_placed(settings, cluster)) from None
+        raise LearnerFailed(_not_placed(settings, cluster, ranks)) from None
     if result.return_value is not None:
         raise LearnerFailed(result.return_value)
 
@@ -193,12 +295,14 @@ def _resources(settings: LearnerConfig) -> dict[str, float]:
     return resources
 
 
-def _not_placed(settings: LearnerConfig, cluster: ClusterConfig) -> str:
+def _not_placed(settings: LearnerConfig, cluster: ClusterConfig, ranks: int) -> str:
     asked = _resources(settings)
     there = ray.cluster_resources()
+    each = "a rank asks" if ranks == 1 else f"each of {ranks} ranks asks"
+    found = "no node had that" if ranks == 1 else "there was not as much"
     return (
-        f"it could not be placed: a rank asks for {_amounts(asked)} (learner.num_cpus, learner.num_gpus), "
-        f"and no node had that free within {cluster.start_deadline_s:g} s (cluster.start_deadline_s); "
+        f"it could not be placed: {each} for {_amounts(asked)} (learner.num_cpus, learner.num_gpus), "
+        f"and {found} free within {cluster.start_deadline_s:g} s (cluster.start_deadline_s); "
         f"the whole cluster has {_amounts({name: there.get(name, 0.0) for name in asked})}"
     )
 
@@ -207,14 +311,18 @@ def _amounts(resources: dict[str, float]) -> str:
     return " and ".join(f"{amount:g} {name}" for name, amount in resources.items())
 
 
-def _reporter() -> Callable[[dict[str, Any]], None]:
-    """Tells Ray Train how far the rank is, no oftener than it listens."""
+def _reporter(ranks: Ranks | None) -> Callable[[dict[str, Any]], None]:
+    """Tells Ray Train how far the learner is, no oftener than it listens; it wants a report of each rank."""
     last = float("-inf")
 
     def report(row: dict[str, Any]) -> None:
         nonlocal last
         if time.monotonic() - last >= REPORT_EVERY_S:
+            if ranks is not None:
+                ranks.order_all(Order(do="report", step=row["step"]))
             ray.train.report({"step": row["step"], "reward_mean": row["reward_mean"], "pid": os.getpid()})
+            if ranks is not None:
+                ranks.settled()
             last = time.monotonic()
 
     return report

@@ -7,6 +7,8 @@ Promises
 - A group without a preference (all total rewards equal) adds no gradient, not even of the KL, and does not
   change the scale of the others.
 - `state` holds everything that a continuation needs: after `load_state` the next update is bit-identical.
+- Ranks that train an update together make the same optimizer steps on the same gradient, which is one rank's
+  up to the order in which its terms are added.
 
 Imports neither Ray nor Redis: the training loop calls it.
 """
@@ -17,6 +19,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,6 +28,8 @@ from learner.activations import offloaded
 from learner.advantages import Advantages, group_advantages, preferences, total_rewards
 from learner.ema import Ema, PastReferences, evaluation_decay, reference_decay
 from learner.objectives.base import LiveGroup, Measurements, Phases, TrainingGroup, make_objective
+from learner.ranks import Ranks
+from learner.shares import RatedGroup, Share, hand_out, sum_gradients, sum_measurements
 from learner.timesteps import configured_window, training_timesteps
 from learner.update_metrics import UpdateMetrics, dropped_terms, reward_spreads, spread
 from policy.base import Policy
@@ -48,10 +53,12 @@ class Updater:
     Args:
         policy: with its trained parameters; from here on only this object writes to them.
         config: of the run.
+        ranks: those that make every update together; None: this process makes it alone.
     """
 
-    def __init__(self, policy: Policy, config: Config) -> None:
+    def __init__(self, policy: Policy, config: Config, ranks: Ranks | None = None) -> None:
         self.policy = policy
+        self._ranks = ranks
         self.config = config
         self._parameters = policy.trainable()
         self._schedule = make_schedule(config.rollout)
@@ -78,7 +85,7 @@ class Updater:
         self._past = PastReferences(self._parameters, config.past_references)
 
     def step(self, groups: Sequence[TrainingGroup], step: int) -> UpdateMetrics:
-        """Train on whole groups.
+        """Train on whole groups. Of several ranks it is rank 0 that has them; the others `follow`.
 
         Args:
             groups: those of this update, in any order.
@@ -88,12 +95,34 @@ class Updater:
             ValueError: the groups are not what the configuration promises.
             UpdateError: the gradient is not finite.
         """
-        learner, phases = self.config.learner, Phases()
-        self._objective.phases = phases
+        phases = Phases()
         ordered = self._checked(groups)
         advantages = self._advantages(ordered)
-        live = self._live(ordered, advantages)
-        rate = learning_rate(learner, step)
+        rated = [
+            RatedGroup(group, values)
+            for group, values, live in zip(ordered, advantages.values, advantages.live.tolist(), strict=True)
+            if live
+        ]
+        share = Share(step, len(ordered), len(rated), rated)
+        if self._ranks is not None:
+            with phases("ranks"):
+                share = hand_out(self._ranks, share)
+        measured, norms = self._train(share, phases)
+        if self._ranks is not None:
+            self._ranks.settled()
+        return self._report(
+            ordered, advantages, measured, norms, learning_rate(self.config.learner, step), phases
+        )
+
+    def follow(self, share: Share) -> None:
+        """Train on what rank 0 has handed to this rank."""
+        self._train(share, Phases())
+
+    def _train(self, share: Share, phases: Phases) -> tuple[Measurements, list[Tensor]]:
+        """Every optimizer step of an update; returns what all ranks have measured, and the gradient norms."""
+        learner, step = self.config.learner, share.step
+        self._objective.phases = phases
+        live = self._live(share.rated)
         measured, norms = Measurements(), []
         parts = training_timesteps(
             self.config.objective.timesteps,
@@ -103,21 +132,37 @@ class Updater:
             optimizer_steps=learner.optimizer_steps,
         )
         # Without any preference there is nothing to learn: momentum and weight decay must not act alone.
-        for part in parts if live else ():
+        for part in parts if share.live else ():
             self.optimizer.zero_grad(set_to_none=True)
-            for sampled, reference in self._by_reference(live, step):
-                with self._activations():
-                    gained = self._objective.accumulate(
-                        sampled, part, step=step, scale=1 / (len(ordered) * len(part)), reference=reference
-                    )
-                measured.add(gained.pairs, **gained.sums)
+            accumulate = partial(self._accumulate, live, part, share, measured)
+            if self._ranks is None:
+                accumulate()
+            else:
+                waited_s = self._ranks.waited_s
+                parameters = list(self._parameters.values())
+                sum_gradients(self._ranks, f"the gradient of update {step}", parameters, accumulate)
+                phases.seconds["ranks"] += self._ranks.waited_s - waited_s
             with phases("optimizer"):
-                norms.append(self._optimize(rate, step))
+                norms.append(self._optimize(learning_rate(learner, step), step))
             self._reference_is_policy = False
         self.optimizer.zero_grad(set_to_none=True)
         with phases("ema"):
             self._fold(step)
-        return self._report(ordered, advantages, measured, norms, rate, phases)
+        if self._ranks is not None:
+            with phases("ranks"):
+                measured = sum_measurements(self._ranks, f"the end of update {step}", measured)
+        return measured, norms
+
+    def _accumulate(
+        self, live: Sequence[LiveGroup], part: Sequence[int], share: Share, measured: Measurements
+    ) -> None:
+        """Add the gradient of one optimizer step to `.grad`."""
+        for sampled, reference in self._by_reference(live, share.step):
+            with self._activations():
+                gained = self._objective.accumulate(
+                    sampled, part, step=share.step, scale=1 / (share.groups * len(part)), reference=reference
+                )
+            measured.add(gained.pairs, **gained.sums)
 
     def ema_tensors(self) -> dict[str, Tensor]:
         """The EMA that is evaluated and exported. Live tensors: read them before the next update."""
@@ -163,12 +208,24 @@ class Updater:
         with torch.no_grad():
             for part in own.keys() - {"optimizer"}:
                 torch._foreach_copy_(list(own[part].values()), [state[part][name] for name in own[part]])
-            counts = state["optimizer"]["step"].tolist()
-            for (name, parameter), count in zip(self._parameters.items(), counts, strict=True):
+            for name, parameter in self._parameters.items():
                 moment = self.optimizer.state[parameter]
-                moment["step"].fill_(count)
                 moment["exp_avg"].copy_(state["optimizer"][f"exp_avg.{name}"])
                 moment["exp_avg_sq"].copy_(state["optimizer"][f"exp_avg_sq.{name}"])
+        self._continue_behind(state["optimizer"]["step"])
+
+    def take_from_rank_0(self) -> None:
+        """Continue, on every rank, from the state of rank 0."""
+        assert self._ranks is not None
+        state = self.state()
+        tensors = [tensor for part in state.values() for tensor in part.values()]
+        self._ranks.broadcast("the weights and the optimizer of rank 0", tensors)
+        self._continue_behind(state["optimizer"]["step"])
+
+    def _continue_behind(self, counts: Tensor) -> None:
+        """What follows from a state that is in place, but for the optimizer's `counts` of steps."""
+        for parameter, count in zip(self._parameters.values(), counts.tolist(), strict=True):
+            self.optimizer.state[parameter]["step"].fill_(count)
         if self._reference is not None:
             self._reference_is_policy = all(
                 torch.equal(self._reference.tensors[name], parameter)
@@ -217,13 +274,13 @@ class Updater:
         )
         return replace(group_advantages(ranked, self.config.advantage), totals=torch.stack(totals))
 
-    def _live(self, groups: Sequence[TrainingGroup], advantages: Advantages) -> list[LiveGroup]:
+    def _live(self, rated: Sequence[RatedGroup]) -> list[LiveGroup]:
         device, dtype = self.policy.device, next(iter(self._parameters.values())).dtype
         return [
             LiveGroup(
                 ordinal=group.ordinal,
                 latents=group.latents.to(device=device, dtype=dtype),
-                advantages=values.to(device=device, dtype=dtype),
+                advantages=advantages.to(device=device, dtype=dtype),
                 condition={name: tensor.to(device) for name, tensor in group.condition.items()},
                 sampled_at=group.sampled_at,
                 trajectory=None if group.trajectory is None else group.trajectory.to(device, dtype),
@@ -231,8 +288,7 @@ class Updater:
                     None if group.log_likelihoods is None else group.log_likelihoods.to(device, dtype)
                 ),
             )
-            for group, values, live in zip(groups, advantages.values, advantages.live.tolist(), strict=True)
-            if live
+            for group, advantages in ((one.group, one.advantages) for one in rated)
         ]
 
     def _by_reference(

@@ -41,7 +41,7 @@ class UpdateMetrics:
     rewards: dict[str, Spread]
     """By reward name, held-out ones too."""
     seconds: dict[str, float]
-    """By phase: reference, forward, backward, optimizer, ema."""
+    """By phase: reference, forward, backward, optimizer, ema; of several ranks, rank 0's, and ranks."""
 
     def row(self) -> dict[str, Any]:
         """The fields of an update's row that the learner's arithmetic knows."""

@@ -241,6 +241,14 @@ def bench_cost(as_json: Json = False) -> None:
     _bench(run_cost_bench(screen), as_json)
 
 
+@bench.command("ranks")
+def bench_ranks(as_json: Json = False) -> None:
+    """The same updates on one, two and four ranks of this machine."""
+    from benchmarks.ranks import run_ranks_bench
+
+    _bench(run_ranks_bench(screen), as_json)
+
+
 @bench.command("compare")
 def bench_compare(
     name: Annotated[str, typer.Argument(help="search, objectives, ablations, staleness or conditions.")],

@@ -29,6 +29,7 @@ from services.ray_runtime import (
     Resource,
     at_max_replicas,
     cluster_address,
+    learner_backend,
     loopback_parts,
     no_room_to_grow,
     own_cpus,
@@ -58,6 +59,7 @@ def examine(config: Config) -> list[Finding]:
         _directory,
         _model,
         _devices,
+        _ranks,
         _prompts,
         _timesteps,
         _queue,
@@ -146,9 +148,31 @@ def _devices(config: Config) -> list[Finding]:
     ok = asked <= there and not (cuda and there == 0)
     found = f"{there} GPUs here, {asked:g} reserved, model.device {config.model.device}"
     remedy = (
-        "" if ok else "lower num_gpus of rollout, learner, eval and rewards; set model.device to cpu or auto"
+        ""
+        if ok
+        else "lower num_gpus of rollout, learner, eval and rewards, or learner.ranks; set model.device to "
+        "cpu or auto"
     )
     return [Finding(what="devices", ok=ok, found=found, remedy=remedy)]
+
+
+def _ranks(config: Config) -> list[Finding]:
+    """How several ranks share an update, and what they talk over."""
+    learner = config.learner
+    if learner.ranks == 1:
+        return []
+    backend = learner_backend(config)
+    most = -(-learner.groups_per_step // learner.ranks)
+    found = (
+        f"{learner.ranks} ranks share {learner.groups_per_step} groups an update, {most} at most each; each "
+        f"reserves {learner.num_cpus:g} CPU and {learner.num_gpus:g} GPU; gradients are added by "
+        f"{'NCCL' if backend != 'gloo' else 'gloo'}"
+    )
+    import torch
+
+    ok = backend == "gloo" or torch.distributed.is_nccl_available() or cluster_address(config) is not None
+    remedy = "" if ok else "install a torch with CUDA, or set learner.num_gpus to 0"
+    return [Finding(what="ranks", ok=ok, found=found, remedy=remedy)]
 
 
 def _prompts(config: Config) -> list[Finding]:

@@ -102,7 +102,8 @@ class UpdateRow(Row):
     """Seconds of this update by phase of the learner: wait_s, codec_s, forward_backward_s, publish_s,
     commit_s, checkpoint_s."""
     update: dict[str, float] = Field(default_factory=dict)
-    """What forward_backward_s consists of: reference_s, forward_s, backward_s, optimizer_s, ema_s."""
+    """What forward_backward_s consists of: reference_s, forward_s, backward_s, optimizer_s, ema_s; of several
+    ranks what rank 0 spent on each, and in ranks_s on waiting for the others and adding up gradients."""
     rollout: dict[str, float] = Field(default_factory=dict)
     """Mean seconds a group: sample_s, reward_s, overhead_s."""
     rss_bytes: int = 0

@@ -120,7 +120,8 @@ class Monitor:
         if self._learner.error is not None:
             error = self._learner.error
             why = str(error) if isinstance(error, LearnerFailed) else reason(error)
-            log = self._context.run_directory.logs / "learner-0.log"
+            ranks = self._context.config.learner.ranks
+            log = self._context.run_directory.logs / ("learner-0.log" if ranks == 1 else "learner-*.log")
             raise PartFailed(f"the learner failed: {why}; its log: {log}") from error
         seconds = time.monotonic() - self._learner.started
         policy = self._latest("policy")

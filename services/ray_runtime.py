@@ -99,6 +99,18 @@ def own_cpus(config: Config) -> int:
     return max(os.cpu_count() or 1, math.ceil(reserved(config, "num_cpus")))
 
 
+def learner_backend(config: Config) -> str | None:
+    """What the learner's ranks talk over: gloo on the CPU, NCCL between GPUs where each has one of its own.
+
+    None for one rank, which talks to nobody.
+    """
+    if config.learner.ranks == 1:
+        return None
+    # NCCL refuses two ranks on one GPU, which is where fractions of one may be placed.
+    own_gpu = config.learner.num_gpus >= 1 and config.model.device != "cpu"
+    return "cpu:gloo,cuda:nccl" if own_gpu else "gloo"
+
+
 @contextmanager
 def ray_cluster(config: Config) -> Iterator[bool]:
     """Ray is initialised inside the block; yields whether it was started here and ends with the block.

@@ -162,6 +162,7 @@ class Config(Section):
             raise ValueError(
                 f"learner.micro_batch {micro} must divide rollout.group_size {group} or be a multiple of it"
             )
+        self._check_ranks()
         self._check_objective()
         self._check_heldout()
         if self.offline and self.telemetry.record:
@@ -188,6 +189,20 @@ class Config(Section):
         if self.eval.path is not None and own:
             raise ValueError(
                 f"eval.path and {', '.join(own)} both say which prompts are held out: give one of them"
+            )
+
+    def _check_ranks(self) -> None:
+        """Impossible combinations of several ranks."""
+        ranks, groups, device = self.learner.ranks, self.learner.groups_per_step, self.model.device
+        if ranks > groups:
+            raise ValueError(
+                f"learner.ranks {ranks} exceeds learner.groups_per_step {groups}: groups are not split, so "
+                "some ranks would never have one"
+            )
+        if ranks > 1 and ":" in device:
+            raise ValueError(
+                f"model.device {device} would put all of {ranks} ranks on one GPU; with cuda or auto each "
+                "takes the one that Ray gives it"
             )
 
     def _check_objective(self) -> None:

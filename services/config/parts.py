@@ -31,7 +31,7 @@ class RewardConfig(Section):
     name: RewardName
     """Names the reward in metrics and groups."""
     app: str | None = None
-    """A scorer that the driver serves itself: of reward_servers/scorers (`ocr`) or `package.module:create`."""
+    """A scorer that the driver serves: of reward_servers/scorers (`ocr`) or `package.module:create`."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Arguments of that scorer, for `app`."""
     url: str | None = None

@@ -112,8 +112,14 @@ class AdvantageConfig(Section):
 
 
 class LearnerConfig(Section):
-    ranks: int = Field(default=1, ge=1, le=1)
-    """Learner processes. This version trains on one rank."""
+    ranks: int = Field(default=1, ge=1)
+    """Learner processes, each with the whole model, that share the groups of an update (docs/ranks.md)."""
+    rank_deadline_s: float = Field(default=1800.0, gt=0)
+    """Seconds that ranks wait for each other, the slowest one's share of an update included, before the
+    learner is restarted with what was waited for in its log."""
+    compare_every: int = Field(default=10, ge=1)
+    """Updates between two comparisons of the weights of all ranks, which must be the same bit for bit; before
+    a checkpoint they are always compared."""
     groups_per_step: int = Field(default=8, ge=1)
     """Groups an update consumes."""
     max_steps: int = Field(default=100, ge=1)

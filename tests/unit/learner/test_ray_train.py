@@ -11,11 +11,13 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from ranks_of_threads import all_of, together
 from safetensors import SafetensorError
 
 from learner import checkpoint, ray_train
 from learner.checkpoint import CheckpointError, write_checkpoint
 from learner.loop import Start
+from learner.ranks import Order, Ranks
 from learner.ray_train import LearnerFailed, fit, train_rank
 from learner.update import UpdateError
 from policy.errors import PolicyError
@@ -134,13 +136,37 @@ def test_a_secret_that_is_not_there_is_told(context: RunContext, monkeypatch: py
     assert "REDIS_PASSWORD" in told
 
 
+@pytest.mark.parametrize("busy", [False, True])
+def test_the_other_ranks_hear_why_the_run_ends_unless_they_are_in_the_middle_of_an_update(
+    busy: bool, context: RunContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lead(context: RunContext, queue: Any, trainer: Any, pulse: Any, ranks: Ranks) -> None:
+        ranks.settled()
+        if busy:
+            ranks.order_all(Order(do="train"))
+        raise Fenced("epoch 2 has begun")
+
+    monkeypatch.setattr(ray_train, "_lead", lead)
+
+    def body(ranks: Ranks) -> list[Order]:
+        if ranks.rank == 0:
+            with pytest.raises(Fenced):
+                ray_train._lead_others(context, None, None, None, ranks)  # type: ignore[arg-type]
+            return []
+        return [ranks.next_order(beside_s=0)[0]]
+
+    _, (heard,) = all_of(together(2, body))
+    assert heard == (Order(do="train") if busy else Order(do="end", reason="Fenced: epoch 2 has begun"))
+
+
 class Fitted:
     """In the place of TorchTrainer; its `fit` does what the test says."""
 
     outcome: Any = None
+    given: dict[str, Any]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        Fitted.run_config = kwargs["run_config"]
+        Fitted.given = kwargs
 
     def fit(self) -> Any:
         if isinstance(Fitted.outcome, Exception):
@@ -152,6 +178,7 @@ class Fitted:
 def fitted(monkeypatch: pytest.MonkeyPatch) -> type[Fitted]:
     monkeypatch.setattr("ray.train.torch.TorchTrainer", Fitted)
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60")
+    monkeypatch.setenv("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", "60")
     return Fitted
 
 
@@ -161,6 +188,17 @@ def test_the_told_reason_ends_the_run(context: RunContext, fitted: type[Fitted])
     fitted.outcome = "Fenced: epoch 2 has begun"
     with pytest.raises(LearnerFailed, match=r"^Fenced: epoch 2 has begun$"):
         fit(context, None)
+
+
+def test_ranks_and_their_deadline_are_what_the_configuration_says(
+    context: RunContext, fitted: type[Fitted]
+) -> None:
+    fitted.outcome = None
+    settings = ["learner.ranks=4", "learner.rank_deadline_s=90", "learner.num_gpus=1", "model.device=cuda"]
+    fit(context.model_copy(update={"config": load_config("quickstart", settings)}), None)
+    assert fitted.given["scaling_config"].num_workers == 4
+    assert fitted.given["torch_config"].timeout_s == 90
+    assert fitted.given["torch_config"].backend == "cpu:gloo,cuda:nccl"
 
 
 def test_another_error_of_the_controller_keeps_its_own_text(

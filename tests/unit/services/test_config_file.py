@@ -34,7 +34,9 @@ def test_every_shipped_recipe_is_valid_and_round_trips(recipe: Path) -> None:
         ("learner.betas=[0.9, 1]", ["learner.betas", "less than 1"]),
         ("model.lora.targets=[]", ["model.lora.targets", "at least 1"]),
         ("learner.optimizer_steps=3", ["optimizer_steps 3 must divide", "per_update 4"]),
-        ("learner.ranks=2", ["learner.ranks", "less than or equal to 1"]),
+        ("learner.ranks=9", ["learner.ranks 9 exceeds learner.groups_per_step 8"]),
+        ("model.device=cuda:1", ["would put all of 2 ranks on one GPU"]),
+        ("learner.ranks=0", ["learner.ranks", "greater than or equal to 1"]),
         ("objective.switch_step=5", ["objective"]),
         ("rewards.0.heldout=true", ["every reward is held out"]),
         ("rewards.1.name=ocr", ["names must differ"]),
@@ -54,7 +56,9 @@ def test_every_shipped_recipe_is_valid_and_round_trips(recipe: Path) -> None:
     ],
 )
 def test_an_unusable_value_is_named(override: str, named: list[str]) -> None:
-    if override == "objective.switch_step=5":
+    if override == "model.device=cuda:1":
+        overrides = [override, "learner.ranks=2"]
+    elif override == "objective.switch_step=5":
         overrides = [override, "objective.reference=frozen"]
         named = ["switch_step needs reference 'ema'"]
     else:

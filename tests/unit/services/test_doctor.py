@@ -32,6 +32,16 @@ def test_what_cannot_run_is_found(
     assert remedy in finding.remedy
 
 
+def test_ranks_are_told_with_what_they_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    settings = ["learner.ranks=3", "learner.num_cpus=0.5"]
+    (found,) = [f for f in examine(load_config("quickstart", settings)) if f.what == "ranks"]
+    assert found.ok
+    assert "3 ranks share 8 groups an update, 3 at most each" in found.found
+    assert "0.5 CPU and 0 GPU; gradients are added by gloo" in found.found
+    assert not [f for f in examine(load_config("quickstart")) if f.what == "ranks"]
+
+
 def test_a_hub_id_is_no_mistyped_directory() -> None:
     config = load_config("quickstart", ["model.path=stabilityai/stable-diffusion-3.5-medium"])
     (finding,) = [finding for finding in examine(config) if finding.what == "model"]

@@ -13,6 +13,7 @@ def test_every_part_that_reserves_cpus_is_counted() -> None:
     base = reserved(load_config("quickstart"), "num_cpus")
     for key, more in (
         ("learner.num_cpus=2.5", 2.0),
+        ("learner.ranks=3", 1.0),
         ("rollout.num_cpus=1.25", 2.0),
         ("rewards.0.num_cpus=2.1", 2.0),
         ("eval.num_cpus=2", 2.0),
