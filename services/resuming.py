@@ -70,7 +70,10 @@ def fixed_settings(config: Config) -> dict[str, Any]:
         **_flat("prompts", raw["prompts"]),
         **{
             f"rollout.{key}": raw["rollout"][key]
-            for key in ("group_size", "solver", "order", "noise_level", "steps", "shift", "guidance")
+            for key in (
+                *("group_size", "solver", "order", "noise_level", "steps", "shift", "guidance"),
+                *("sigmas", "terminal"),
+            )
         },
         **{
             f"rewards[].{key}": [reward[key] for reward in raw["rewards"]]
