@@ -3,7 +3,7 @@
 Promises
 - A caption shows every character of a prompt or an escape for it: control characters, line breaks and marks
   that turn the direction of writing cannot break or hide what is beside them.
-- Images larger than a cell are reduced, smaller ones are shown as they are.
+- Images larger than a cell are reduced; of tiny ones every pixel is shown as a square.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from services.suites.folder import Sample
 
 CELL = 224
 """Width of a cell, pixels; images get as much of it as they need."""
+TINY = 128
+"""Images are enlarged by the largest whole factor that keeps both sides within this many pixels."""
 COLUMNS = 4
 LINES = 4
 """Of a caption: three for the prompt, one for the scores."""
@@ -41,7 +43,7 @@ def write_sheet(
     """
     columns = min(COLUMNS, len(images)) if samples_a_prompt == 1 else samples_a_prompt
     height, width = images.shape[1:3]
-    scale = min(1.0, (CELL - 2 * MARGIN) / width)
+    scale = min(max(1, TINY // max(height, width)), (CELL - 2 * MARGIN) / width)
     shown = max(1, round(width * scale)), max(1, round(height * scale))
     cell = CELL, shown[1] + 3 * MARGIN + LINES * LINE_HEIGHT
     rows = -(-len(images) // columns)
@@ -50,8 +52,10 @@ def write_sheet(
     for number, (image, sample) in enumerate(zip(images, samples, strict=True)):
         left, top = number % columns * cell[0], number // columns * cell[1]
         picture = Image.fromarray(image)
-        if scale < 1:
-            picture = picture.resize(shown, Image.Resampling.LANCZOS)
+        if picture.size != shown:
+            picture = picture.resize(
+                shown, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST
+            )
         sheet.paste(picture, (left + (cell[0] - shown[0]) // 2, top + MARGIN))
         for line, text in enumerate(caption(sample)):
             place = left + MARGIN, top + shown[1] + 2 * MARGIN + line * LINE_HEIGHT
