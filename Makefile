@@ -1,12 +1,13 @@
 # make quickstart   install into .venv, train the quickstart, write its report
-# make test         install with the test extras, run every test
+# make test         install with the test extras, run the tests
+# make test-all     the slow ones among them
 # make lint         ruff and mypy
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt
 
-.PHONY: quickstart test lint docs clean
+.PHONY: quickstart test test-all lint docs clean
 .DEFAULT_GOAL := quickstart
 
 quickstart: $(VENV)/.installed
@@ -14,6 +15,9 @@ quickstart: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/pytest $(ARGS)
+
+test-all: $(VENV)/.installed-dev
+	$(BIN)/pytest -m "slow or not slow" $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

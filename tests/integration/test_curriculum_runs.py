@@ -155,6 +155,7 @@ def test_an_interrupted_run_goes_on_with_the_same_prompts_to_the_same_weights(
     assert prompts_of(directory) == prompts_of(first.run)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_local")
 def test_a_killed_learner_decides_again_as_it_did(recipe: Callable[..., Config], first: Outcome) -> None:
     pids: list[int] = []

@@ -7,6 +7,7 @@ import pytest
 from benchmarks.ranks import run_ranks_bench
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)  # three processes import torch and diffusers
 def test_two_processes_make_the_updates_of_one() -> None:
     small = ("rollout.group_size=4", "learner.groups_per_step=3", "learner.micro_batch=4")

@@ -21,7 +21,7 @@ import pytest
 
 from services.config_file import PROJECT_ROOT
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(900)]
 RAY = str(Path(sys.executable).with_name("ray"))
 START_DEADLINE_S = 120.0
 # Stands for the trainer: says what it was started with; its run lasts until it is stopped.
