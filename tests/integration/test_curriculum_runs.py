@@ -127,6 +127,7 @@ def first(recipe: Callable[..., Config], undisturbed: dict[str, Outcome]) -> Out
     return undisturbed["first"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_local")
 def test_what_is_never_solved_is_left_out(first: Outcome) -> None:
     prompts = prompts_of(first.run)
