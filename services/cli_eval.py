@@ -85,7 +85,9 @@ def evaluate(
     With a suite: scores by tag, contact sheets, a folder that goes on where it was interrupted. Two of them:
     dgpo compare.
     """
-    if (model is None) == (checkpoint is None):
+    if model is not None and checkpoint is not None:
+        raise ConfigError("give MODEL or --checkpoint, not both: they mean the same")
+    if model is None and checkpoint is None:
         raise ConfigError("give what to evaluate: MODEL, or --checkpoint")
     place = model or checkpoint
     assert place is not None

@@ -17,6 +17,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 from rich.console import Console
@@ -138,7 +139,8 @@ def score(
     args: ScorerArgs = "{}",
     threads: Threads = 1,
     url: Annotated[
-        str | None, typer.Option("--url", help="Or ask the server at this address, up to and without /v1.")
+        str | None,
+        typer.Option("--url", help="Or ask the server at this address, without /v1."),
     ] = None,
     token_file: TokenFile = None,
     token_env: TokenEnv = None,
@@ -150,6 +152,10 @@ def score(
         raise ConfigError("give either --app, to score in this process, or --url of a server")
     if not 0 < deadline < math.inf:
         raise ConfigError(f"--deadline: expected seconds above 0, found {deadline}")
+    if url is not None and (args != "{}" or threads != 1):
+        raise ConfigError("--args and --threads are of --app; a server has its own, which serve takes")
+    if app is not None and (token_file is not None or token_env is not None):
+        raise ConfigError("--token-file and --token-env are of --url; --app scores in this process")
     from reward_servers.image_files import read_image, score_by_server, score_here
 
     extra = _object(metadata, "--metadata")
@@ -159,8 +165,9 @@ def score(
             arguments = _object(args, "--args")
             result, items = score_here(app, arguments, threads, pixels, prompt, extra, deadline)
         else:
-            token = _token(token_file, token_env)
-            result, items = score_by_server(str(url), token, pixels, prompt, extra, deadline)
+            assert url is not None
+            token = _token(token_file, token_env, url)
+            result, items = score_by_server(url, token, pixels, prompt, extra, deadline)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     Console(stderr=as_json).print(_scores_table(images, items))
@@ -245,8 +252,9 @@ def _server_config(**fields: Any) -> ServerConfig:
     return config
 
 
-def _token(file: Path | None, env: str | None) -> str | None:
-    """The token for a server: what is named, else what `serve` has left on this machine, else none."""
+def _token(file: Path | None, env: str | None, url: str) -> str | None:
+    """The token for a server: what is named, else, on this machine alone, what `serve` has left."""
+    from reward_servers.exchange import is_loopback
     from reward_servers.server_config import read_token
 
     if env is not None:
@@ -254,7 +262,8 @@ def _token(file: Path | None, env: str | None) -> str | None:
         if not token:
             raise ConfigError(f"the environment variable {env} is not set: it must hold a token")
         return token
-    file = file or (default_token_file() if default_token_file().exists() else None)
+    if file is None and default_token_file().exists() and is_loopback(urlsplit(url).hostname or ""):
+        file = default_token_file()
     if file is None:
         return None
     try:

@@ -99,6 +99,25 @@ def test_a_token_is_made_once_and_only_for_its_owner(dgpo: Dgpo) -> None:
 
 
 @pytest.mark.parametrize(
+    ("url", "told"),
+    [("http://127.0.0.1:1", True), ("http://localhost:1", True), ("https://h.example/x", False)],
+)
+def test_the_token_of_this_machine_goes_to_no_other(
+    dgpo: Dgpo, monkeypatch: pytest.MonkeyPatch, url: str, told: bool
+) -> None:
+    dgpo("serve", "ocr", "--args", '{"x": 1}')
+    sent: list[str | None] = []
+
+    def refuse(url: str, token: str | None, *more: object) -> None:
+        sent.append(token)
+        raise ValueError("asked")
+
+    monkeypatch.setattr("reward_servers.image_files.score_by_server", refuse)
+    assert dgpo("score", "MOON.png", "--prompt", '"A"', "--url", url)[0] == 2
+    assert sent == [default_token_file().read_text().strip() if told else None]
+
+
+@pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["score", "text.png", "--prompt", '"A"', "--app", "ocr"], "text.png: cannot be read as an image"),
@@ -125,6 +144,8 @@ def test_a_token_is_made_once_and_only_for_its_owner(dgpo: Dgpo) -> None:
         (["score", "MOON.png", "--prompt", '"A"', "--app", "ocr", "--args", "{"], "--args: not JSON"),
         (["score", "MOON.png", "--prompt", '"A"', "--app", "ocr", "--args", '{"x": 1}'], "args: x"),
         (["score", "MOON.png", "--prompt", '"A"', "--url", "nowhere"], "no http://"),
+        (["score", "MOON.png", "--prompt", '"A"', "--url", "http://h", "--args", '{"x": 1}'], "of --app"),
+        (["score", "MOON.png", "--prompt", '"A"', "--app", "jpeg", "--token-env", "T"], "of --url"),
         (["serve", "nope"], "no scorer 'nope'; valid: "),
         (["serve", "ocr", "--token-env", "NO_SUCH_TOKEN"], "NO_SUCH_TOKEN"),
         (["serve", "ocr", "--token-file", "absent"], "absent"),
