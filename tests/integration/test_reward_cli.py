@@ -167,6 +167,7 @@ def test_the_bench_finds_nothing_lost(home: Path) -> None:
     assert set(words["json"]) == {"bytes", "encode_s", "decode_s", "answered_s"}
 
 
+@pytest.mark.slow
 def test_the_bench_measures_ocr_alone_and_on_serve(home: Path) -> None:
     """One short pass of each, on a Ray of its own: that it measures, not what."""
     found = result_of(dgpo(home, "bench", "throughput", "--passes", "1", "--seconds", "3", "--json"))

@@ -150,7 +150,8 @@ def test_two_ranks_train_what_one_trains(
         torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [1, 0])
 def test_a_killed_rank_is_started_again_and_nothing_is_lost_or_repeated(
     rank: int, undisturbed: tuple[Outcome, dict[str, int]], recipe: Callable[..., Config]
 ) -> None:
@@ -196,7 +197,6 @@ def test_an_interrupted_run_drains_and_goes_on_with_as_many_ranks_or_others(
         torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_what_a_restart_cannot_mend_ends_all_ranks_at_once(
     tmp_path: Path, valkey: EmbeddedValkey, run_name: str, recipe: Callable[..., Config]
 ) -> None:
