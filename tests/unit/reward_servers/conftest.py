@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -15,11 +16,11 @@ from numpy.typing import NDArray
 from quickstart.render import render
 from quickstart.words import train_word
 from reward_servers.app import create_app
+from reward_servers.client import RewardClient, Scored
 from reward_servers.local import LocalServer
 from reward_servers.server_config import ServerConfig
 from tests.unit.reward_servers.fake_scorer import FakeScorer
-
-TOKEN = "a-token-for-tests-only"
+from tests.unit.reward_servers.scripted_server import TOKEN, Reply, Script
 
 
 @pytest.fixture
@@ -67,3 +68,44 @@ def words() -> tuple[list[str], NDArray[np.uint8]]:
     rng = random.Random(5)
     chosen = [train_word(rng) for _ in range(20)]
     return chosen, np.stack([render(word, rng) for word in chosen])
+
+
+@pytest.fixture(scope="module")
+def stage() -> Iterator[tuple[str, Script]]:
+    script = Script([])
+    with LocalServer(script) as server:
+        yield server.url, script
+
+
+@pytest.fixture
+def scripted(stage: tuple[str, Script]) -> Callable[..., tuple[str, Script]]:
+    """A server that gives these replies."""
+
+    def start(*replies: Reply) -> tuple[str, Script]:
+        url, script = stage
+        script.replies, script.requests = list(replies), []
+        return url, script
+
+    return start
+
+
+@pytest.fixture(params=["sync", "async"])
+def ask(request: pytest.FixtureRequest) -> Callable[..., Scored]:
+    """Scores through either face of the client."""
+
+    def score(client: RewardClient, images: NDArray[np.uint8], prompts: Any = "p") -> Scored:
+        if request.param == "sync":
+            try:
+                return client.score(images, prompts)
+            finally:
+                client.close()
+
+        async def run() -> Scored:
+            try:
+                return await client.score_async(images, prompts)
+            finally:
+                await client.aclose()
+
+        return asyncio.run(run())
+
+    return score

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import pickle
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -18,114 +15,16 @@ from numpy.typing import NDArray
 
 from reward_servers.client import (
     RewardClient,
-    RewardError,
     RewardInvalid,
     RewardRefused,
     RewardUnavailable,
-    Scored,
 )
-from reward_servers.exchange import MAX_ANSWER_BYTES, Answer
-from reward_servers.local import LocalServer
+from reward_servers.exchange import MAX_ANSWER_BYTES
+from tests.unit.reward_servers.scripted_server import GOOD, Reply, changed, client_of
 
 Images = NDArray[np.uint8]
-GOOD = {"scores": [0.5] * 5, "details": [{}] * 5, "reward": "fake", "model": "m", "version": "7"}
-
-
-@dataclass
-class Reply:
-    status: int = 200
-    body: bytes = json.dumps(GOOD).encode()
-    headers: dict[str, str] = field(default_factory=dict)
-    hang: bool = False
-    endless: bool = False
-    """The body comes again and again."""
-    kind: str = "application/json"
-
-
-@dataclass
-class Script:
-    """An ASGI application that gives its replies in turn; the last one again and again."""
-
-    replies: list[Reply]
-    requests: list[dict[str, Any]] = field(default_factory=list)
-    sent: int = 0
-    """Bytes of endless bodies."""
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "lifespan":
-            while True:
-                message = await receive()
-                await send({"type": message["type"] + ".complete"})
-                if message["type"] == "lifespan.shutdown":
-                    return
-        while (await receive()).get("more_body"):
-            pass
-        reply = self.replies[min(len(self.requests), len(self.replies) - 1)]
-        self.requests.append({"client": scope["client"], "headers": dict(scope["headers"])})
-        if reply.hang:
-            while (await receive())["type"] != "http.disconnect":
-                pass
-            return
-        headers = {"content-type": reply.kind} | reply.headers
-        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-        await send({"type": "http.response.start", "status": reply.status, "headers": raw})
-        # What is sent to nobody is not counted: uvicorn then takes it at once.
-        gone = asyncio.ensure_future(receive())
-        while reply.endless and self.sent < 8 * MAX_ANSWER_BYTES and not gone.done():
-            await send({"type": "http.response.body", "body": reply.body, "more_body": True})
-            self.sent += len(reply.body)
-            await asyncio.sleep(0)
-        gone.cancel()
-        await send({"type": "http.response.body", "body": reply.body})
-
-
-@pytest.fixture(scope="module")
-def stage() -> Iterator[tuple[str, Script]]:
-    script = Script([])
-    with LocalServer(script) as server:
-        yield server.url, script
-
-
-@pytest.fixture
-def scripted(stage: tuple[str, Script]) -> Callable[..., tuple[str, Script]]:
-    """A server that gives these replies."""
-
-    def start(*replies: Reply) -> tuple[str, Script]:
-        url, script = stage
-        script.replies, script.requests = list(replies), []
-        return url, script
-
-    return start
-
-
-@pytest.fixture(params=["sync", "async"])
-def ask(request: pytest.FixtureRequest) -> Callable[..., Scored]:
-    """Scores through either face of the client."""
-
-    def score(client: RewardClient, images: Images, prompts: Any = "p") -> Scored:
-        if request.param == "sync":
-            try:
-                return client.score(images, prompts)
-            finally:
-                client.close()
-
-        async def run() -> Scored:
-            try:
-                return await client.score_async(images, prompts)
-            finally:
-                await client.aclose()
-
-        return asyncio.run(run())
-
-    return score
-
-
 SHED_BY_SERVE = b"Request dropped due to backpressure (num_queued_requests=1, max_queued_requests=1)."
 """Where Serve's proxy was not started as proxy.py says."""
-
-
-def client_of(url: str, deadline_s: float = 20.0, **settings: Any) -> RewardClient:
-    return RewardClient("words", url, "a-token-for-tests-only", deadline_s, **settings)
 
 
 def test_scores_from_a_real_server(serve_fake: Any, images: Images, ask: Any) -> None:
@@ -203,10 +102,6 @@ def test_a_refusal_is_final(scripted: Any, images: Images, ask: Any, status: int
     with pytest.raises(RewardRefused, match=f"'words' at {url}: {status} refused: because"):
         ask(client_of(url), images)
     assert len(script.requests) == 1
-
-
-def changed(**changes: Any) -> Reply:
-    return Reply(body=json.dumps(GOOD | changes).encode())
 
 
 @pytest.mark.parametrize(
@@ -298,108 +193,3 @@ def httpx_status(url: str, client: RewardClient) -> Callable[[], int]:
         "Content-Type": "application/vnd.safetensors",
     }
     return lambda: httpx.post(url + "/v1/score", content=body, headers=headers, trust_env=False).status_code
-
-
-def test_the_token_is_sent_and_never_shown(scripted: Any, images: Images) -> None:
-    url, script = scripted(Reply(401, b""))
-    client = client_of(url)
-    with pytest.raises(RewardRefused) as caught:
-        client.score(images, "p")
-    assert script.requests[0]["headers"][b"authorization"] == b"Bearer a-token-for-tests-only"
-    assert "a-token-for-tests-only" not in str(caught.value) + repr(client)
-
-
-def test_errors_travel_between_processes() -> None:
-    error = pickle.loads(pickle.dumps(RewardRefused("words", "http://x", "422 no")))  # noqa: S301
-    assert isinstance(error, RewardRefused)
-    assert (str(error), error.name) == ("reward 'words' at http://x: 422 no", "words")
-
-
-def test_every_error_is_a_reward_error() -> None:
-    assert all(issubclass(kind, RewardError) for kind in (RewardUnavailable, RewardRefused, RewardInvalid))
-
-
-@pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://x", "http://"])
-def test_an_address_that_is_none_is_refused(url: str) -> None:
-    with pytest.raises(ValueError, match="no http"):
-        client_of(url)
-
-
-TOKEN = "a-token-for-tests-only"
-
-
-@pytest.mark.parametrize(
-    "reply",
-    [
-        Reply(body=f"you sent Bearer {TOKEN}".encode()),
-        Reply(422, json.dumps({"error": "refused", "detail": f"Bearer {TOKEN}"}).encode()),
-        Reply(500, f"Authorization: Bearer {TOKEN}".encode()),
-        Reply(302, b"", {"location": f"http://elsewhere/?token={TOKEN}"}),
-        changed(scores=[None, *[0.5] * 4], errors=[{"index": 0, "error": TOKEN}]),
-        changed(reward=TOKEN),
-    ],
-)
-def test_a_token_that_the_server_repeats_is_not_shown(
-    scripted: Any, images: Images, ask: Any, reply: Reply
-) -> None:
-    url, _ = scripted(reply)
-    with pytest.raises(RewardError, match=r"\*\*\*") as caught:
-        ask(client_of(url, 0.3, app="fake"), images)
-    assert TOKEN not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "reply",
-    [
-        Reply(422, json.dumps({"error": "refused", "detail": "d" * 10**6}).encode()),
-        Reply(500, json.dumps({"error": "failed", "detail": "d" * 10**6}).encode()),
-        changed(**{"k" * 10**6: 1}),
-        changed(scores=[None, *[0.5] * 4], errors=[{"index": 0, "error": "e" * 10**6}]),
-        changed(reward="r" * 10**6),
-    ],
-)
-def test_what_came_is_shortened(scripted: Any, images: Images, ask: Any, reply: Reply) -> None:
-    url, _ = scripted(reply)
-    with pytest.raises(RewardError) as caught:
-        ask(client_of(url, 0.3, app="fake"), images)
-    assert len(str(caught.value)) < 5000
-
-
-@pytest.mark.parametrize(
-    ("header", "seconds"),
-    [
-        ("7", 7.0),
-        ("nan", 0.0),
-        ("-3", 0.0),
-        ("inf", float("inf")),
-        ("soon", 0.0),
-        ("Mon, 01 Jan 0001 00:00:00 GMT", 0.0),
-        ("Mon, 01 Jan 2024 00:00:00 +9999999999999999999", 0.0),
-    ],
-)
-def test_any_retry_after_is_a_number_of_seconds(header: str, seconds: float) -> None:
-    assert Answer(httpx.Response(429, headers={"retry-after": header})).retry_after_s == seconds
-
-
-@pytest.mark.parametrize(
-    ("url", "says"),
-    [
-        ("http://[::1", "Invalid port"),
-        ("http://h:port", "Invalid port"),
-        ("http://h\x00", "non-printable"),
-        ("http://h/?token=s3cret", "up to /v1"),
-        ("http://user:s3cret@h", "holds a password"),
-    ],
-)
-def test_an_address_that_cannot_be_called_is_refused(url: str, says: str) -> None:
-    with pytest.raises(ValueError, match=says) as caught:
-        client_of(url)
-    assert "user:s3cret" not in str(caught.value)
-
-
-def test_what_a_server_says_of_itself_is_bounded(scripted: Any) -> None:
-    for reply in (Reply(body=bytes(17 * 1024 * 1024)), Reply(hang=True), Reply(302), Reply(body=b"{")):
-        url, _ = scripted(reply)
-        client = client_of(url)
-        assert client.info(0.5) is None
-        client.close()
