@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from queue_support import Run, version
-from rich.console import Console
+from watching import Watching
 
 from reward_servers.app import create_app
 from reward_servers.local import LocalServer
@@ -24,7 +24,6 @@ from services.group_queue import Fenced, NotAssigned
 from services.messages import Heartbeat
 from services.metrics import UpdateRow
 from services.monitor import Outcome
-from services.progress import Progress
 from services.recording import Recording
 from services.run_directory import RunDirectory
 from services.telemetry import read_metrics
@@ -89,24 +88,6 @@ def recipe(tmp_path: Path, server: str) -> Callable[..., Config]:
         )
 
     return make
-
-
-class Watching(Progress):
-    def __init__(
-        self,
-        at_row: Callable[[UpdateRow], None] = lambda row: None,
-        at_beats: Callable[[list[Heartbeat]], None] = lambda beats: None,
-    ) -> None:
-        super().__init__("test", STEPS, console=Console(stderr=True), quiet=True)
-        self._at_row, self._at_beats = at_row, at_beats
-
-    def update_row(self, row: UpdateRow) -> None:
-        super().update_row(row)
-        self._at_row(row)
-
-    def heartbeats(self, beats: list[Heartbeat]) -> None:  # type: ignore[override]
-        super().heartbeats(beats)
-        self._at_beats(beats)
 
 
 def prompts_of(run: RunDirectory) -> list[str]:

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 from rich.console import Console
+from watching import Watching
 
 from learner.checkpoint import newest_checkpoint
 from reward_servers.app import create_app
@@ -75,27 +76,6 @@ def recipe(tmp_path: Path, ocr_url: str) -> Callable[..., Config]:
         )
 
     return make
-
-
-class Watching(Progress):
-    """A silent view that calls back, to do something to a run at a known moment."""
-
-    def __init__(
-        self,
-        *,
-        at_row: Callable[[UpdateRow], None] = lambda row: None,
-        at_beats: Callable[[list[Heartbeat]], None] = lambda beats: None,
-    ) -> None:
-        super().__init__("test", STEPS, console=Console(stderr=True), quiet=True)
-        self._at_row, self._at_beats = at_row, at_beats
-
-    def update_row(self, row: UpdateRow) -> None:
-        super().update_row(row)
-        self._at_row(row)
-
-    def heartbeats(self, beats: list[Heartbeat]) -> None:  # type: ignore[override]
-        super().heartbeats(beats)
-        self._at_beats(beats)
 
 
 def run(config: Config, view: Progress | None = None) -> Outcome:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from torch import Tensor
+from watching import Watching
 
 from learner.checkpoint import newest_checkpoint
 from learner.ray_train import LearnerFailed, fit
@@ -26,10 +26,8 @@ from services.config_file import load_config
 from services.context import RunContext, SecretPlace
 from services.driver import train
 from services.embedded import EmbeddedValkey
-from services.messages import Heartbeat
 from services.metrics import UpdateRow
 from services.monitor import Outcome
-from services.progress import Progress
 from services.recording import Recording
 from services.run_directory import RunDirectory
 from services.telemetry import read_metrics
@@ -85,23 +83,6 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, ocr_url: str) -> Callable[.
         )
 
     return make
-
-
-class Watching(Progress):
-    """A silent view that knows the processes of the ranks and calls back behind each update."""
-
-    def __init__(self, at_row: Callable[[UpdateRow], None] = lambda row: None) -> None:
-        super().__init__("test", STEPS, console=Console(stderr=True), quiet=True)
-        self._at_row = at_row
-        self.pids: dict[str, int] = {}
-
-    def update_row(self, row: UpdateRow) -> None:
-        super().update_row(row)
-        self._at_row(row)
-
-    def heartbeats(self, beats: list[Heartbeat]) -> None:  # type: ignore[override]
-        super().heartbeats(beats)
-        self.pids |= {beat.part: beat.pid for beat in beats}
 
 
 def weights(run: RunDirectory) -> dict[str, Tensor]:
@@ -162,7 +143,7 @@ def test_a_killed_rank_is_started_again_and_nothing_is_lost_or_repeated(
             killed.append(view.pids[f"learner-{rank}"])
             os.kill(killed[0], signal.SIGKILL)
 
-    view, config = Watching(kill), recipe()
+    view, config = Watching(at_row=kill), recipe()
     outcome = train(config, RunDirectory.create(config), view)
     assert killed
     assert view.pids[f"learner-{rank}"] != killed[0]
@@ -182,7 +163,7 @@ def test_an_interrupted_run_drains_and_goes_on_with_as_many_ranks_or_others(
 
     config = recipe()
     directory = RunDirectory.create(config)
-    first = train(config, directory, Watching(interrupt))
+    first = train(config, directory, Watching(at_row=interrupt))
     assert first.interrupted
     assert 1 <= first.version.step < STEPS
     found = newest_checkpoint(directory.root)

@@ -1,0 +1,34 @@
+"""A silent view of a run that calls back, to do something to the run at a known moment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rich.console import Console
+
+from services.messages import Heartbeat
+from services.metrics import UpdateRow
+from services.progress import Progress
+
+
+class Watching(Progress):
+    """Calls back behind each update and each round of heartbeats, and knows the processes of the parts."""
+
+    def __init__(
+        self,
+        *,
+        at_row: Callable[[UpdateRow], None] = lambda row: None,
+        at_beats: Callable[[list[Heartbeat]], None] = lambda beats: None,
+    ) -> None:
+        super().__init__("test", 1, console=Console(stderr=True), quiet=True)
+        self._at_row, self._at_beats = at_row, at_beats
+        self.pids: dict[str, int] = {}
+
+    def update_row(self, row: UpdateRow) -> None:
+        super().update_row(row)
+        self._at_row(row)
+
+    def heartbeats(self, beats: list[Heartbeat]) -> None:  # type: ignore[override]
+        super().heartbeats(beats)
+        self.pids |= {beat.part: beat.pid for beat in beats}
+        self._at_beats(beats)
