@@ -162,11 +162,8 @@ def train_rank(settings: dict[str, Any]) -> str | None:
             return follow(
                 ranks, trainer.updater, pulse, beside_s=beside_s, report=partial(ray.train.report, {})
             )
-    except LASTING as error:
-        logger.exception("%s failed for good", part)
-        return f"{type(error).__name__}: {error}"
     except Exception as error:
-        reason = _refused_by_the_disk(error, context)
+        reason = _for_good(error, context)
         if reason is None:
             logger.exception("%s failed", part)
             raise
@@ -174,8 +171,10 @@ def train_rank(settings: dict[str, Any]) -> str | None:
         return reason
 
 
-def _refused_by_the_disk(error: Exception, context: RunContext) -> str | None:
-    """What to do about a full disk, which a restart would find as full; None of another error."""
+def _for_good(error: Exception, context: RunContext) -> str | None:
+    """Why the run must end, where a restart would fail as this did; None where it may help."""
+    if isinstance(error, LASTING):
+        return f"{type(error).__name__}: {error}"
     refused = disk_refuses(error, context.directory)
     if refused is None or context.record is not None:
         return refused
@@ -212,13 +211,8 @@ def _lead_others(
     try:
         _lead(context, queue, trainer, pulse, ranks)
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        if not isinstance(error, LASTING):
-            refused = _refused_by_the_disk(error, context)
-            if refused is None:
-                raise
-            reason = refused
-        if ranks.listening:
+        reason = _for_good(error, context)
+        if reason is not None and ranks.listening:
             try:
                 ranks.order_all(Order(do="end", reason=reason), deadline_s=GOODBYE_S)
             except RankLost:

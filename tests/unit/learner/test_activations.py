@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import pytest
 import torch
 from torch import Tensor, nn
+from toy_policy import ToyPolicy, toy_config, training_groups
 
 from learner.activations import offloaded
+from learner.update import Updater
 
 
 def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
@@ -32,3 +38,22 @@ def test_nothing_is_copied_on_a_cpu() -> None:
     saved = product.grad_fn._saved_mat2  # type: ignore[union-attr]
     assert saved.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
     assert product.grad_fn._saved_self.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("offload", [True, False])
+def test_activations_are_offloaded_where_the_configuration_says_so(
+    offload: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stay: list[set[int]] = []
+
+    @contextmanager
+    def offloaded(weights: Iterable[Tensor]) -> Iterator[None]:
+        stay.append({weight.data_ptr() for weight in weights})
+        yield
+
+    monkeypatch.setattr("learner.update.offloaded", offloaded)
+    policy = ToyPolicy(torch.float32)
+    config = toy_config(learner={"activation_offload": offload})
+    Updater(policy, config).step(training_groups(2), 0)
+    assert bool(stay) == offload
+    assert all({weight.data_ptr() for weight in policy.transformer.parameters()} <= told for told in stay)

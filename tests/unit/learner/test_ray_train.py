@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -157,6 +158,34 @@ def test_the_other_ranks_hear_why_the_run_ends_unless_they_are_in_the_middle_of_
 
     _, (heard,) = all_of(together(2, body))
     assert heard == (Order(do="train") if busy else Order(do="end", reason="Fenced: epoch 2 has begun"))
+
+
+@pytest.mark.parametrize(
+    ("error", "heard"),
+    [(OSError(errno.ENOSPC, "No space left", "/run/x"), "end"), (OSError("a hiccup"), "train")],
+)
+def test_the_other_ranks_hear_of_a_full_disk_and_not_of_what_is_restarted(
+    error: OSError, heard: str, context: RunContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lead(context: RunContext, queue: Any, trainer: Any, pulse: Any, ranks: Ranks) -> None:
+        ranks.settled()
+        raise error
+
+    monkeypatch.setattr(ray_train, "_lead", lead)
+
+    def body(ranks: Ranks) -> Order | None:
+        if ranks.rank > 0:
+            return ranks.next_order(beside_s=0)[0]
+        with pytest.raises(OSError, match=re.escape(str(error))):
+            ray_train._lead_others(context, None, None, None, ranks)  # type: ignore[arg-type]
+        if heard == "train":  # nothing was said yet
+            ranks.order_all(Order(do="train"))
+        return None
+
+    _, order = all_of(together(2, body))
+    assert order is not None
+    assert order.do == heard
+    assert heard == "train" or "/run/x" in str(order.reason)
 
 
 class Fitted:
