@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from queue_support import Run, version
-from watching import Watching
+from small_runs import SMALL, Watching
 
 from reward_servers.app import create_app
 from reward_servers.local import LocalServer
@@ -66,22 +66,12 @@ def recipe(tmp_path: Path, server: str) -> Callable[..., Config]:
             "quickstart",
             [
                 f"run.directory={tmp_path}",
+                *SMALL,
                 f"prompts={{source: file, path: {file}, curriculum: {{after: 1, revisit: 0.2}}}}",
-                "rollout.group_size=4",
-                "rollout.steps=4",
-                "objective.timesteps.first=4",
-                "objective.timesteps.skip=0",
                 "learner.groups_per_step=2",
                 f"learner.max_steps={STEPS}",
-                "learner.micro_batch=4",
-                "learner.num_cpus=0.1",
-                "rollout.num_cpus=0.1",
-                "queue.max_staleness=0",
                 "queue.max_dead=1",
-                "checkpoint.every_steps=2",
                 "telemetry.record=true",
-                "telemetry.tensorboard=false",
-                "telemetry.heartbeat_s=0.5",
                 f"rewards=[{{name: bright, url: '{server}', token_env: {TOKEN_VARIABLE}}}]",
                 *overrides,
             ],

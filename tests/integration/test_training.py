@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 from rich.console import Console
-from watching import Watching
+from small_runs import SMALL, Watching
 
 from learner.checkpoint import newest_checkpoint
 from reward_servers.app import create_app
@@ -55,21 +55,11 @@ def recipe(tmp_path: Path, ocr_url: str) -> Callable[..., Config]:
             "quickstart",
             [
                 f"run.directory={tmp_path}",
-                "rollout.group_size=4",
-                "rollout.steps=4",
-                "objective.timesteps.first=4",
-                "objective.timesteps.skip=0",
+                *SMALL,
                 "learner.groups_per_step=2",
                 f"learner.max_steps={STEPS}",
-                "learner.micro_batch=4",
-                "learner.num_cpus=0.1",
-                "rollout.num_cpus=0.1",
-                "queue.max_staleness=0",
-                "checkpoint.every_steps=2",
                 "eval.every_steps=0",
                 "eval.final_prompts=4",
-                "telemetry.tensorboard=false",
-                "telemetry.heartbeat_s=0.5",
                 f"rewards=[{{name: ocr, url: '{ocr_url}', token_env: {TOKEN_VARIABLE}}}]",
                 *overrides,
             ],

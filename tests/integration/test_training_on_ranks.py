@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_runs import SMALL, Watching
 from torch import Tensor
-from watching import Watching
 
 from learner.checkpoint import newest_checkpoint
 from learner.ray_train import LearnerFailed, fit
@@ -57,25 +57,15 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, ocr_url: str) -> Callable[.
             "quickstart",
             [
                 f"run.directory={folder}",
-                "rollout.group_size=4",
-                "rollout.steps=4",
-                "rollout.num_cpus=0.1",
+                *SMALL,
                 "rollout.workers=1",
-                "objective.timesteps.first=4",
-                "objective.timesteps.skip=0",
                 "learner.ranks=2",
                 f"learner.groups_per_step={GROUPS}",
                 f"learner.max_steps={STEPS}",
-                "learner.micro_batch=4",
-                "learner.num_cpus=0.1",
                 "learner.compare_every=1",
-                "queue.max_staleness=0",
-                "checkpoint.every_steps=2",
                 "eval.every_steps=0",
                 "prompts.source=file",
                 f"prompts.path={prompts}",
-                "telemetry.tensorboard=false",
-                "telemetry.heartbeat_s=0.5",
                 "telemetry.record=true",
                 f"rewards=[{{name: ocr, url: '{ocr_url}', token_env: {TOKEN_VARIABLE}}}]",
                 *overrides,

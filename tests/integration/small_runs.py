@@ -1,4 +1,4 @@
-"""A silent view of a run that calls back, to do something to the run at a known moment."""
+"""Whole runs that take little, and a silent view of them that calls back at known moments."""
 
 from __future__ import annotations
 
@@ -9,6 +9,21 @@ from rich.console import Console
 from services.messages import Heartbeat
 from services.metrics import UpdateRow
 from services.progress import Progress
+
+SMALL = (
+    "rollout.group_size=4",
+    "rollout.steps=4",
+    "rollout.num_cpus=0.1",
+    "objective.timesteps.first=4",
+    "objective.timesteps.skip=0",
+    "learner.micro_batch=4",
+    "learner.num_cpus=0.1",
+    "queue.max_staleness=0",
+    "checkpoint.every_steps=2",
+    "telemetry.tensorboard=false",
+    "telemetry.heartbeat_s=0.5",
+)
+"""Overrides of a recipe: reproducible, and over in seconds an update."""
 
 
 class Watching(Progress):
