@@ -190,6 +190,8 @@ def prompts(
         write_records,
     )
 
+    if out.suffix != ".jsonl":
+        raise ConfigError(f"{out}: prompts are written as JSON lines; name a file that ends in .jsonl")
     if out.exists():
         raise ConfigError(f"{out} is there already; name a file to make")
     try:

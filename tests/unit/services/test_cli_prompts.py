@@ -39,6 +39,12 @@ def test_a_file_is_never_overwritten(tmp_path: Path) -> None:
         written(tmp_path / "a.jsonl", "--count", "3")
 
 
+def test_a_file_that_would_be_read_as_plain_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"a.txt: .* \.jsonl"):
+        written(tmp_path / "a.txt", "--count", "3")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_that_holds_no_records_is_named(tmp_path: Path) -> None:
     (tmp_path / "held.jsonl").write_text("{}\n")
     with pytest.raises(ConfigError, match=r"held.jsonl, line 1"):
