@@ -103,7 +103,7 @@ def _gradient(size: int, micro_batch: int) -> torch.Tensor:
     def keep(*_: Any) -> None:
         found.append(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]).clone())
 
-    updater.optimizer.register_step_pre_hook(keep)
+    updater.trained.optimizer.register_step_pre_hook(keep)
     updater.step([group], 0)
     return found[0]
 

@@ -84,6 +84,9 @@ class TimedTrainer:
     def checkpoint(self, version: PolicyVersion, frontier: Frontier) -> None:
         pass
 
+    def finish(self) -> None:
+        pass
+
 
 def run_overlap_bench(
     screen: Console | None = None,

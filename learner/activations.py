@@ -8,7 +8,7 @@ Promises
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -16,18 +16,20 @@ from torch import Tensor
 
 
 @contextmanager
-def offloaded(weights: Iterable[Tensor]) -> Iterator[None]:
+def offloaded(weights: Iterable[Tensor], gathered: Container[int] = ()) -> Iterator[None]:
     """Graphs recorded in here keep their activations in host memory (pinned where there is a GPU).
 
     Copies are queued on the stream that computes, so nothing waits for them and nothing is read too early.
 
     Args:
         weights: parameters and buffers of the model, and whatever else outlives the graph.
+        gathered: storages (`_cdata`) that hold weights whenever they are needed.
     """
     stay = {weight.untyped_storage().data_ptr() for weight in weights}
 
     def pack(saved: Tensor) -> tuple[torch.device, Tensor]:
-        if saved.device.type == "cpu" or saved.untyped_storage().data_ptr() in stay:
+        storage = saved.untyped_storage()
+        if saved.device.type == "cpu" or storage.data_ptr() in stay or storage._cdata in gathered:
             return saved.device, saved
         host = torch.empty_like(saved, device="cpu", pin_memory=saved.device.type == "cuda")
         return saved.device, host.copy_(saved, non_blocking=True)

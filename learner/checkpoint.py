@@ -24,17 +24,22 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
+
+from services.checkpoint_parts import SUFFIX, part_of, read_part
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
+SHARDED_FORMAT = 2
+"""Of one with parts that are directories (learner/sharded_checkpoint.py)."""
 MANIFEST = "manifest.json"
 # `.replaced`: what a step of an older lineage is called while the new one takes its name.
 COMPLETE_NAME = re.compile(r"step-(\d+)(\.replaced)?")
@@ -58,19 +63,30 @@ class Checkpoint:
         """Part -> tensors, on the CPU. A part is read from its file each time it is asked for."""
         return _Parts(self.path, tuple(self.manifest["files"]))
 
+    def digest(self, part: str) -> str | None:
+        """Hex; the same for no two contents of a part. None: it has no such part."""
+        files = {name: entry for name, entry in self.manifest["files"].items() if part_of(name) == part}
+        digests = [str(files[name]["sha256"]) for name in sorted(files)]
+        if len(digests) > 1:
+            return hashlib.sha256("".join(digests).encode()).hexdigest()
+        return digests[0] if digests else None
+
 
 class _Parts(Mapping[str, dict[str, Tensor]]):
     def __init__(self, path: Path, files: tuple[str, ...]) -> None:
-        self._files = {Path(name).stem: path / name for name in files}
+        self._path = path
+        self._parts = dict.fromkeys(part_of(file) for file in files)
 
     def __getitem__(self, part: str) -> dict[str, Tensor]:
-        return load_file(self._files[part])
+        if part not in self._parts:
+            raise KeyError(part)
+        return read_part(self._path, part)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter(self._parts)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._parts)
 
 
 def write_checkpoint(
@@ -91,29 +107,66 @@ def write_checkpoint(
     Raises:
         CheckpointError: it could not be written.
     """
+    partial = prepare(run_directory, step)
+    with _told(partial):
+        files = {
+            f"{part}{SUFFIX}": write_part(partial / f"{part}{SUFFIX}", tensors)
+            for part, tensors in state.items()
+        }
+    return complete(run_directory, step, files, manifest, keep=keep)
+
+
+def prepare(run_directory: Path, step: int) -> Path:
+    """An empty directory for the files of a checkpoint, which is none before `complete`.
+
+    Raises:
+        CheckpointError: it cannot be made.
+    """
     folder = run_directory / "checkpoints"
-    final = folder / f"step-{step}"
     partial = folder / f".step-{step}.partial"
-    try:
+    with _told(partial):
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        files = {
-            f"{part}.safetensors": _write(partial / f"{part}.safetensors", state[part]) for part in state
-        }
-        text = json.dumps({**manifest, "format": FORMAT, "step": step, "files": files}, indent=2)
-        (partial / MANIFEST).write_text(text + "\n")
+    return partial
+
+
+def complete(
+    run_directory: Path, step: int, files: Mapping[str, Any], manifest: Mapping[str, Any], *, keep: int
+) -> Path:
+    """What `prepare` made, and has files now, becomes a checkpoint; see `write_checkpoint`.
+
+    Args:
+        files: name -> what `described` says of it.
+
+    Raises:
+        CheckpointError: it could not be written.
+    """
+    folder = run_directory / "checkpoints"
+    final, partial = folder / f"step-{step}", folder / f".step-{step}.partial"
+    sharded = any("/" in name for name in files)
+    with _told(partial):
+        about = {"format": SHARDED_FORMAT if sharded else FORMAT, "step": step, "files": files}
+        (partial / MANIFEST).write_text(json.dumps({**manifest, **about}, indent=2) + "\n")
         _sync(partial / MANIFEST)
         _sync(partial)
         _take_name(partial, final)
         _sync(folder)
+    _prune(folder, keep, step, manifest.get("epoch", 0))
+    return final
+
+
+@contextmanager
+def _told(partial: Path) -> Iterator[None]:
+    """What goes wrong inside leaves nothing behind but its words."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
+        final = partial.with_name(partial.stem.removeprefix("."))
         raise CheckpointError(
             f"{final}: not written: {error}; former checkpoints are as they were"
         ) from error
-    _prune(folder, keep, step, manifest.get("epoch", 0))
-    return final
 
 
 def newest_checkpoint(run_directory: Path) -> Checkpoint | None:
@@ -126,6 +179,15 @@ def newest_checkpoint(run_directory: Path) -> Checkpoint | None:
     return None
 
 
+def open_checkpoint(path: Path) -> Checkpoint:
+    """One checkpoint by its directory, which another process has verified.
+
+    Raises:
+        CheckpointError: it is not there, or its manifest cannot be read.
+    """
+    return _opened(path)
+
+
 def read_checkpoint(path: Path) -> Checkpoint:
     """One checkpoint by its directory.
 
@@ -135,10 +197,16 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return _verified(path)
 
 
-def _write(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def write_part(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """One part as one file; returns what the manifest says of it."""
     save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, file)
+    return described(file, len(tensors))
+
+
+def described(file: Path, tensors: int) -> dict[str, Any]:
+    """What the manifest says of a file, which is on the disk from then on."""
     _sync(file)
-    return {"sha256": _digest(file), "bytes": file.stat().st_size, "tensors": len(tensors)}
+    return {"sha256": _digest(file), "bytes": file.stat().st_size, "tensors": tensors}
 
 
 def _take_name(partial: Path, final: Path) -> None:
@@ -152,21 +220,33 @@ def _take_name(partial: Path, final: Path) -> None:
 
 
 def _verified(path: Path) -> Checkpoint:
+    found = _opened(path)
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        files = {str(name): dict(entry) for name, entry in manifest["files"].items()}
-        step, version = int(manifest["step"]), manifest["format"]
-        if version != FORMAT:
-            raise CheckpointError(f"{path}: format {version}, this version reads format {FORMAT}")
-        if not files:
-            raise CheckpointError(f"{path}: the manifest names no file")
-        for name, entry in files.items():
-            if Path(name).name != name:
-                raise CheckpointError(f"{path}: the manifest names a file outside the checkpoint: {name!r}")
+        for name, entry in found.manifest["files"].items():
             if _digest(path / name) != entry["sha256"]:
                 raise CheckpointError(
                     f"{path / name}: its sha256 is not the manifest's: changed or cut short"
                 )
+    except (OSError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a complete checkpoint: {error!r}") from error
+    return found
+
+
+def _opened(path: Path) -> Checkpoint:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        files = {str(name): dict(entry) for name, entry in manifest["files"].items()}
+        step, version = int(manifest["step"]), manifest["format"]
+        if version not in (FORMAT, SHARDED_FORMAT):
+            raise CheckpointError(
+                f"{path}: format {version}, this version reads formats {FORMAT} and {SHARDED_FORMAT}"
+            )
+        if not files:
+            raise CheckpointError(f"{path}: the manifest names no file")
+        for name in files:
+            inside = PurePosixPath(name)
+            if len(inside.parts) > 2 or ".." in inside.parts or inside.is_absolute():
+                raise CheckpointError(f"{path}: the manifest names a file outside the checkpoint: {name!r}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not a complete checkpoint: {error!r}") from error
     return Checkpoint(path=path, step=step, manifest=manifest)

@@ -1,7 +1,8 @@
 """The ranks beside rank 0: what they do is what it orders; and how all of them find out that they agree.
 
 Promises
-- They take nothing from the queue, acknowledge nothing, publish nothing and write no checkpoint.
+- They take nothing from the queue, acknowledge nothing and announce nothing. Of weights and checkpoints they
+  send and write their own rows, where they hold rows, and nothing else.
 - Weights that differ between ranks end the run: an update behind them would be of no known policy.
 
 Knows no Ray: reporting to it is handed in.
@@ -9,26 +10,38 @@ Knows no Ray: reporting to it is handed in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 
+import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
+from learner.gathering import gathered
 from learner.ranks import Order, Ranks, RanksDiffer
+from learner.sharded_checkpoint import ShardedCheckpointWriter
 from learner.shares import received
 from learner.update import Updater
+from policy.base import Policy
 from services.codec import weights_digest
 from services.heartbeat import Pulse
 
 
 def follow(
-    ranks: Ranks, updater: Updater, pulse: Pulse, *, beside_s: float, report: Callable[[], None]
+    ranks: Ranks,
+    updater: Updater,
+    pulse: Pulse,
+    *,
+    beside_s: float,
+    report: Callable[[], None],
+    writer: ShardedCheckpointWriter | None = None,
 ) -> str | None:
     """Do what rank 0 orders, to the end.
 
     Args:
         beside_s: how much longer than any wait rank 0 may take between two orders.
         report: rank 0 reports to Ray Train, which waits for all ranks.
+        writer: of this rank's rows, where the weights are sharded.
 
     Returns:
         Why the run must end, as rank 0 says; None: it has been trained to its end.
@@ -44,9 +57,27 @@ def follow(
             pulse.groups += len(order.share)
         elif order.do == "compare":
             pulse.enter(f"comparing the weights of step {order.step}")
-            compare(ranks, f"step {order.step}", updater.policy.trainable())
+            compare(ranks, f"step {order.step}", updater.trained.replicated())
+        elif order.do == "gather":
+            pulse.enter(f"sending the rows of step {order.step}")
+            for _ in gather(ranks, updater, order.kind, order.step):
+                raise AssertionError("rows arrive at rank 0 alone")
+        elif order.do == "checkpoint":
+            assert writer is not None
+            writer.begin(order.step, updater.state())
+        elif order.do == "settle":
+            assert writer is not None
+            pulse.enter(f"finishing the checkpoint of step {order.step}")
+            writer.settle(wait=order.wait)
         else:
             report()
+
+
+def gather(ranks: Ranks, updater: Updater, kind: str, step: int) -> Iterator[tuple[str, list[Tensor]]]:
+    """Of every rank: the rows of what is published, at rank 0; see learner/gathering.py."""
+    shards, dtype = updater.policy.shards, getattr(torch, updater.config.learner.publish_dtype)
+    assert shards is not None
+    return gathered(ranks, f"the weights of step {step}", shards, updater.published(kind, step), dtype)
 
 
 def order_comparison(ranks: Ranks, step: int, updater: Updater) -> None:
@@ -56,7 +87,7 @@ def order_comparison(ranks: Ranks, step: int, updater: Updater) -> None:
         RanksDiffer: they are not the same, on every rank.
     """
     ranks.order_all(Order(do="compare", step=step))
-    compare(ranks, f"step {step}", updater.policy.trainable())
+    compare(ranks, f"step {step}", updater.trained.replicated())
     ranks.settled()
 
 
@@ -66,14 +97,33 @@ def begin_together(ranks: Ranks, updater: Updater) -> None:
     Raises:
         RanksDiffer: another rank has loaded another model.
     """
-    updater.take_from_rank_0()
+    updater.trained.take_from_rank_0()
     policy = updater.policy
-    with policy.base() if updater.config.objective.needs_base else nullcontext():
-        compare(ranks, "the start, of the frozen model,", policy.transformer.state_dict())
-    state = updater.state()
-    trained = {f"{part}.{name}": tensor for part, held in state.items() for name, tensor in held.items()}
-    compare(ranks, "the start", trained)
+    if policy.shards is None:
+        with policy.base() if updater.config.objective.needs_base else nullcontext():
+            compare(ranks, "the start, of the frozen model,", policy.transformer.state_dict())
+        state = updater.state()
+        trained = {f"{part}.{name}": tensor for part, held in state.items() for name, tensor in held.items()}
+        compare(ranks, "the start", trained)
+    else:
+        compare(ranks, "the start", updater.trained.replicated())
     ranks.settled()
+
+
+def shard_together(ranks: Ranks, policy: Policy, mesh: DeviceMesh, *, base: bool) -> None:
+    """On every rank, once, behind the loading: what all of them hold is divided among them.
+
+    Args:
+        mesh: of the ranks, by number.
+        base: as for `Policy.shard`.
+
+    Raises:
+        RanksDiffer: another rank has loaded another model.
+    """
+    # Once divided, no two ranks hold anything that could be compared.
+    compare(ranks, "the start, of the loaded model,", policy.transformer.state_dict())
+    with ranks.meeting("the division of the weights"):
+        policy.shard(mesh, base=base)
 
 
 def compare(ranks: Ranks, when: str, tensors: Mapping[str, Tensor]) -> None:

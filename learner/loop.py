@@ -5,7 +5,9 @@ Order within a step, and why
 2. update: the only thing that changes the policy.
 3. publish: the bytes of the new version are to be had before anyone hears of it.
 4. checkpoint, where one is due, with the frontier as it will be after this step: a crash before step 5 then
-   resumes behind this step, a crash before step 4 ahead of it; neither trains an ordinal twice.
+   resumes behind this step, a crash before step 4 ahead of it; neither trains an ordinal twice. One that is
+   written behind the training counts from when it is there, perhaps only after step 5: a crash before that
+   resumes from the former one, as it does between two checkpoints.
    With a curriculum, which prompts the next ordinals take is decided before the checkpoint, which has it, and
    told to the workers behind it and ahead of step 5, which lets those ordinals be issued.
 5. commit: one transaction acknowledges the groups, records their ordinals as trained and announces the new
@@ -48,7 +50,11 @@ class Trainer(Protocol):
         ...
 
     def checkpoint(self, version: PolicyVersion, frontier: Frontier) -> None:
-        """Write a complete checkpoint; nothing is replaced before it is whole."""
+        """Write a complete checkpoint, or begin to; nothing is replaced before it is whole."""
+        ...
+
+    def finish(self) -> None:
+        """Return when every checkpoint is whole."""
         ...
 
 
@@ -142,6 +148,8 @@ class LearnerLoop:
         if self._checkpointed != step:
             self._pulse.enter("checkpointing")
             self._trainer.checkpoint(PolicyVersion(epoch=epoch, step=step), self._queue.frontier())
+        self._pulse.enter("finishing the last checkpoint")
+        self._trainer.finish()
         return step
 
     def _begin(self, start: Start) -> int:

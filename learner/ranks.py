@@ -17,14 +17,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from services.messages import Message
+
+T = TypeVar("T")
 
 BUCKET_BYTES = 64 * 1024**2
 """Tensors are joined up to this size, so that small ones do not cost a round trip each; it is also what a sum
@@ -60,7 +63,7 @@ class SharedGroup(Message):
 class Order(Message):
     """What rank 0 asks of another rank."""
 
-    do: Literal["train", "compare", "report", "end"]
+    do: Literal["train", "compare", "gather", "checkpoint", "settle", "report", "end"]
     step: int = 0
     """Updates behind the weights."""
     groups: int = 0
@@ -69,6 +72,12 @@ class Order(Message):
     """To train: of the whole update, those with a preference."""
     share: tuple[SharedGroup, ...] = ()
     """To train: the groups of the rank that is told."""
+    idle: bool = False
+    """To train: its share is empty; what it is given, if anything, is for idle passes."""
+    kind: Literal["policy", "ema"] = "policy"
+    """To gather: which weights."""
+    wait: bool = False
+    """To settle a checkpoint: it need not be written yet."""
     reason: str | None = None
     """To end: why the run must end; None where it has been trained to its end."""
 
@@ -192,6 +201,33 @@ class Ranks:
         for joined in _joined(tensors):
             self._meet(what, partial(self._data.broadcast, [joined], options))
 
+    def collect(self, what: str, tensor: Tensor, into: Sequence[Tensor]) -> None:
+        """Bring a tensor of each rank to rank 0; it has the same shape on all.
+
+        Args:
+            into: on rank 0 where to, by rank; on the others nothing.
+        """
+        options = torch.distributed.GatherOptions()
+        options.rootRank = 0
+        outputs = [list(into)] if self.rank == 0 else []
+        self._meet(what, partial(self._data.gather, outputs, [tensor], options))
+
+    @contextmanager
+    def meeting(self, what: str) -> Iterator[None]:
+        """Something in which all ranks meet on their own, in collectives that are not called here.
+
+        Raises:
+            RankLost: one of those failed. A rank that fails for another reason raises that, and takes the
+                others along by its end: they are where they could not hear it.
+        """
+        begun = time.monotonic()
+        try:
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+                raise
+            raise self._lost(what, self.others, begun, self._deadline_s, error) from error
+
     def _gather(self, what: str, said: bytes) -> list[bytes]:
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
         self._meet(what, partial(self._control.allgather, [sizes], [torch.tensor([len(said)])]))
@@ -219,13 +255,29 @@ class Ranks:
         try:
             return call()
         except RuntimeError as error:
-            waited, limit = time.monotonic() - begun, limit_s or self._deadline_s
-            raise RankLost(
-                f"rank {self.rank} waited {waited:.1f} s, of {limit:g} s at most (learner.rank_deadline_s), "
-                f"for {what} from {whom}: {_first_sentence(error)}"
-            ) from error
+            raise self._lost(what, whom, begun, limit_s or self._deadline_s, error) from error
         finally:
             self.waited_s += time.monotonic() - begun
+
+    def _lost(self, what: str, whom: str, begun: float, limit_s: float, error: Exception) -> RankLost:
+        return RankLost(
+            f"rank {self.rank} waited {time.monotonic() - begun:.1f} s, of {limit_s:g} s at most "
+            f"(learner.rank_deadline_s), for {what} from {whom}: {_first_sentence(error)}"
+        )
+
+
+def together(ranks: Ranks | None, what: str, make: Callable[[], T]) -> T:
+    """The result of `make`; of several ranks, once all have theirs."""
+    if ranks is None:
+        return make()
+    made: list[T] = []
+
+    def run() -> bytes:
+        made.append(make())
+        return b""
+
+    ranks.exchange(what, run)
+    return made[0]
 
 
 def _first_sentence(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""The learner on Ray Train: binds the loop to the real policy, update, policy store and checkpoints.
+"""The learner on Ray Train: binds the loop to the real trainer, on one rank or several.
 
 Promises
 - Whenever Ray Train starts the ranks, first or again, they go on from the newest complete checkpoint of the
@@ -18,30 +18,28 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
 import ray.train
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
-from learner.checkpoint import newest_checkpoint, write_checkpoint
-from learner.curriculum import PART, curriculum_of
-from learner.follower import begin_together, follow, order_comparison
+from learner.follower import begin_together, follow
 from learner.loop import LearnerLoop, Start
-from learner.ranks import Order, RankFailedForGood, RankLost, Ranks, RanksDiffer
+from learner.ranks import Order, RankFailedForGood, RankLost, Ranks, RanksDiffer, together
 from learner.recorder import UntrainedTrainer, recording
-from learner.update import TrainingGroup, UpdateError, Updater
-from policy import load_policy
-from services.codec import Group
-from services.config import ClusterConfig, LearnerConfig
+from learner.sharded_checkpoint import CheckpointRefused
+from learner.trainer import PolicyTrainer
+from learner.update import UpdateError
+from policy.loading import find_device
+from services.config import ClusterConfig, Config, LearnerConfig
 from services.context import RunContext
 from services.full_disk import disk_refuses
-from services.group_queue import Fenced, Frontier, GroupQueue, QueueTimeout
+from services.group_queue import Fenced, GroupQueue, QueueTimeout
 from services.heartbeat import BEATS_TO_LIVE, Pulse
 from services.logs import configure_logging
-from services.messages import PolicyVersion, WeightsAnnouncement
-from services.policy_store import publish
 from services.ray_runtime import learner_backend
 
 logger = logging.getLogger(__name__)
@@ -51,7 +49,7 @@ T = TypeVar("T")
 # A replaced learner that starts again fences its successor; workers that made no groups in time make none in
 # as much time again; a machine that computes wrongly would do it again. ConfigError, PolicyError and a
 # checkpoint of another model are ValueErrors.
-LASTING = (Fenced, QueueTimeout, UpdateError, ValueError, RankFailedForGood, RanksDiffer)
+LASTING = (Fenced, QueueTimeout, UpdateError, ValueError, RankFailedForGood, RanksDiffer, CheckpointRefused)
 
 # Kinds of ControllerError.controller_failure; they are internal to Ray Train, hence by name.
 NOT_PLACED = ("WorkerGroupStartupTimeoutError", "InsufficientClusterResourcesError")
@@ -64,67 +62,6 @@ REPORT_EVERY_S = 5.0
 
 class LearnerFailed(RuntimeError):
     """The learner has ended and was not restarted: the text says why."""
-
-
-class PolicyTrainer:
-    """The real trainer of the loop (learner/loop.py `Trainer`)."""
-
-    def __init__(self, context: RunContext, store: Any, ranks: Ranks | None = None) -> None:
-        self._context = context
-        self._store = store
-        self._ranks = ranks
-        config = context.config
-        torch.set_num_threads(config.learner.threads)
-        objective = config.objective
-        self.policy = load_policy(
-            config.model,
-            # Conditions travel with the groups; only guidance needs the empty prompt's as well.
-            text_encoders=config.learner_guides,
-            vae=False,
-            base=objective.needs_base,
-            seed=config.run.seed,
-        )
-        self.updater = Updater(self.policy, config, ranks)
-        self.curriculum = curriculum_of(config)
-        self._compared = -1
-
-    def restore(self) -> Start:
-        """Load the newest complete checkpoint, if there is one."""
-        found = newest_checkpoint(self._context.directory)
-        if found is None:
-            return Start()
-        if self.curriculum is not None:
-            self.curriculum.load_state(found.state)
-        self.updater.load_state({part: found.state[part] for part in found.state if part != PART})
-        return Start(
-            version=PolicyVersion(epoch=found.manifest["epoch"], step=found.step),
-            frontier=Frontier.model_validate(found.manifest["frontier"]),
-        )
-
-    def update(self, groups: Sequence[Group], step: int) -> dict[str, Any]:
-        row = self.updater.step([training_group(group) for group in groups], step).row()
-        if (step + 1) % self._context.config.learner.compare_every == 0:
-            self._compare(step + 1)
-        return row
-
-    def publish(self, version: PolicyVersion, *, kind: str) -> WeightsAnnouncement:
-        tensors = self.updater.ema_tensors() if kind == "ema" else self.updater.rollout_tensors(version.step)
-        return publish(self._store, tensors, version, kind=kind)
-
-    def checkpoint(self, version: PolicyVersion, frontier: Frontier) -> None:
-        self._compare(version.step)
-        write_checkpoint(
-            self._context.directory,
-            version.step,
-            self.updater.state() | ({PART: self.curriculum.state()} if self.curriculum is not None else {}),
-            {"epoch": version.epoch, "frontier": frontier.model_dump(mode="json")},
-            keep=self._context.config.checkpoint.keep,
-        )
-
-    def _compare(self, step: int) -> None:
-        if self._ranks is not None and self._compared != step:
-            order_comparison(self._ranks, step, self.updater)
-            self._compared = step
 
 
 def train_rank(settings: dict[str, Any]) -> str | None:
@@ -144,7 +81,7 @@ def train_rank(settings: dict[str, Any]) -> str | None:
     configure_logging(part, context.directory, run=context.run)
     ttl = BEATS_TO_LIVE * config.telemetry.heartbeat_s
     try:
-        queue = _together(ranks, "the opening of the queue", context.open_queue)
+        queue = together(ranks, "the opening of the queue", context.open_queue)
         with Pulse(part, lambda beat: queue.beat(beat, ttl), every_s=config.telemetry.heartbeat_s) as pulse:
             pulse.enter("loading the model")
             if ranks is None:
@@ -152,15 +89,23 @@ def train_rank(settings: dict[str, Any]) -> str | None:
                 _lead(context, queue, kind(context, settings["store"]), pulse)
                 return None
             make = partial(PolicyTrainer, context, settings["store"], ranks)
-            trainer = _together(ranks, "the loading of the model", make)
+            trainer = together(ranks, "the loading of the model", make)
+            if trainer.sharded:
+                pulse.enter("dividing the model")
+                trainer.divide(_mesh(config))
             if ranks.rank == 0:
                 _lead_others(context, queue, trainer, pulse, ranks)
                 return None
-            _together(ranks, "the newest checkpoint", Start)
+            if trainer.sharded:
+                trainer.restore_rows()
+            else:
+                together(ranks, "the newest checkpoint", Start)
             begin_together(ranks, trainer.updater)
-            beside_s = config.queue.take_deadline_s
             return follow(
-                ranks, trainer.updater, pulse, beside_s=beside_s, report=partial(ray.train.report, {})
+                *(ranks, trainer.updater, pulse),
+                beside_s=config.queue.take_deadline_s,
+                report=partial(ray.train.report, {}),
+                writer=trainer.rows_writer,
             )
     except Exception as error:
         reason = _for_good(error, context)
@@ -189,7 +134,10 @@ def _lead(
     ranks: Ranks | None = None,
 ) -> None:
     """The learner's loop, from the newest checkpoint to its end."""
-    start = _together(ranks, "the newest checkpoint", trainer.restore)
+    if isinstance(trainer, PolicyTrainer) and trainer.sharded:
+        start = trainer.restore_rows()
+    else:
+        start = together(ranks, "the newest checkpoint", trainer.restore)
     if ranks is not None:
         assert isinstance(trainer, PolicyTrainer)
         begin_together(ranks, trainer.updater)
@@ -201,7 +149,10 @@ def _lead(
             record=record,
             curriculum=trainer.curriculum,
         )
-        loop.run(start)
+        try:
+            loop.run(start)
+        finally:
+            trainer.close()
 
 
 def _lead_others(
@@ -227,18 +178,11 @@ def _ranks(settings: LearnerConfig) -> Ranks:
     return Ranks(whole, whole, deadline_s=settings.rank_deadline_s, lasting=LASTING)
 
 
-def _together(ranks: Ranks | None, what: str, make: Callable[[], T]) -> T:
-    """The result of `make`; of several ranks, once all have theirs."""
-    if ranks is None:
-        return make()
-    made: list[T] = []
-
-    def run() -> bytes:
-        made.append(make())
-        return b""
-
-    ranks.exchange(what, run)
-    return made[0]
+def _mesh(config: Config) -> DeviceMesh:
+    """Of all ranks, between the devices of their models."""
+    world = torch.distributed.group.WORLD
+    assert world is not None
+    return DeviceMesh.from_group(world, find_device(config.model.device).type)
 
 
 def fit(context: RunContext, store: Any) -> None:
@@ -320,20 +264,3 @@ def _reporter(ranks: Ranks | None) -> Callable[[dict[str, Any]], None]:
             last = time.monotonic()
 
     return report
-
-
-def training_group(group: Group) -> TrainingGroup:
-    header = group.header
-    return TrainingGroup(
-        ordinal=header.ordinal,
-        latents=group.tensors["latents"],
-        rewards=header.rewards,
-        condition=_prefixed(group.tensors, "condition."),
-        sampled_at=header.version.step,
-        trajectory=group.tensors.get("trajectory"),
-        log_likelihoods=group.tensors.get("log_likelihoods"),
-    )
-
-
-def _prefixed(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from learner.advantages import total_rewards
 from learner.loop import Start
 from learner.update_metrics import reward_spreads, spread
@@ -86,7 +88,8 @@ class UntrainedTrainer:
         }
 
     def publish(self, version: PolicyVersion, *, kind: str) -> WeightsAnnouncement:
-        return publish(self._store, self._policy.trainable(), version, kind=kind)
+        dtype = getattr(torch, self._context.config.learner.publish_dtype)
+        return publish(self._store, self._policy.trainable(), version, kind=kind, dtype=dtype)
 
     def checkpoint(self, version: PolicyVersion, frontier: Frontier) -> None:
         partial = self._state.with_suffix(".partial")
@@ -98,6 +101,12 @@ class UntrainedTrainer:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(self._state)
+
+    def finish(self) -> None:
+        """Nothing is written behind the loop."""
+
+    def close(self) -> None:
+        """Nor is anything left to close."""
 
     @property
     def _state(self) -> Path:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -48,6 +48,8 @@ class Share:
     """Of the whole update, those with a preference."""
     rated: Sequence[RatedGroup]
     """This rank's, in ordinal order."""
+    idle: RatedGroup | None = None
+    """Where a rank with nothing to train has to make passes: some group to make them of."""
 
 
 def split(rated: Sequence[T], ranks: int) -> list[Sequence[T]]:
@@ -62,15 +64,28 @@ def split(rated: Sequence[T], ranks: int) -> list[Sequence[T]]:
     return [rated[low:high] for low, high in itertools.pairwise(borders)]
 
 
-def hand_out(ranks: Ranks, whole: Share) -> Share:
-    """Of rank 0: every other rank is told to train its share of the update; returns rank 0's own."""
+def hand_out(ranks: Ranks, whole: Share, *, idle: bool = False) -> Share:
+    """Of rank 0: every other rank is told to train its share of the update; returns rank 0's own.
+
+    Args:
+        idle: a rank whose share is empty gets a group to make idle passes of, if there is any.
+    """
     parts = split(whole.rated, ranks.count)
+    spare = whole.rated[:1] if idle else ()
     orders = [
-        Order(do="train", step=whole.step, groups=whole.groups, live=whole.live, share=_described(part))
+        Order(
+            do="train",
+            step=whole.step,
+            groups=whole.groups,
+            live=whole.live,
+            share=_described(part or spare),
+            idle=not part,
+        )
         for part in parts
     ]
-    ranks.order(orders[1:], [_packed(part) for part in parts[1:]])
-    return Share(whole.step, whole.groups, whole.live, parts[0])
+    ranks.order(orders[1:], [_packed(part or spare) for part in parts[1:]])
+    own_idle = spare[0] if spare and not parts[0] else None
+    return Share(whole.step, whole.groups, whole.live, parts[0], own_idle)
 
 
 def received(order: Order, payload: Tensor) -> Share:
@@ -99,7 +114,22 @@ def received(order: Order, payload: Tensor) -> Share:
             log_likelihoods=own.get("log_likelihoods"),
         )
         rated.append(RatedGroup(group, own["advantages"]))
+    if order.idle:
+        return Share(order.step, order.groups, order.live, (), rated[0] if rated else None)
     return Share(order.step, order.groups, order.live, rated)
+
+
+def most_passes(ranks: Ranks, what: str, own: Mapping[int | None, int]) -> dict[int | None, int]:
+    """Reference -> passes of the rank that makes most of them with it: the same on all, in the same order.
+
+    Args:
+        own: of this rank; references are named by the step of the groups that need them, that of now by None.
+    """
+    most: dict[int | None, int] = {}
+    for text in ranks.exchange(what, lambda: json.dumps(list(own.items())).encode()):
+        for key, passes in json.loads(text):
+            most[key] = max(most.get(key, 0), passes)
+    return dict(sorted(most.items(), key=lambda item: -1 if item[0] is None else item[0]))
 
 
 def sum_gradients(

@@ -6,7 +6,6 @@ Promises
   type and thread count the result is bit-identical.
 - A group without a preference (all total rewards equal) adds no gradient, not even of the KL, and does not
   change the scale of the others.
-- `state` holds everything that a continuation needs: after `load_state` the next update is bit-identical.
 - Ranks that train an update together make the same optimizer steps on the same gradient, which is one rank's
   up to the order in which its terms are added.
 
@@ -16,35 +15,37 @@ Imports neither Ray nor Redis: the training loop calls it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from learner.activations import offloaded
 from learner.advantages import Advantages, group_advantages, preferences, total_rewards
-from learner.ema import Ema, PastReferences, evaluation_decay, reference_decay
-from learner.objectives.base import LiveGroup, Measurements, Phases, TrainingGroup, make_objective
+from learner.objectives.base import Idle, LiveGroup, Measurements, Phases, TrainingGroup, make_objective
 from learner.ranks import Ranks
-from learner.shares import RatedGroup, Share, hand_out, sum_gradients, sum_measurements
+from learner.shares import RatedGroup, Share, hand_out, most_passes, sum_gradients, sum_measurements
 from learner.timesteps import configured_window, training_timesteps
+from learner.trained import State, Trained, UpdateError
 from learner.update_metrics import UpdateMetrics, dropped_terms, reward_spreads, spread
 from policy.base import Policy
 from policy.schedule import make_schedule
-from services.config import Config, LearnerConfig, WithReference
+from services.config import Config, LearnerConfig
 
 __all__ = ["State", "TrainingGroup", "UpdateError", "UpdateMetrics", "Updater", "learning_rate"]
 
-State = dict[str, dict[str, Tensor]]
-"""File name -> tensors: policy, ema, optimizer; where the objective needs them, reference and reference-k of
-k updates ago."""
 
+class Passes(NamedTuple):
+    """What is compared with one reference."""
 
-class UpdateError(RuntimeError):
-    """The update cannot be made; nothing was changed by the optimizer step that failed."""
+    sampled_at: int | None
+    """Of the groups, where that determines the reference; None: it is the one of now."""
+    groups: Sequence[LiveGroup]
+    idle: Idle | None
 
 
 class Updater:
@@ -60,29 +61,10 @@ class Updater:
         self.policy = policy
         self._ranks = ranks
         self.config = config
-        self._parameters = policy.trainable()
         self._schedule = make_schedule(config.rollout)
         self._objective = make_objective(policy, config, self._schedule)
         self._window = configured_window(config)
-        self.optimizer = torch.optim.AdamW(
-            list(self._parameters.values()),
-            lr=config.learner.learning_rate,
-            betas=config.learner.betas,
-            weight_decay=config.learner.weight_decay,
-            fused=True,
-        )
-        # Made now and not at the first step, so that a state is complete at any time.
-        for parameter in self._parameters.values():
-            self.optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
-        self._ema = Ema(self._parameters)
-        wanted = self._objective.uses_reference
-        self._reference = Ema(self._parameters) if wanted else None
-        self._reference_is_policy = True
-        self._past = PastReferences(self._parameters, config.past_references)
+        self.trained = Trained(policy, config, ranks, uses_reference=self._objective.uses_reference)
 
     def step(self, groups: Sequence[TrainingGroup], step: int) -> UpdateMetrics:
         """Train on whole groups. Of several ranks it is rank 0 that has them; the others `follow`.
@@ -106,7 +88,7 @@ class Updater:
         share = Share(step, len(ordered), len(rated), rated)
         if self._ranks is not None:
             with phases("ranks"):
-                share = hand_out(self._ranks, share)
+                share = hand_out(self._ranks, share, idle=self.policy.shards is not None)
         measured, norms = self._train(share, phases)
         if self._ranks is not None:
             self._ranks.settled()
@@ -132,111 +114,86 @@ class Updater:
             optimizer_steps=learner.optimizer_steps,
         )
         # Without any preference there is nothing to learn: momentum and weight decay must not act alone.
-        for part in parts if share.live else ():
-            self.optimizer.zero_grad(set_to_none=True)
-            accumulate = partial(self._accumulate, live, part, share, measured)
-            if self._ranks is None:
-                accumulate()
-            else:
-                waited_s = self._ranks.waited_s
-                parameters = list(self._parameters.values())
-                sum_gradients(self._ranks, f"the gradient of update {step}", parameters, accumulate)
-                phases.seconds["ranks"] += self._ranks.waited_s - waited_s
-            with phases("optimizer"):
-                norms.append(self._optimize(learning_rate(learner, step), step))
-            self._reference_is_policy = False
-        self.optimizer.zero_grad(set_to_none=True)
+        if share.live:
+            passes = self._passes(live, share)
+            for part in parts:
+                self.trained.optimizer.zero_grad(set_to_none=True)
+                self._gradient(partial(self._accumulate, passes, part, share, measured), step, phases)
+                with phases("optimizer"):
+                    norms.append(self.trained.optimize(learning_rate(learner, step), step))
+        self.trained.optimizer.zero_grad(set_to_none=True)
         with phases("ema"):
-            self._fold(step)
+            self.trained.fold(step)
         if self._ranks is not None:
             with phases("ranks"):
                 measured = sum_measurements(self._ranks, f"the end of update {step}", measured)
         return measured, norms
 
+    def _gradient(self, accumulate: Callable[[], None], step: int, phases: Phases) -> None:
+        """That of all ranks, in `.grad`; of shards, their part of it."""
+        what = f"the gradient of update {step}"
+        if self._ranks is None:
+            accumulate()
+        elif self.policy.shards is not None:
+            with self._ranks.meeting(what):
+                accumulate()
+            self.policy.shards.take_gradients()
+        else:
+            waited_s = self._ranks.waited_s
+            sum_gradients(self._ranks, what, list(self.trained.parameters.values()), accumulate)
+            phases.seconds["ranks"] += self._ranks.waited_s - waited_s
+
     def _accumulate(
-        self, live: Sequence[LiveGroup], part: Sequence[int], share: Share, measured: Measurements
+        self, passes: Sequence[Passes], part: Sequence[int], share: Share, measured: Measurements
     ) -> None:
         """Add the gradient of one optimizer step to `.grad`."""
-        for sampled, reference in self._by_reference(live, share.step):
+        for key, groups, idle in passes:
+            past = None if key is None else self.trained.past.before(share.step - key)
+            reference = self.trained.reference_now() if past is None else past
             with self._activations():
                 gained = self._objective.accumulate(
-                    sampled, part, step=share.step, scale=1 / (share.groups * len(part)), reference=reference
+                    groups,
+                    part,
+                    step=share.step,
+                    scale=1 / (share.groups * len(part)),
+                    reference=reference,
+                    idle=idle,
                 )
             measured.add(gained.pairs, **gained.sums)
 
     def ema_tensors(self) -> dict[str, Tensor]:
         """The EMA that is evaluated and exported. Live tensors: read them before the next update."""
-        return dict(self._ema.tensors)
+        return dict(self.trained.ema.tensors)
 
     def rollout_tensors(self, step: int) -> dict[str, Tensor]:
         """What rollout workers sample with after `step` updates: the policy, or the EMA reference.
 
         Live tensors: read them before the next update.
         """
-        if self._reference is not None and self.config.objective.samples_with_reference(step):
-            return dict(self._reference.tensors)
-        return {name: parameter.detach() for name, parameter in self._parameters.items()}
+        reference = self.trained.reference
+        if reference is not None and self.config.objective.samples_with_reference(step):
+            return dict(reference.tensors)
+        return {name: parameter.detach() for name, parameter in self.trained.parameters.items()}
+
+    def published(self, kind: str, step: int) -> dict[str, Tensor]:
+        """What others get to see after `step` updates: `policy`, to sample with, or `ema`, to evaluate."""
+        return self.ema_tensors() if kind == "ema" else self.rollout_tensors(step)
 
     def state(self) -> State:
-        """Everything a continuation needs. Live tensors: write them before the next update."""
-        moments = [self.optimizer.state[parameter] for parameter in self._parameters.values()]
-        optimizer = {"step": torch.stack([moment["step"] for moment in moments])}
-        for name, moment in zip(self._parameters, moments, strict=True):
-            optimizer[f"exp_avg.{name}"] = moment["exp_avg"]
-            optimizer[f"exp_avg_sq.{name}"] = moment["exp_avg_sq"]
-        state = {
-            "policy": {name: parameter.detach() for name, parameter in self._parameters.items()},
-            "ema": dict(self._ema.tensors),
-            "optimizer": optimizer,
-        }
-        if self._reference is not None:
-            state["reference"] = dict(self._reference.tensors)
-        for ago, past in enumerate(self._past.kept, start=1):
-            state[f"reference-{ago}"] = dict(past.tensors)
-        return state
+        """See learner/trained.py `Trained.state`."""
+        return self.trained.state()
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Continue from what `state` returned, in this or another process.
-
-        Raises:
-            ValueError: a part or a tensor is missing, unknown or of another shape; nothing was changed.
-        """
-        own = self.state()
-        # Read once: the parts of a checkpoint are files.
-        state = {part: state[part] for part in state}
-        _check_same(own, state)
-        with torch.no_grad():
-            for part in own.keys() - {"optimizer"}:
-                torch._foreach_copy_(list(own[part].values()), [state[part][name] for name in own[part]])
-            for name, parameter in self._parameters.items():
-                moment = self.optimizer.state[parameter]
-                moment["exp_avg"].copy_(state["optimizer"][f"exp_avg.{name}"])
-                moment["exp_avg_sq"].copy_(state["optimizer"][f"exp_avg_sq.{name}"])
-        self._continue_behind(state["optimizer"]["step"])
-
-    def take_from_rank_0(self) -> None:
-        """Continue, on every rank, from the state of rank 0."""
-        assert self._ranks is not None
-        state = self.state()
-        tensors = [tensor for part in state.values() for tensor in part.values()]
-        self._ranks.broadcast("the weights and the optimizer of rank 0", tensors)
-        self._continue_behind(state["optimizer"]["step"])
-
-    def _continue_behind(self, counts: Tensor) -> None:
-        """What follows from a state that is in place, but for the optimizer's `counts` of steps."""
-        for parameter, count in zip(self._parameters.values(), counts.tolist(), strict=True):
-            self.optimizer.state[parameter]["step"].fill_(count)
-        if self._reference is not None:
-            self._reference_is_policy = all(
-                torch.equal(self._reference.tensors[name], parameter)
-                for name, parameter in self._parameters.items()
-            )
+        """See learner/trained.py `Trained.load`."""
+        self.trained.load(state)
 
     def _activations(self) -> AbstractContextManager[None]:
         if not self.config.learner.activation_offload:
             return nullcontext()
-        model = self.policy.transformer
-        return offloaded([*model.parameters(), *model.buffers()])
+        model, shards = self.policy.transformer, self.policy.shards
+        if shards is None:
+            return offloaded([*model.parameters(), *model.buffers()])
+        return offloaded(model.buffers(), shards.gathered)
 
     def _checked(self, groups: Sequence[TrainingGroup]) -> list[TrainingGroup]:
         size, steps, shape = self.config.rollout.group_size, len(self._schedule), self.policy.latent_shape()
@@ -275,7 +232,7 @@ class Updater:
         return replace(group_advantages(ranked, self.config.advantage), totals=torch.stack(totals))
 
     def _live(self, rated: Sequence[RatedGroup]) -> list[LiveGroup]:
-        device, dtype = self.policy.device, next(iter(self._parameters.values())).dtype
+        device, dtype = self.policy.device, next(iter(self.trained.parameters.values())).dtype
         return [
             LiveGroup(
                 ordinal=group.ordinal,
@@ -291,42 +248,29 @@ class Updater:
             for group, advantages in ((one.group, one.advantages) for one in rated)
         ]
 
-    def _by_reference(
-        self, groups: Sequence[LiveGroup], step: int
-    ) -> list[tuple[list[LiveGroup], Mapping[str, Tensor] | None]]:
-        """Groups and the reference they are compared with; None: it equals the policy as it is now."""
-        now = None if self._reference_is_policy or self._reference is None else self._reference.tensors
-        found: dict[int | None, tuple[list[LiveGroup], Mapping[str, Tensor] | None]] = {}
+    def _by_reference(self, groups: Sequence[LiveGroup], step: int) -> dict[int | None, list[LiveGroup]]:
+        """Groups by the step of the past reference that they are compared with; None: that of now."""
+        found: dict[int | None, list[LiveGroup]] = {}
         for group in groups:
-            past = None if group.sampled_at is None else self._past.before(step - group.sampled_at)
-            key, reference = (None, now) if past is None else (group.sampled_at, past)
-            found.setdefault(key, ([], reference))[0].append(group)
-        return list(found.values())
+            past = None if group.sampled_at is None else self.trained.past.before(step - group.sampled_at)
+            found.setdefault(None if past is None else group.sampled_at, []).append(group)
+        return found
 
-    def _optimize(self, rate: float, step: int) -> Tensor:
-        norm = torch.nn.utils.clip_grad_norm_(
-            self._parameters.values(), self.config.learner.max_grad_norm, foreach=True
-        )
-        if not bool(torch.isfinite(norm)):
-            raise UpdateError(
-                f"update {step}: the gradient is not finite (norm {float(norm)}); "
-                "lower learner.learning_rate or objective.beta, or resume from the last checkpoint"
-            )
-        for options in self.optimizer.param_groups:
-            options["lr"] = rate
-        self.optimizer.step()
-        return norm
+    def _passes(self, live: Sequence[LiveGroup], share: Share) -> list[Passes]:
+        """What this rank compares with what, in which order.
 
-    def _fold(self, step: int) -> None:
-        decay = evaluation_decay(self.config.learner, step)
-        if decay is not None:
-            self._ema.fold(self._parameters, decay)
-        if self._reference is not None:
-            assert isinstance(self.config.objective, WithReference)
-            self._past.keep(self._reference.tensors)
-            decay = reference_decay(self.config.objective, step + 1)
-            self._reference.fold(self._parameters, decay)
-            self._reference_is_policy = decay == 0.0
+        Ranks whose weights are shards make every pass together: one with fewer groups makes idle ones.
+        """
+        own = self._by_reference(live, share.step)
+        if self.policy.shards is None:
+            return [Passes(key, groups, None) for key, groups in own.items()]
+        assert self._ranks is not None
+        stand_in = live[-1] if live else self._live([share.idle] if share.idle is not None else [])[0]
+        wanted = {key: self._objective.passes(len(groups)) for key, groups in own.items()}
+        return [
+            Passes(key, own.get(key, []), Idle(stand_in, passes - wanted.get(key, 0)))
+            for key, passes in most_passes(self._ranks, f"the shares of update {share.step}", wanted).items()
+        ]
 
     def _report(
         self,
@@ -366,21 +310,3 @@ def learning_rate(config: LearnerConfig, step: int) -> float:
     return config.final_learning_rate + (peak - config.final_learning_rate) * 0.5 * (
         1 + math.cos(math.pi * progress)
     )
-
-
-def _check_same(own: State, given: Mapping[str, Mapping[str, Tensor]]) -> None:
-    if own.keys() != given.keys():
-        raise ValueError(f"state has parts {sorted(given)}, expected {sorted(own)}")
-    for part, tensors in own.items():
-        differ = [
-            name
-            for name in sorted(tensors.keys() | given[part].keys())
-            if name not in tensors
-            or name not in given[part]
-            or tensors[name].shape != given[part][name].shape
-        ]
-        if differ:
-            raise ValueError(
-                f"state of {part}: {len(differ)} tensors are missing, unknown or of another shape, "
-                f"first {differ[0]!r}; was it written with another model or model.train?"
-            )

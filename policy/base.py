@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,6 +26,11 @@ from torch import Tensor, nn
 from policy.adapters import adapters_disabled
 from policy.errors import InstallError
 from services.config import ModelConfig, RolloutConfig
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from policy.sharding import Shards
 
 Condition = dict[str, Tensor]
 """The encoded prompt of one sample, no batch dimension; for SD3 `prompt_embeds` (L, D) and `pooled` (P,).
@@ -52,6 +57,8 @@ class Policy(ABC):
         self._trainable = {
             name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad
         }
+        self.shards: Shards | None = None
+        """Where the trained parameters are shards: all tensors by name below are then this rank's rows."""
         self._base: dict[str, Tensor] | None = None
         if config.train == "full" and base:
             self._base = self.tensors()
@@ -125,6 +132,32 @@ class Policy(ABC):
             self._condition_bytes -= _bytes(dropped)
         return dict(condition)
 
+    def shard(self, mesh: DeviceMesh, *, base: bool = True) -> None:
+        """Keep this rank's rows of every trained tensor, on the mesh's device; once, and on every rank.
+
+        From here on the trained parameters are others, and every forward and backward is one of all ranks.
+
+        Args:
+            mesh: of one dimension, the ranks.
+            base: keep a frozen copy of the rows for `base()`.
+
+        Raises:
+            ValueError: adapters are trained, which are too small to be sharded.
+        """
+        if self.config.train != "full":
+            raise ValueError(f"model.train is {self.config.train!r}: only full weights are sharded")
+        # Here and not above: rollout workers have no use for what it imports.
+        from policy.sharding import Shards
+
+        lowered = self.config.dtype != "float32"
+        compute = getattr(torch, self.config.dtype) if lowered else None
+        self._base = None
+        self.shards = Shards(self.transformer, mesh, compute=compute)
+        self._trainable = self.shards.parameters
+        self.device = next(iter(self._trainable.values())).device
+        if base:
+            self._base = self.tensors()
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name, float32; the same objects at every call."""
         return dict(self._trainable)
@@ -152,9 +185,13 @@ class Policy(ABC):
         """Run with other trained tensors: parameters point at them for the length of the block.
 
         No element is copied when the tensors are float32 on the policy's device. Writing to parameters
-        inside the block writes to `tensors`.
+        inside the block writes to `tensors`. Shards change places with `tensors` instead.
         """
         self._check(tensors)
+        if self.shards is not None:
+            with self.shards.exchanged(tensors):
+                yield
+            return
         own = {name: parameter.data for name, parameter in self._trainable.items()}
         try:
             for name, parameter in self._trainable.items():

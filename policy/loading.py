@@ -172,13 +172,18 @@ def load_pipeline(
     return pipeline
 
 
-def place(pipeline: Any, parts: Parts, config: ModelConfig) -> None:
-    """Move the pipeline to its device; text encoders where `model.text_encoders` wants them."""
+def place(pipeline: Any, parts: Parts, config: ModelConfig, *, denoiser: bool = True) -> None:
+    """Move the pipeline to its device; text encoders where `model.text_encoders` wants them.
+
+    Args:
+        denoiser: that one too.
+    """
     device = find_device(config.device)
-    if config.text_encoders == "device":
+    encoders = config.text_encoders == "device"
+    if encoders and denoiser:
         pipeline.to(device)
         return
-    for name in (parts.denoiser, "vae"):
+    for name in (*([parts.denoiser] if denoiser else []), "vae", *(parts.encoders if encoders else [])):
         component = getattr(pipeline, name)
         if component is not None:
             component.to(device)

@@ -84,6 +84,7 @@ class PipelinePolicy(Policy):
         vae: bool,
         base: bool,
         seed: int,
+        to_shard: bool = False,
     ) -> Self:
         """See policy/registry.py `load_policy`."""
         configs = cls.read_configs(config, location, index, text_encoders=text_encoders)
@@ -98,7 +99,7 @@ class PipelinePolicy(Policy):
         for name in cls.parts.encoders:
             if getattr(pipeline, name) is not None:
                 getattr(pipeline, name).requires_grad_(False)
-        place(pipeline, cls.parts, config)
+        place(pipeline, cls.parts, config, denoiser=not to_shard)
         denoiser.eval()
         return cls(config, pipeline, denoiser, configs, base=base)
 

@@ -23,7 +23,13 @@ from services.config_file import find
 
 
 def load_policy(
-    config: ModelConfig, *, text_encoders: bool, vae: bool, base: bool = True, seed: int = 0
+    config: ModelConfig,
+    *,
+    text_encoders: bool,
+    vae: bool,
+    base: bool = True,
+    seed: int = 0,
+    to_shard: bool = False,
 ) -> PipelinePolicy:
     """Load the model of the `model` section.
 
@@ -33,13 +39,20 @@ def load_policy(
         vae: load what `decode` needs.
         base: with `train: full`, keep a frozen copy of the weights for `Policy.base()`.
         seed: of the adapters' start; every process of a run uses the same.
+        to_shard: leave the denoiser on the CPU, from where `Policy.shard` takes it block by block.
 
     Raises:
         PolicyError: it cannot be loaded; the text says why and what would be valid.
     """
     location, index = _locate(config)
-    family = _family(location, index)
-    return family.load(config, location, index, text_encoders=text_encoders, vae=vae, base=base, seed=seed)
+    return _family(location, index).load(
+        *(config, location, index),
+        text_encoders=text_encoders,
+        vae=vae,
+        base=base,
+        seed=seed,
+        to_shard=to_shard,
+    )
 
 
 def stock_rollout(config: ModelConfig) -> dict[str, object]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +25,8 @@ import ray
 import torch
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 
-from services.codec import WeightsDigest, decode_weights, encode_weights, weights_digest
+from services.checkpoint_parts import SUFFIX, read_part
+from services.codec import WeightsEncoder, decode_weights, weights_digest
 from services.messages import PolicyVersion, WeightsAnnouncement
 from services.safetensors_layout import BadLayout, Bytes
 
@@ -122,27 +123,50 @@ class ObjectStoreTransport:
 
 
 def publish(
-    store: Any, tensors: Mapping[str, torch.Tensor], version: PolicyVersion, *, kind: str = "policy"
+    store: Any,
+    tensors: Mapping[str, torch.Tensor],
+    version: PolicyVersion,
+    *,
+    kind: str = "policy",
+    dtype: torch.dtype | None = None,
 ) -> WeightsAnnouncement:
     """Make weights fetchable.
 
     Args:
         store: handle of the PolicyStore actor, or another WeightsTransport.
         tensors: name -> tensor on any device.
+        dtype: in which they travel; None: their own.
 
     Returns:
         What to announce (GroupQueue.commit, GroupQueue.announce).
     """
-    digest = WeightsDigest()
-    payload = encode_weights(tensors, _buffers.get(kind), digest)
+    like = {name: torch.empty_like(tensor, dtype=dtype, device="meta") for name, tensor in tensors.items()}
+    whole = ((name, [tensor]) for name, tensor in tensors.items())
+    return publish_rows(store, like, whole, version, kind=kind)
+
+
+def publish_rows(
+    store: Any,
+    like: Mapping[str, torch.Tensor],
+    rows: Iterable[tuple[str, Sequence[torch.Tensor]]],
+    version: PolicyVersion,
+    *,
+    kind: str,
+) -> WeightsAnnouncement:
+    """The same, of weights that come one after another, each in pieces of some rows (services/codec.py
+    `WeightsEncoder`)."""
+    encoder = WeightsEncoder(like, _buffers.get(kind))
+    for name, pieces in rows:
+        encoder.write(name, pieces)
+    payload, digest = encoder.finish()
     if payload.size <= KEPT_BUFFER_BYTES:
         _buffers[kind] = payload
     announcement = WeightsAnnouncement.model_validate(
         {
             "version": version,
             "kind": kind,
-            "digest": digest.hexdigest(),
-            "tensors": len(tensors),
+            "digest": digest,
+            "tensors": len(like),
             "bytes": payload.size,
         }
     )
@@ -286,8 +310,19 @@ def _from_checkpoint(
     # Rollouts may run on the EMA reference: then the policy's announcement matches that file's digest.
     for part in (announcement.kind, "reference"):
         try:
-            stored = np.fromfile(folder / f"{part}.safetensors", dtype=np.uint8)
-            return _proven(_readable(stored, announcement), announcement)
+            stored = _stored(folder, part, announcement)
         except (OSError, WeightsMismatch):
             continue
+        # They may have travelled in another dtype than they are kept in.
+        for dtype in (None, torch.bfloat16):
+            tensors = {name: tensor.to(dtype) if dtype else tensor for name, tensor in stored.items()}
+            if weights_digest(tensors) == announcement.digest:
+                return tensors
     return None
+
+
+def _stored(folder: Path, part: str, announcement: WeightsAnnouncement) -> dict[str, torch.Tensor]:
+    file = folder / f"{part}{SUFFIX}"
+    if file.is_file():
+        return _readable(np.fromfile(file, dtype=np.uint8), announcement)
+    return read_part(folder, part)

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, Self, TypeVar
 
 import torch
@@ -101,6 +101,15 @@ class OptimizerStep:
     reference: Mapping[str, Tensor] | None
 
 
+@dataclass(frozen=True)
+class Idle:
+    """Passes that a rank makes because others make them, behind its own at each timestep."""
+
+    group: LiveGroup
+    """What they are made of. They give a gradient of exactly zero, and are not measured."""
+    passes: int
+
+
 class Objective(ABC):
     """A training objective.
 
@@ -115,6 +124,11 @@ class Objective(ABC):
         self.config = config
         self.schedule = schedule
         self.phases = Phases()
+
+    @property
+    def sharded(self) -> bool:
+        """Whether gradients leave a rank as they are made, so that nothing can be done to them afterwards."""
+        return self.policy.shards is not None
 
     def backward(self, loss: Tensor) -> None:
         with self.phases("backward"):
@@ -133,6 +147,7 @@ class Objective(ABC):
         step: int,
         scale: float,
         reference: Mapping[str, Tensor] | None,
+        idle: Idle | None = None,
     ) -> Measurements:
         """Add the gradient of scale * sum over groups and timesteps of the loss to `.grad`.
 
@@ -143,13 +158,25 @@ class Objective(ABC):
             scale: one over the number of pairs in the whole optimizer step, counting groups without a
                 preference too.
             reference: tensors of the EMA reference; None: it equals the policy as it is now.
+            idle: passes to make beside those of `groups`.
         """
         shared, measured = OptimizerStep(step, scale, reference), Measurements()
-        at_once = max(1, self.config.learner.micro_batch // self.config.rollout.group_size)
         for index in timesteps:
-            for start in range(0, len(groups), at_once):
-                self._add(groups[start : start + at_once], index, shared, measured)
+            for start in range(0, len(groups), self._at_once):
+                self._add(groups[start : start + self._at_once], index, shared, measured)
+            for _ in range(idle.passes if idle is not None else 0):
+                assert idle is not None
+                self._add([idle.group], index, replace(shared, scale=0.0), Measurements())
         return measured
+
+    def passes(self, groups: int) -> int:
+        """How often so many groups go through the model at each timestep, in a pattern that is always the
+        same."""
+        return -(-groups // self._at_once)
+
+    @property
+    def _at_once(self) -> int:
+        return max(1, self.config.learner.micro_batch // self.config.rollout.group_size)
 
     @abstractmethod
     def _add(

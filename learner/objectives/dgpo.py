@@ -9,7 +9,9 @@ Promises
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,8 +47,8 @@ class Dgpo(Objective):
     """The objective.
 
     What it costs a sample and timestep, in forward passes (a backward counts two): 3, and one for each model
-    it is compared with. With a KL and a micro-batch below the group size it is one more, unless activations
-    are offloaded.
+    it is compared with. With a KL, or weights in shards, and a micro-batch below the group size it is one
+    more, unless activations are offloaded.
     """
 
     def __init__(self, policy: Policy, config: Config, schedule: Schedule) -> None:
@@ -67,12 +69,14 @@ class Dgpo(Objective):
         batch = noised(groups, self.schedule, index, seed=seed, step=shared.step, shared=one_noise)
         advantages = torch.stack([group.advantages for group in groups])
         learner = self.config.learner
+        # The weight can come last only where it scales all of a gradient that is still here.
+        deferrable = self._objective.kl == 0 and not self.sharded
         # A group in pieces has all its graphs at once only where the device need not hold them.
         if learner.micro_batch >= self.config.rollout.group_size or (
-            self._objective.kl > 0 and learner.activation_offload
+            learner.activation_offload and not deferrable
         ):
             way = self._whole
-        elif self._objective.kl == 0:
+        elif deferrable:
             way = self._deferred
         else:
             way = self._scored_first
@@ -138,10 +142,10 @@ class Dgpo(Objective):
         reference: Mapping[str, Tensor] | None,
         measured: Measurements,
     ) -> None:
-        """One group in pieces, with a KL term, whose gradient the group weight must not scale.
+        """One group in pieces whose gradient the group weight cannot scale afterwards.
 
-        Two buffers would take two backward passes (5 forwards' worth in all); a forward pass for the scores
-        alone makes it 4.
+        With a KL term two buffers would take two backward passes (5 forwards' worth in all); a forward pass
+        for the scores alone makes it 4.
         """
         group_size = advantages.shape[1]
         pieces = slices(group_size, self.config.learner.micro_batch)
@@ -149,7 +153,7 @@ class Dgpo(Objective):
         if compared[0].reference_dsm is None:
             scores = advantages.new_zeros(1)
         else:
-            with torch.inference_mode(), self.phases("score"):
+            with self._without_graph(), self.phases("score"):
                 dsm = torch.cat([self._errors(batch.part(samples)) for samples in pieces])
                 known = torch.cat([one.reference_dsm for one in compared if one.reference_dsm is not None])
                 scores = group_scores(dsm[None], known[None], advantages)
@@ -162,19 +166,21 @@ class Dgpo(Objective):
             now = dsm_part.detach()
             cut = self._clipped(now, one, part)
             kl = self._kl(velocity, one)
-            assert kl is not None
-            slope = weight * part * ~cut
-            self.backward((scale / group_size) * ((slope * dsm_part).sum() + self._objective.kl * kl.sum()))
+            loss = (weight * part * ~cut * dsm_part).sum()
+            if kl is not None:
+                loss = loss + self._objective.kl * kl.sum()
+                kls.append(kl.detach())
+            self.backward((scale / group_size) * loss)
             errors.append(now)
             cuts.append(cut)
-            kls.append(kl.detach())
-        self._measure(measured, torch.cat(errors), scores, torch.cat(cuts), torch.cat(kls), 1)
+        kl = torch.cat(kls) if kls else None
+        self._measure(measured, torch.cat(errors), scores, torch.cat(cuts), kl, 1)
 
     def _compare(self, batch: NoisedBatch, reference: Mapping[str, Tensor] | None) -> Compared:
         old = None
         base_dsm = None
         base_velocity = None
-        with torch.inference_mode(), self.phases("reference"):
+        with self._without_graph(), self.phases("reference"):
             if self.uses_reference and reference is not None:
                 with self.policy.swapped(reference):
                     old = self._errors(batch)
@@ -188,6 +194,10 @@ class Dgpo(Objective):
             reference_dsm=_clone(base_dsm if self._objective.reference == "frozen" else old),
             base_velocity=_clone(base_velocity) if self._objective.kl > 0 else None,
         )
+
+    def _without_graph(self) -> AbstractContextManager[Any]:
+        # What shards are gathered into would be of no use to a backward if it was made in inference mode.
+        return torch.no_grad() if self.sharded else torch.inference_mode()
 
     def _errors(self, batch: NoisedBatch) -> Tensor:
         return dsm_error(self._velocity(batch), batch.target)

@@ -204,6 +204,20 @@ class Config(Section):
                 f"model.device {device} would put all of {ranks} ranks on one GPU; with cuda or auto each "
                 "takes the one that Ray gives it"
             )
+        if self.learner.sharding == "none":
+            return
+        if ranks == 1:
+            raise ValueError("learner.sharding fsdp divides the weights of several ranks: set learner.ranks")
+        if self.model.train != "full":
+            raise ValueError(
+                "learner.sharding fsdp is for full fine-tuning: set model.train to full, or sharding to none "
+                "(adapters are small, and the frozen weights beside them are not sharded)"
+            )
+        if 0 < self.learner.num_gpus < 1:
+            raise ValueError(
+                f"learner.sharding fsdp with learner.num_gpus {self.learner.num_gpus}: shards travel between "
+                "GPUs of their own: set it to 1, or to 0 for the CPU"
+            )
 
     def _check_objective(self) -> None:
         """Impossible combinations of the objective and how its groups are sampled."""

@@ -168,6 +168,9 @@ class CheckpointConfig(Section):
     """Updates between checkpoints; one is always written at the end and when interrupted."""
     keep: int = Field(default=2, ge=1)
     """Complete checkpoints kept."""
+    asynchronous: bool = False
+    """Copy the state to host memory and write it while training goes on. One at most is being written; what
+    goes wrong is told at the next update, and a crash before it is whole resumes from the former one."""
 
 
 class EvalConfig(Section):

@@ -113,13 +113,19 @@ class AdvantageConfig(Section):
 
 class LearnerConfig(Section):
     ranks: int = Field(default=1, ge=1)
-    """Learner processes, each with the whole model, that share the groups of an update (docs/ranks.md)."""
+    """Learner processes that share the groups of an update (docs/ranks.md)."""
+    sharding: Literal["none", "fsdp"] = "none"
+    """Each rank holds the whole model; or, with `fsdp`, a part of every weight, gradient, moment and average,
+    for full fine-tuning on several ranks. Only a block's weights are then whole, while it runs."""
     rank_deadline_s: float = Field(default=1800.0, gt=0)
     """Seconds that ranks wait for each other, the slowest one's share of an update included, before the
     learner is restarted with what was waited for in its log."""
     compare_every: int = Field(default=10, ge=1)
-    """Updates between two comparisons of the weights of all ranks, which must be the same bit for bit; before
-    a checkpoint they are always compared."""
+    """Updates between two comparisons of what all ranks hold, which must be the same bit for bit: the trained
+    weights, or what is whole beside shards; before a checkpoint it is always compared."""
+    publish_dtype: Literal["float32", "bfloat16"] = "float32"
+    """In which weights travel to rollout workers and the evaluator. bfloat16 halves the bytes; what samples
+    is then the rounded policy. Checkpoints and exports keep float32."""
     groups_per_step: int = Field(default=8, ge=1)
     """Groups an update consumes."""
     max_steps: int = Field(default=100, ge=1)
@@ -127,10 +133,12 @@ class LearnerConfig(Section):
     optimizer_steps: int = Field(default=1, ge=1)
     """Optimizer steps an update makes, over disjoint timesteps."""
     micro_batch: int = Field(default=16, ge=1)
-    """Samples in one forward-backward. Smaller than a group is exact (deferred group weight)."""
+    """Samples in one forward-backward. Smaller than a group is exact (deferred group weight; with `fsdp` a
+    forward pass of its own for the weight)."""
     activation_offload: bool = False
-    """Keep activations in host memory between forward and backward. DGPO with a KL and a micro-batch below
-    the group size then needs no pass of its own for the group weight; host memory grows with the group."""
+    """Keep activations in host memory between forward and backward. DGPO with a KL (or `fsdp`) and a
+    micro-batch below the group size then needs no pass of its own for the group weight; host memory grows
+    with the group."""
     learning_rate: float = Field(default=3e-4, gt=0)
     """AdamW learning rate at its peak."""
     warmup_steps: int = Field(default=0, ge=0)

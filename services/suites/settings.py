@@ -178,10 +178,10 @@ def _reward(config: Config, name: str, args: dict[str, Any] | None) -> RewardCon
 def _weights_digest(checkpoint: Path, kind: str) -> str:
     from learner.checkpoint import read_checkpoint
 
-    entry = read_checkpoint(checkpoint).manifest["files"].get(f"{kind}.safetensors")
-    if entry is None:
+    digest = read_checkpoint(checkpoint).digest(kind)
+    if digest is None:
         raise ConfigError(f"{checkpoint}: has no weights {kind!r}: ema or policy")
-    return str(entry["sha256"])
+    return digest
 
 
 def _leaves(value: Any, path: str = "") -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from learner.ray_train import training_group
+from learner.trainer import training_group
 from learner.update import Updater
 from policy import load_policy
 from reward_servers.app import create_app

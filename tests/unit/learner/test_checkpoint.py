@@ -14,6 +14,7 @@ import torch
 
 from learner import checkpoint
 from learner.checkpoint import CheckpointError, newest_checkpoint, read_checkpoint, write_checkpoint
+from learner.checkpoint_writer import CheckpointWriter
 
 STAGES = ("mkdir", "save_file", "_sync", "_digest", "write_text", "rename", "rmtree")
 
@@ -111,7 +112,13 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning(
         read_checkpoint(last)
 
 
-def _die_at(run: Path, stage: str, nth: int, step: int) -> None:
+def _write_behind(run: Path, step: int, value: float) -> None:
+    writer = CheckpointWriter(run, keep=10, asynchronous=True)
+    writer.write(step, state(value), {"epoch": 2})
+    writer.finish()
+
+
+def _die_at(run: Path, stage: str, nth: int, step: int, behind: bool) -> None:
     """Write a checkpoint and end the process, without a word, before the n-th call of a stage."""
     calls = 0
 
@@ -131,12 +138,21 @@ def _die_at(run: Path, stage: str, nth: int, step: int) -> None:
         checkpoint.shutil.rmtree = deadly(checkpoint.shutil.rmtree)
     else:
         setattr(Path, stage, deadly(getattr(Path, stage)))
-    write(run, step, value=77.0)
+    if behind:
+        _write_behind(run, step, 77.0)
+    else:
+        write(run, step, value=77.0)
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["new step", "same step again"])
+@pytest.mark.parametrize(
+    ("again", "behind"),
+    [(False, False), (True, False), (True, True)],
+    ids=["new step", "same step again", "behind the training"],
+)
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_kill_at_any_moment_leaves_a_usable_checkpoint(tmp_path: Path, stage: str, again: bool) -> None:
+def test_a_kill_at_any_moment_leaves_a_usable_checkpoint(
+    tmp_path: Path, stage: str, again: bool, behind: bool
+) -> None:
     """And the next write of that step succeeds."""
     context = multiprocessing.get_context("fork")
     step = 4 if again else 5
@@ -144,7 +160,7 @@ def test_a_kill_at_any_moment_leaves_a_usable_checkpoint(tmp_path: Path, stage: 
         run = tmp_path / str(nth)
         write(run, 3)
         write(run, 4)
-        child = context.Process(target=_die_at, args=(run, stage, nth, step))
+        child = context.Process(target=_die_at, args=(run, stage, nth, step, behind))
         child.start()
         child.join(timeout=60)
         assert child.exitcode in (0, 9)

@@ -19,6 +19,7 @@ class Trainer:
 
     def __init__(self) -> None:
         self.checkpoints: list[int] = []
+        self.finished = 0
 
     def publish(self, version: PolicyVersion, *, kind: str) -> WeightsAnnouncement:
         return WeightsAnnouncement.model_validate(
@@ -30,6 +31,9 @@ class Trainer:
 
     def checkpoint(self, version: PolicyVersion, frontier: Frontier) -> None:
         self.checkpoints.append(version.step)
+
+    def finish(self) -> None:
+        self.finished = len(self.checkpoints)
 
 
 class Queue:
@@ -56,7 +60,10 @@ class Queue:
 
 def limit(config: Config, start: Start) -> int:
     queue: Any = Queue()
-    LearnerLoop(config, queue, Trainer(), Pulse("learner-0", lambda beat: None)).run(start)
+    trainer = Trainer()
+    LearnerLoop(config, queue, trainer, Pulse("learner-0", lambda beat: None)).run(start)
+    # Behind the last step there is a checkpoint, and the loop does not end before it is whole.
+    assert trainer.finished == len(trainer.checkpoints) == (0 if start.version is not None else 1)
     found: int = queue.began["limit"]
     return found
 

@@ -135,7 +135,7 @@ def test_an_all_equal_group_adds_nothing_and_keeps_the_scale() -> None:
     for name, groups in {"with": [*training_groups(2), flat], "without": training_groups(2)}.items():
         updater = Updater(policy, config)
         caught: list[Tensor] = []
-        updater._optimize = lambda rate, step, into=caught: (  # type: ignore[method-assign,misc]
+        updater.trained.optimize = lambda rate, step, into=caught: (  # type: ignore[method-assign,misc]
             into.extend(p.grad.clone() for p in policy.trainable().values()) or torch.zeros(())
         )
         metrics = updater.step(groups, 0)
@@ -277,7 +277,7 @@ def test_a_stale_group_is_compared_with_the_reference_of_its_rollout() -> None:
     again = Updater(ToyPolicy(), config)
     for step, at in enumerate(([0, 0, 0], [0, 1, 0], [0, 1, 2])):
         again.step(sampled(at, seed=step), step)
-    again._optimize = lambda rate, step: (  # type: ignore[method-assign]
+    again.trained.optimize = lambda rate, step: (  # type: ignore[method-assign]
         seen.extend(p.grad.clone() for p in again.policy.trainable().values() if p.grad is not None)
         or torch.zeros(())
     )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from toy_policy import ToyPolicy, toy_config, training_groups
 
-from learner.ray_train import training_group
+from learner.trainer import training_group
 from learner.update import Updater
 from services.codec import Group, decode_group, encode_group
 from services.messages import GroupHeader, PolicyVersion, Prompt

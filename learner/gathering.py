@@ -1,0 +1,72 @@
+"""Tensors of which every rank has some rows, brought to rank 0 one after another.
+
+Promises
+- Rank 0 holds the rows of no more than one bucket (64 MiB, or one tensor that is larger) beside what the
+  caller makes of them; nobody ever holds the whole model.
+- They arrive as they were sent, cast to the dtype that was asked for before they travel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from learner import ranks as transport
+from learner.ranks import Ranks
+from policy.sharding import Shards
+
+
+def gathered(
+    ranks: Ranks, what: str, shards: Shards, tensors: Mapping[str, Tensor], dtype: torch.dtype
+) -> Iterator[tuple[str, list[Tensor]]]:
+    """On rank 0 each tensor's rows, those of every rank in turn; on the others nothing, but they send.
+
+    Every rank calls it with tensors of the same names in the same order, and goes on to its end.
+
+    Args:
+        tensors: this rank's rows.
+        dtype: of what travels.
+    """
+    buckets = list(_buckets(shards, tensors, dtype))
+    # Ranks send as much as rank 0, which never has fewer rows than another.
+    widths = {name: shards.rows_of(name, 0).numel() for name in tensors}
+    largest = max(sum(widths[name] for name in bucket) for bucket in buckets)
+    # Made once: whoever takes the rows may still hold the last ones when the next come.
+    device = next(iter(tensors.values())).device
+    own, *received = torch.zeros(
+        ((shards.count if ranks.rank == 0 else 0) + 1, largest), dtype=dtype, device=device
+    )
+    for bucket in buckets:
+        split = [widths[name] for name in bucket]
+        size = sum(split)
+        for name, place in zip(bucket, own[:size].split(split), strict=True):
+            place[: tensors[name].numel()].copy_(tensors[name].detach().reshape(-1))
+        # As bytes: not every transport knows every dtype.
+        ranks.collect(what, own[:size].view(torch.uint8), [one[:size].view(torch.uint8) for one in received])
+        parts = [one[:size].split(split) for one in received]
+        for number, name in enumerate(bucket if received else ()):
+            shapes = [shards.rows_of(name, rank) for rank in range(shards.count)]
+            yield (
+                name,
+                [
+                    part[number][: shape.numel()].view(shape)
+                    for part, shape in zip(parts, shapes, strict=True)
+                ],
+            )
+
+
+def _buckets(shards: Shards, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[list[str]]:
+    """The same ones on every rank."""
+    bucket: list[str] = []
+    size = 0
+    for name in tensors:
+        more = shards.rows_of(name, 0).numel() * shards.count * dtype.itemsize
+        if bucket and size + more > transport.BUCKET_BYTES:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(name)
+        size += more
+    if bucket:
+        yield bucket

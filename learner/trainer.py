@@ -1,0 +1,170 @@
+"""The model side of the learner's loop: binds it to the real policy, update, policy store and checkpoints.
+
+Promises
+- What is published, written and restored is the whole model's, wherever it lies: on this rank, or in rows on
+  all of them (learner.sharding).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from learner.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
+from learner.checkpoint_writer import CheckpointWriter
+from learner.curriculum import PART, curriculum_of
+from learner.follower import gather, order_comparison, shard_together
+from learner.loop import Start
+from learner.ranks import Order, Ranks, together
+from learner.sharded_checkpoint import ShardedCheckpointWriter, read_rows
+from learner.update import TrainingGroup, Updater
+from policy import load_policy
+from services.codec import Group
+from services.context import RunContext
+from services.group_queue import Frontier
+from services.messages import PolicyVersion, WeightsAnnouncement
+from services.policy_store import publish, publish_rows
+
+
+class PolicyTrainer:
+    """The real trainer of the loop (learner/loop.py `Trainer`)."""
+
+    def __init__(self, context: RunContext, store: Any, ranks: Ranks | None = None) -> None:
+        self._context = context
+        self._store = store
+        self._ranks = ranks
+        self._config = config = context.config
+        torch.set_num_threads(config.learner.threads)
+        self.sharded = config.learner.sharding == "fsdp"
+        self.policy = load_policy(
+            config.model,
+            # Conditions travel with the groups; only guidance needs the empty prompt's as well.
+            text_encoders=config.learner_guides,
+            vae=False,
+            base=config.objective.needs_base and not self.sharded,
+            seed=config.run.seed,
+            to_shard=self.sharded,
+        )
+        self.curriculum = curriculum_of(config)
+        self._compared = -1
+        if not self.sharded:
+            self._prepare()
+
+    def divide(self, mesh: DeviceMesh) -> None:
+        """Of every rank whose weights are sharded, once all have loaded the model: keep its rows."""
+        assert self._ranks is not None
+        shard_together(self._ranks, self.policy, mesh, base=self._config.objective.needs_base)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        self.updater = Updater(self.policy, self._config, self._ranks)
+        directory, settings = self._context.directory, self._config.checkpoint
+        how: dict[str, Any] = {"keep": settings.keep, "asynchronous": settings.asynchronous}
+        self.rows_writer: ShardedCheckpointWriter | None = None
+        self._writer: CheckpointWriter | ShardedCheckpointWriter
+        if self._ranks is not None and self.policy.shards is not None:
+            self.rows_writer = ShardedCheckpointWriter(self._ranks, self.policy.shards, directory, **how)
+            self._writer = self.rows_writer
+        else:
+            self._writer = CheckpointWriter(directory, **how)
+
+    def restore(self) -> Start:
+        """Load the newest complete checkpoint, if there is one."""
+        found = newest_checkpoint(self._context.directory)
+        if found is None:
+            return Start()
+        self.updater.load_state({part: found.state[part] for part in found.state if part != PART})
+        return self._behind(found)
+
+    def restore_rows(self) -> Start:
+        """Of every rank whose weights are sharded: the rows of the checkpoint that rank 0 has found."""
+        assert self._ranks is not None
+        shards, found = self.policy.shards, None
+        assert shards is not None
+
+        def find() -> bytes:
+            nonlocal found
+            found = newest_checkpoint(self._context.directory)
+            return b"" if found is None else str(found.step).encode()
+
+        leads = self._ranks.rank == 0
+        step = self._ranks.exchange("the newest checkpoint", find if leads else bytes)[0].decode()
+        if not step:
+            return Start()
+        # Rank 0 has verified it.
+        place = self._context.directory / "checkpoints" / f"step-{step}"
+        checkpoint = found if found is not None else open_checkpoint(place)
+
+        def load() -> None:
+            self.updater.load_state(read_rows(checkpoint, shards, self.updater.state()))
+
+        together(self._ranks, f"the rows of the checkpoint of step {step}", load)
+        return self._behind(checkpoint)
+
+    def _behind(self, found: Checkpoint) -> Start:
+        if self.curriculum is not None:
+            self.curriculum.load_state(found.state)
+        return Start(
+            version=PolicyVersion(epoch=found.manifest["epoch"], step=found.step),
+            frontier=Frontier.model_validate(found.manifest["frontier"]),
+        )
+
+    def update(self, groups: Sequence[Group], step: int) -> dict[str, Any]:
+        self._writer.check()
+        row = self.updater.step([training_group(group) for group in groups], step).row()
+        if (step + 1) % self._config.learner.compare_every == 0:
+            self._compare(step + 1)
+        return row
+
+    def publish(self, version: PolicyVersion, *, kind: str) -> WeightsAnnouncement:
+        dtype = getattr(torch, self._config.learner.publish_dtype)
+        tensors, shards = self.updater.published(kind, version.step), self.policy.shards
+        if shards is None:
+            return publish(self._store, tensors, version, kind=kind, dtype=dtype)
+        assert self._ranks is not None
+        self._ranks.order_all(Order.model_validate({"do": "gather", "kind": kind, "step": version.step}))
+        like = {name: torch.empty(shards.shapes[name], dtype=dtype, device="meta") for name in tensors}
+        rows = gather(self._ranks, self.updater, kind, version.step)
+        announcement = publish_rows(self._store, like, rows, version, kind=kind)
+        self._ranks.settled()
+        return announcement
+
+    def checkpoint(self, version: PolicyVersion, frontier: Frontier) -> None:
+        self._compare(version.step)
+        self._writer.write(
+            version.step,
+            self.updater.state() | ({PART: self.curriculum.state()} if self.curriculum is not None else {}),
+            {"epoch": version.epoch, "frontier": frontier.model_dump(mode="json")},
+        )
+
+    def finish(self) -> None:
+        self._writer.finish()
+
+    def close(self) -> None:
+        """The loop has ended, perhaps by an error."""
+        self._writer.close()
+
+    def _compare(self, step: int) -> None:
+        if self._ranks is not None and self._compared != step:
+            order_comparison(self._ranks, step, self.updater)
+            self._compared = step
+
+
+def training_group(group: Group) -> TrainingGroup:
+    header = group.header
+    return TrainingGroup(
+        ordinal=header.ordinal,
+        latents=group.tensors["latents"],
+        rewards=header.rewards,
+        condition=_prefixed(group.tensors, "condition."),
+        sampled_at=header.version.step,
+        trajectory=group.tensors.get("trajectory"),
+        log_likelihoods=group.tensors.get("log_likelihoods"),
+    )
+
+
+def _prefixed(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

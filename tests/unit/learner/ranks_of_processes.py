@@ -1,0 +1,62 @@
+"""Ranks that are processes: what divides weights among them knows no threads.
+
+They are forked from a server that has loaded torch once, so that several cost little more than one.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from learner.ranks import Ranks
+
+DEADLINE_S = 60.0
+PRELOADED = ["torch.distributed.fsdp", "learner.update", "learner.follower", "toy_policy"]
+
+
+def ranks_of(group: Any) -> Ranks:
+    return Ranks(group, group, deadline_s=DEADLINE_S)
+
+
+def mesh_of(group: Any) -> DeviceMesh:
+    return DeviceMesh.from_group(group, "cpu")
+
+
+def each_of(count: int, body: Callable[[Path, int], None], folder: Path, *, timeout_s: float = 240) -> None:
+    """Run `body(folder, rank)` on as many processes, which are the world of torch.distributed.
+
+    Raises:
+        AssertionError: one of them failed, with its words.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    processes = [context.Process(target=_run, args=(body, folder, rank, count)) for rank in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout_s)
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+    words = [file.read_text() for file in sorted(folder.glob("failed-*"))]
+    ends = [process.exitcode for process in processes]
+    assert ends == [0] * count, f"ranks ended with {ends}:\n" + "\n".join(words)
+
+
+def _run(body: Callable[[Path, int], None], folder: Path, rank: int, count: int) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder}/world.store"
+    dist.init_process_group("gloo", store, rank=rank, world_size=count, timeout=timedelta(seconds=DEADLINE_S))
+    try:
+        body(folder, rank)
+    except BaseException:
+        (folder / f"failed-{rank}").write_text(f"rank {rank}:\n{traceback.format_exc()}")
+        raise
