@@ -134,7 +134,8 @@ def _lead(
     ranks: Ranks | None = None,
 ) -> None:
     """The learner's loop, from the newest checkpoint to its end."""
-    if isinstance(trainer, PolicyTrainer) and trainer.sharded:
+    if ranks is not None and context.config.learner.sharding == "fsdp":
+        assert isinstance(trainer, PolicyTrainer)
         start = trainer.restore_rows()
     else:
         start = together(ranks, "the newest checkpoint", trainer.restore)

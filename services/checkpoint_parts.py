@@ -6,6 +6,7 @@ of every tensor and says which; nothing is pickled. learner/checkpoint.py says w
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -57,7 +58,10 @@ def load_into(directory: Path, tensors: dict[str, Any]) -> None:
     """Fill tensors, whole ones or a rank's rows (DTensor), from a directory."""
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    load(tensors, storage_reader=_reader(directory), no_dist=True)
+    with warnings.catch_warnings():
+        # It says that it takes us to mean what we ask for.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        load(tensors, storage_reader=_reader(directory), no_dist=True)
 
 
 def files_of(directory: Path) -> Iterable[Path]:

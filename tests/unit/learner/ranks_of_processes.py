@@ -19,7 +19,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from learner.ranks import Ranks
 
 DEADLINE_S = 60.0
-PRELOADED = ["torch.distributed.fsdp", "learner.update", "learner.follower", "toy_policy"]
+PRELOADED = [
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint.hf_storage",
+    "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
+    "learner.trainer",
+]
 
 
 def ranks_of(group: Any) -> Ranks:

@@ -1,0 +1,116 @@
+"""What ranks that share the weights publish and write is the whole model's; any number of ranks reads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks_of_processes import each_of
+from sharded_runs import BUCKET_BYTES, Shelf, publishes_and_writes, state_of, train, trainer_of, version
+from torch import Tensor
+
+from learner.checkpoint import newest_checkpoint
+from services.codec import decode_weights, weights_digest
+from services.group_queue import Frontier
+from services.policy_store import fetch
+
+
+def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of everything that four processes have done."""
+    place = tmp_path_factory.mktemp("sharded")
+    single = trainer_of(place / "single", None)
+    losses = train(single, range(2))
+    single.checkpoint(version(2), Frontier(below=6))
+    torch.save({"losses": losses, "state": state_of(single)}, place / "single.pt")
+    each_of(4, publishes_and_writes, place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> Any:
+    return torch.load(folder / "on-2.pt", weights_only=False)
+
+
+def of(folder: Path, name: str) -> Any:
+    return torch.load(folder / f"{name}.pt", weights_only=False)
+
+
+def test_updates_of_a_model_in_blocks_are_those_of_one_rank(folder: Path, found: Any) -> None:
+    single = of(folder, "single")
+    assert found["losses"][:2] == pytest.approx(single["losses"], rel=1e-6, abs=1e-6)
+    stored = newest_checkpoint(folder / "single")
+    assert stored is not None
+    trained = of(folder, "on-4")["state"]
+    for name, tensor in stored.state["policy"].items():
+        assert trained[f"policy.{name}"].shape == tensor.shape
+
+
+def test_what_is_published_is_whole_and_proven(found: Any) -> None:
+    start, policy, ema = (decode_weights(payload.numpy()) for payload in found["payloads"])
+    assert weights_digest(start) == found["start"]
+    assert weights_digest(policy) == found["policy"].digest
+    assert found["policy"].tensors == len(policy)
+    assert weights_digest(ema) == found["ema"].digest != found["policy"].digest
+
+
+def test_publishing_holds_one_wire_buffer_and_one_bucket(found: Any) -> None:
+    wire = found["policy"].bytes
+    assert wire <= found["buffers"] < wire * 1.1
+    largest = max(BUCKET_BYTES, max(t.nbytes for t in decode_weights(found["payloads"][1].numpy()).values()))
+    # What arrives from two ranks, and what this one sends.
+    assert 0 < found["tensors"] <= 1.6 * largest < 0.6 * wire
+
+
+def test_weights_travel_in_the_dtype_that_was_asked_for(folder: Path, found: Any) -> None:
+    half = of(folder, "again-on-2")["loaded"]
+    policy = decode_weights(found["payloads"][1].numpy())
+    assert half.digest == weights_digest({name: t.to(torch.bfloat16) for name, t in policy.items()})
+    assert half.bytes < 0.51 * found["policy"].bytes
+    # What its publisher no longer has comes from the checkpoint, which is float32 and in rows.
+    for announced in (half, found["policy"], found["ema"]):
+        fetched = fetch(Shelf(), announced, folder / "run")
+        assert weights_digest(fetched) == announced.digest
+
+
+def test_two_ranks_go_on_bit_for_bit_from_a_checkpoint_written_behind_the_training(
+    folder: Path, found: Any
+) -> None:
+    again = of(folder, "again-on-2")
+    assert (again["start"].step, again["start"].frontier) == (2, Frontier(below=6))
+    assert again["losses"] == found["losses"][2:]
+    same(again["state"], found["state"])
+
+
+def test_any_number_of_ranks_reads_what_another_wrote(folder: Path) -> None:
+    """Two wrote, four and one read; one wrote, four read."""
+    written, single = of(folder, "again-on-2")["state"], of(folder, "single")["state"]
+    same(of(folder, "on-4")["state"], written)
+    assert of(folder, "on-4")["start"].step == 4
+    same(of(folder, "single-on-4")["state"], single)
+    alone = trainer_of(folder / "run", None)
+    assert alone.restore().step == 4
+    same(state_of(alone), written)
+    train(alone, range(4, 5))
+
+
+def test_a_checkpoint_in_rows_is_verified_and_names_what_each_rank_wrote(folder: Path) -> None:
+    stored = newest_checkpoint(folder / "run")
+    assert stored is not None and stored.manifest["format"] == 2
+    files = stored.manifest["files"]
+    assert {name.partition("/")[0] for name in files} == {"policy", "ema", "reference", "optimizer"}
+    assert len(files) == 8
+    damaged = stored.path / sorted(files)[-1]
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    fallback = newest_checkpoint(folder / "run")
+    damaged.write_bytes(content)
+    assert fallback is not None and fallback.step == 2
