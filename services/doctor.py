@@ -163,10 +163,11 @@ def _ranks(config: Config) -> list[Finding]:
         return []
     backend = learner_backend(config)
     most = -(-learner.groups_per_step // learner.ranks)
+    held = "the whole model" if learner.sharding == "none" else f"1/{learner.ranks} of the model"
     found = (
         f"{learner.ranks} ranks share {learner.groups_per_step} groups an update, {most} at most each; each "
-        f"reserves {learner.num_cpus:g} CPU and {learner.num_gpus:g} GPU; gradients are added by "
-        f"{'NCCL' if backend != 'gloo' else 'gloo'}"
+        f"reserves {learner.num_cpus:g} CPU and {learner.num_gpus:g} GPU, and holds {held}; gradients are "
+        f"added by {'NCCL' if backend != 'gloo' else 'gloo'}"
     )
     import torch
 

@@ -43,7 +43,8 @@ def recorder_config(config: Config, groups: int) -> Config:
     staleness = max(config.queue.max_staleness, ahead)
     raw = config.model_dump(mode="json")
     raw["run"]["name"] = f"{config.run.name[:57]}-record"
-    raw["learner"] |= {"groups_per_step": per_step, "max_steps": groups // per_step, "ranks": 1}
+    raw["learner"] |= {"groups_per_step": per_step, "max_steps": groups // per_step}
+    raw["learner"] |= {"ranks": 1, "sharding": "none"}
     raw["queue"] |= {
         "max_staleness": staleness,
         "max_groups": max(config.queue.max_groups, per_step * (staleness + 1)),

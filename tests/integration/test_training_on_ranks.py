@@ -168,6 +168,36 @@ def test_an_interrupted_run_drains_and_goes_on_with_as_many_ranks_or_others(
         torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_two_ranks_that_share_the_weights_survive_a_kill_and_an_interruption(
+    undisturbed: tuple[Outcome, dict[str, int]], recipe: Callable[..., Config]
+) -> None:
+    """Killed once, drained once, gone on with; what they made is what ranks with whole weights make."""
+    sharing = ("learner.sharding=fsdp", "checkpoint.asynchronous=true", "checkpoint.every_steps=1")
+    config = recipe(*sharing)
+    straight = train(config, RunDirectory.create(config), Watching())
+    killed: list[int] = []
+
+    def disturb(row: UpdateRow) -> None:
+        if row.step == 1 and not killed:
+            killed.append(view.pids["learner-1"])
+            os.kill(killed[0], signal.SIGKILL)
+        elif row.step == 2 and row.epoch:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    view = Watching(at_row=disturb)
+    directory = RunDirectory.create(config)
+    first = train(config, directory, view)
+    assert killed and first.version.epoch >= 1
+    assert first.interrupted and first.version.step < STEPS
+    second = train(config, directory, Watching(), resume=True)
+    check_trained_once(second.run)
+    assert second.weights_digest == straight.weights_digest
+    expected = weights(undisturbed[0].run)
+    for name, tensor in weights(second.run).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-5)
+
+
 def test_what_a_restart_cannot_mend_ends_all_ranks_at_once(
     tmp_path: Path, valkey: EmbeddedValkey, run_name: str, recipe: Callable[..., Config]
 ) -> None:

@@ -36,6 +36,9 @@ def test_every_shipped_recipe_is_valid_and_round_trips(recipe: Path) -> None:
         ("learner.optimizer_steps=3", ["optimizer_steps 3 must divide", "per_update 4"]),
         ("learner.ranks=9", ["learner.ranks 9 exceeds learner.groups_per_step 8"]),
         ("model.device=cuda:1", ["would put all of 2 ranks on one GPU"]),
+        ("learner.sharding=fsdp", ["sharding fsdp divides the weights of several ranks: set learner.ranks"]),
+        ("model.train=lora", ["sharding fsdp is for full fine-tuning: set model.train to full"]),
+        ("learner.num_gpus=0.5", ["sharding fsdp with learner.num_gpus 0.5", "set it to 1"]),
         ("learner.ranks=0", ["learner.ranks", "greater than or equal to 1"]),
         ("objective.switch_step=5", ["objective"]),
         ("rewards.0.heldout=true", ["every reward is held out"]),
@@ -58,6 +61,8 @@ def test_every_shipped_recipe_is_valid_and_round_trips(recipe: Path) -> None:
 def test_an_unusable_value_is_named(override: str, named: list[str]) -> None:
     if override == "model.device=cuda:1":
         overrides = [override, "learner.ranks=2"]
+    elif override in ("model.train=lora", "learner.num_gpus=0.5"):
+        overrides = [override, "learner.ranks=2", "learner.sharding=fsdp"]
     elif override == "objective.switch_step=5":
         overrides = [override, "objective.reference=frozen"]
         named = ["switch_step needs reference 'ema'"]

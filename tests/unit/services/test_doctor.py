@@ -35,10 +35,12 @@ def test_what_cannot_run_is_found(
 def test_ranks_are_told_with_what_they_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     settings = ["learner.ranks=3", "learner.num_cpus=0.5"]
-    (found,) = [f for f in examine(load_config("quickstart", settings)) if f.what == "ranks"]
-    assert found.ok
-    assert "3 ranks share 8 groups an update, 3 at most each" in found.found
-    assert "0.5 CPU and 0 GPU; gradients are added by gloo" in found.found
+    for sharding, held in (("none", "the whole model"), ("fsdp", "1/3 of the model")):
+        config = load_config("quickstart", [*settings, f"learner.sharding={sharding}"])
+        (found,) = [f for f in examine(config) if f.what == "ranks"]
+        assert found.ok
+        assert "3 ranks share 8 groups an update, 3 at most each" in found.found
+        assert f"0.5 CPU and 0 GPU, and holds {held}; gradients are added by gloo" in found.found
     assert not [f for f in examine(load_config("quickstart")) if f.what == "ranks"]
 
 
