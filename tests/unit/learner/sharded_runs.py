@@ -1,6 +1,6 @@
 """A real trainer on ranks that share the weights of the quickstart's model: what it publishes and writes.
 
-Every scenario is a body of ranks_of_processes.py `each_of`; what it finds is left in the folder.
+Every scenario is a body of tests/ranks_of_processes.py `each_of`; what it finds is left in the folder.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from ranks_of_processes import mesh_of, ranks_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,6 +25,7 @@ from services.context import RunContext
 from services.group_queue import Frontier
 from services.heartbeat import Pulse
 from services.messages import PolicyVersion
+from tests.ranks_of_processes import mesh_of, ranks_of
 
 GROUPS, SIZE = 3, 2
 SETTINGS = (

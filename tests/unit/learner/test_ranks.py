@@ -97,6 +97,21 @@ def test_a_rank_that_is_gone_is_noticed_at_once_with_what_was_waited_for() -> No
     assert time.monotonic() - started < 60
 
 
+def test_a_lost_rank_is_named_where_torch_itself_meets_the_others_and_other_errors_are_not() -> None:
+    def body(ranks: Ranks) -> None:
+        ranks.exchange("the beginning", lambda: b"")
+        if ranks.rank == 0:
+            with pytest.raises(RuntimeError, match=r"^no room"), ranks.meeting("the gradient of update 3"):
+                raise RuntimeError("no room")
+            with ranks.meeting("the gradient of update 3"):
+                ranks._data.allreduce([torch.ones(3)]).wait()
+
+    zero, one = together(2, body, deadline_s=120)
+    assert one is None
+    assert isinstance(zero, RankLost)
+    assert "for the gradient of update 3 from rank 1" in str(zero)
+
+
 @pytest.mark.parametrize("what", ["exchange", "sum", "order", "next_order"])
 def test_every_wait_has_a_deadline_and_a_name(what: str) -> None:
     over = threading.Event()

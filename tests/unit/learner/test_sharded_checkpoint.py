@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks_of_processes import each_of, mesh_of
 
 from learner import checkpoint, sharded_checkpoint
 from learner.checkpoint import newest_checkpoint
 from learner.ranks import RankFailedForGood, RankLost, Ranks
 from learner.sharded_checkpoint import CheckpointRefused, ShardedCheckpointWriter
 from policy.sharding import Shards
+from tests.ranks_of_processes import each_of, mesh_of
 
 STAGES = ("write_rows", "_sync", "write_text", "rename")
 KEEP = 10

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from ranks_of_processes import each_of
 from sharded_runs import BUCKET_BYTES, Shelf, publishes_and_writes, state_of, train, trainer_of, version
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from learner.checkpoint import newest_checkpoint
 from services.codec import decode_weights, weights_digest
 from services.group_queue import Frontier
 from services.policy_store import fetch
+from tests.ranks_of_processes import each_of
 
 
 def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:

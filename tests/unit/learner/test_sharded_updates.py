@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks_of_processes import each_of, mesh_of, ranks_of
 from torch import Tensor
 from toy_policy import ToyPolicy, training_groups
 from toy_trajectories import objective_config, with_trajectories
@@ -20,6 +19,7 @@ from learner.ranks import Order, Ranks
 from learner.update import UpdateMetrics, Updater
 from services.config import Config
 from services.heartbeat import Pulse
+from tests.ranks_of_processes import each_of, mesh_of, ranks_of
 
 STEPS = 5
 CASES: dict[str, dict[str, Any]] = {

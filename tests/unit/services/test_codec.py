@@ -15,6 +15,7 @@ from services.codec import (
     CorruptGroup,
     EncodedGroup,
     Group,
+    WeightsEncoder,
     decode_group,
     decode_weights,
     encode_group,
@@ -149,6 +150,24 @@ def test_weights_reuse_the_buffer_and_share_it_when_read() -> None:
     encode_weights(first, buffer)
     assert found["w"].equal(first["w"])
     assert encode_weights({"w": torch.zeros(65)}, buffer) is not buffer
+
+
+def test_weights_that_come_in_rows_are_those_that_come_whole() -> None:
+    tensors = {"w": torch.randn(5, 3), "b": torch.randn(4), "none": torch.zeros(0, 2)}
+    like = {name: torch.empty_like(tensor, dtype=torch.bfloat16) for name, tensor in tensors.items()}
+    rounded = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
+    encoder = WeightsEncoder(like)
+    with pytest.raises(ValueError, match="3 tensors were not written"):
+        encoder.finish()
+    encoder.write("b", [tensors["b"]])
+    encoder.write("none", [])
+    encoder.write("w", tensors["w"].split([2, 0, 3]))
+    payload, digest = encoder.finish()
+    assert payload.tobytes() == encode_weights(rounded).tobytes()
+    assert digest == weights_digest(rounded)
+    for rows in (tensors["w"][:4], tensors["w"].repeat(2, 1)):
+        with pytest.raises(ValueError, match=r"^w: .*30 bytes"):
+            WeightsEncoder(like).write("w", [rows])
 
 
 def test_group_survives_the_wire() -> None:
