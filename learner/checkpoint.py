@@ -149,7 +149,8 @@ def complete(
         about = {"format": SHARDED_FORMAT if sharded else FORMAT, "step": step, "files": files}
         (partial / MANIFEST).write_text(json.dumps({**manifest, **about}, indent=2) + "\n")
         _sync(partial / MANIFEST)
-        _sync(partial)
+        for place in sorted({(partial / name).parent for name in files} | {partial}):
+            _sync(place)
         _take_name(partial, final)
         _sync(folder)
     _prune(folder, keep, step, manifest.get("epoch", 0))

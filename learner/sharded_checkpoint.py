@@ -104,10 +104,16 @@ class ShardedCheckpointWriter:
         self._settle(wait=True)
 
     def close(self) -> None:
-        """The run ends, perhaps by an error: the other ranks may be gone, so what is not whole stays so."""
-        self._thread.shutdown(wait=True, cancel_futures=True)
-        if self._begun is not None:
-            logger.warning("the checkpoint of step %d was not completed", self._step)
+        """The run ends, perhaps by an error: what is being written may still be of use, where the other ranks
+        can be asked for it."""
+        if self._begun is None:
+            return
+        try:
+            if not self._ranks.listening:
+                raise CheckpointError("the other ranks are in the middle of something else, or gone")
+            self.finish()
+        except Exception:
+            logger.exception("the checkpoint of step %d was not completed", self._step)
 
     def settle(self, *, wait: bool) -> list[dict[str, Any]] | None:
         """Of every rank: what each has written; None: one of them is not done yet.
@@ -150,7 +156,7 @@ class ShardedCheckpointWriter:
         try:
             files: dict[str, Any] = {}
             for part, tensors in state.items():
-                if _tensor_of(next(iter(tensors))) not in self._shards.shapes and part != "optimizer":
+                if not any(_tensor_of(name) in self._shards.shapes for name in tensors):
                     # Of no rank in particular: rank 0 alone has it.
                     files[f"{part}{SUFFIX}"] = write_part(folder / f"{part}{SUFFIX}", tensors)
                     continue
