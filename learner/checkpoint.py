@@ -56,7 +56,7 @@ class Checkpoint:
     path: Path
     step: int
     manifest: dict[str, Any]
-    """What the writer gave, with `format`, `step` and `files` (name -> sha256, bytes, tensors)."""
+    """What the writer gave, with `format`, `step` and `files` (name -> sha256, bytes)."""
 
     @property
     def state(self) -> Mapping[str, dict[str, Tensor]]:
@@ -201,13 +201,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
 def write_part(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """One part as one file; returns what the manifest says of it."""
     save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, file)
-    return described(file, len(tensors))
+    return described(file) | {"tensors": len(tensors)}
 
 
-def described(file: Path, tensors: int) -> dict[str, Any]:
+def described(file: Path) -> dict[str, Any]:
     """What the manifest says of a file, which is on the disk from then on."""
     _sync(file)
-    return {"sha256": _digest(file), "bytes": file.stat().st_size, "tensors": tensors}
+    return {"sha256": _digest(file), "bytes": file.stat().st_size}
 
 
 def _take_name(partial: Path, final: Path) -> None:

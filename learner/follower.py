@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from learner.gathering import gathered
 from learner.ranks import Order, Ranks, RanksDiffer
@@ -25,6 +25,9 @@ from learner.update import Updater
 from policy.base import Policy
 from services.codec import weights_digest
 from services.heartbeat import Pulse
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def follow(

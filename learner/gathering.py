@@ -9,13 +9,16 @@ Promises
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from learner import ranks as transport
 from learner.ranks import Ranks
-from policy.sharding import Shards
+
+if TYPE_CHECKING:
+    from policy.sharding import Shards
 
 
 def gathered(

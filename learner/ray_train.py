@@ -20,11 +20,10 @@ import os
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import ray.train
 import torch
-from torch.distributed.device_mesh import DeviceMesh
 
 from learner.follower import begin_together, follow
 from learner.loop import LearnerLoop, Start
@@ -42,9 +41,11 @@ from services.heartbeat import BEATS_TO_LIVE, Pulse
 from services.logs import configure_logging
 from services.ray_runtime import learner_backend
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 
 # A replaced learner that starts again fences its successor; workers that made no groups in time make none in
 # as much time again; a machine that computes wrongly would do it again. ConfigError, PolicyError and a
@@ -181,6 +182,9 @@ def _ranks(settings: LearnerConfig) -> Ranks:
 
 def _mesh(config: Config) -> DeviceMesh:
     """Of all ranks, between the devices of their models."""
+    # Here: what it imports takes a second, and only shards need it.
+    from torch.distributed.device_mesh import DeviceMesh
+
     world = torch.distributed.group.WORLD
     assert world is not None
     return DeviceMesh.from_group(world, find_device(config.model.device).type)

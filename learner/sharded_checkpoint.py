@@ -1,7 +1,8 @@
 """Checkpoints of sharded training: every rank writes its rows, rank 0 the manifest.
 
     checkpoints/step-20/policy/shard-00001-model-00001-of-00001.safetensors    rows of rank 0
-                       policy/shard-00002-...                                 rows of rank 1; and so on
+                       policy/shard-00002-...                                 rows of rank 1; and so on,
+                                                                              in several files each
                        ema/, reference/, optimizer/                           the same
                        manifest.json                                          with the digest of each; last
 
@@ -11,19 +12,22 @@ process whole tensors (services/checkpoint_parts.py).
 Promises
 - Those of learner/checkpoint_writer.py. A checkpoint is whole when every rank has said what it wrote; what
   one could not write is told on all of them.
-- No rank holds more of the state in host memory than its own rows, a second time while a part is written.
+- No rank holds more of the state in host memory than its own rows, and a file of them as bytes (256 MiB, or
+  one tensor's rows that are larger). Making those is what training may have to wait for, in another thread or
+  not: Python does nothing else meanwhile.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -34,11 +38,15 @@ from learner.checkpoint_writer import copied
 from learner.curriculum import PART
 from learner.ranks import Order, Ranks
 from learner.trained import MOMENTS, State
-from policy.sharding import Shards
 from services.checkpoint_parts import SUFFIX, files_of, load_into, shapes_of_part
 from services.full_disk import disk_refuses
 
+if TYPE_CHECKING:
+    from policy.sharding import Shards
+
 logger = logging.getLogger(__name__)
+
+FILE_BYTES = 256 * 1024**2
 
 
 class CheckpointRefused(RuntimeError):
@@ -135,7 +143,11 @@ class ShardedCheckpointWriter:
         if self._begun is None:
             return
         self._ranks.order_all(Order(do="settle", step=self._step, wait=wait))
-        found = self.settle(wait=wait)
+        try:
+            found = self.settle(wait=wait)
+        except Exception:
+            shutil.rmtree(prepare_path(self._directory, self._step), ignore_errors=True)
+            raise
         self._ranks.settled()
         if found is not None:
             files = {name: entry for one in found for name, entry in one.items()}
@@ -162,7 +174,7 @@ class ShardedCheckpointWriter:
                     continue
                 write_rows(folder / part, self._shards, tensors)
                 own = [file for file in files_of(folder / part) if _number(file) == self._shards.rank + 1]
-                files |= {f"{part}/{file.name}": described(file, len(tensors)) for file in own}
+                files |= {f"{part}/{file.name}": described(file) for file in own}
             return files
         except Exception as error:
             raise CheckpointError(
@@ -188,12 +200,26 @@ def write_rows(directory: Path, shards: Shards, tensors: Mapping[str, Tensor]) -
         if _tensor_of(name) in shards.shapes or shards.rank == 0
     }
     writer = HuggingFaceStorageWriter(str(directory), save_distributed=True)
+    # What describes a file brings it to the disk.
+    writer.sync_files = False
     planner = DefaultSavePlanner()
     writer.set_up_storage_writer(shards.rank == 0)
     planner.set_up_planner(named, is_coordinator=shards.rank == 0)
     # Each rank plans for itself: which rows are whose is known, so there is nothing to agree on.
-    plan = replace(planner.create_local_plan(), storage_data={"shard_index": shards.rank + 1})
+    into = {"shard_index": shards.rank + 1, "fqn_to_index_mapping": _files(named, tensors)}
+    plan = replace(planner.create_local_plan(), storage_data=into)
     writer.write_data(planner.finish_plan(plan), planner).wait()
+
+
+def _files(names: Iterable[str], tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Which of its files of a part a rank writes a tensor into, counted from 1."""
+    found, number, size = {}, 1, 0
+    for name in names:
+        if size and size + tensors[name].nbytes > FILE_BYTES:
+            number, size = number + 1, 0
+        found[name] = number
+        size += tensors[name].nbytes
+    return found
 
 
 def read_rows(checkpoint: Checkpoint, shards: Shards, like: State) -> State:

@@ -8,10 +8,9 @@ Promises
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh
 
 from learner.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
 from learner.checkpoint_writer import CheckpointWriter
@@ -27,6 +26,9 @@ from services.context import RunContext
 from services.group_queue import Frontier
 from services.messages import PolicyVersion, WeightsAnnouncement
 from services.policy_store import publish, publish_rows
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class PolicyTrainer:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from learner import ranks as transport
+from learner import sharded_checkpoint
 from learner.follower import begin_together, follow
 from learner.objectives.base import TrainingGroup
 from learner.ranks import Order
@@ -35,6 +36,7 @@ SETTINGS = (
 )
 SHAPE = (4, 8, 16)
 BUCKET_BYTES = 2**18
+FILE_BYTES = 2**20
 """Small enough that the model is many of them."""
 
 
@@ -153,7 +155,7 @@ def publishes_and_writes(folder: Path, rank: int) -> None:
 
 
 def _on_two(folder: Path, pair: Any) -> None:
-    transport.BUCKET_BYTES = BUCKET_BYTES
+    transport.BUCKET_BYTES, sharded_checkpoint.FILE_BYTES = BUCKET_BYTES, FILE_BYTES
     trainer = trainer_of(folder / "run", pair, "checkpoint.keep=5", "checkpoint.asynchronous=true")
     found: dict[str, Any] = {}
 

@@ -163,3 +163,4 @@ def test_what_one_rank_cannot_write_is_told_and_the_former_checkpoint_stays(tmp_
     assert gone.startswith(f"{RankLost.__name__}: rank 0 waited") and "step 2" in gone
     for case in ("full", "gone"):
         assert newest(tmp_path / case) == (1, 1.0)
+    assert [one.name for one in (tmp_path / "full" / "checkpoints").iterdir()] == ["step-1"]

@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from sharded_runs import BUCKET_BYTES, Shelf, publishes_and_writes, state_of, train, trainer_of, version
+from sharded_runs import (
+    BUCKET_BYTES,
+    FILE_BYTES,
+    Shelf,
+    publishes_and_writes,
+    state_of,
+    train,
+    trainer_of,
+    version,
+)
 from torch import Tensor
 
 from learner.checkpoint import newest_checkpoint
@@ -107,7 +116,11 @@ def test_a_checkpoint_in_rows_is_verified_and_names_what_each_rank_wrote(folder:
     assert stored is not None and stored.manifest["format"] == 2
     files = stored.manifest["files"]
     assert {name.partition("/")[0] for name in files} == {"policy", "ema", "reference", "optimizer"}
-    assert len(files) == 8
+    for part in ("policy", "optimizer"):
+        assert {name.split("-")[1] for name in files if name.startswith(part)} == {"00001", "00002"}
+    # No file is larger than asked for, but for a tensor's rows.
+    rows = max(tensor.nbytes for tensor in stored.state["policy"].values()) // 2
+    assert all(entry["bytes"] < max(FILE_BYTES, rows) + 2**16 for entry in files.values())
     damaged = stored.path / sorted(files)[-1]
     content = damaged.read_bytes()
     damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
