@@ -18,8 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from learner import ranks as transport
 from learner import sharded_checkpoint
 from learner.follower import begin_together, follow
+from learner.gathering import gathered
 from learner.objectives.base import TrainingGroup
 from learner.ranks import Order
+from learner.trained import STEPS
 from learner.trainer import PolicyTrainer
 from services.config_file import load_config
 from services.context import RunContext
@@ -91,13 +93,22 @@ def version(step: int) -> PolicyVersion:
 
 
 def state_of(trainer: PolicyTrainer) -> dict[str, Tensor]:
-    """Whole, on every rank."""
-    shards, found = trainer.policy.shards, {}
+    """Whole; of several ranks on rank 0."""
+    shards, ranks, found = trainer.policy.shards, trainer._ranks, {}
     for part, held in trainer.updater.state().items():
-        for name, rows in held.items():
-            of = name.removeprefix("exp_avg_sq.").removeprefix("exp_avg.")
-            whole = shards is not None and of in shards.shapes
-            found[f"{part}.{name}"] = shards.whole(of, rows).full_tensor() if whole else rows.clone()
+        for prefix in ("", "exp_avg.", "exp_avg_sq."):
+            rows = {
+                name: held[prefix + name]
+                for name in trainer.updater.trained.parameters
+                if prefix + name in held
+            }
+            if rows and shards is not None and ranks is not None:
+                for name, pieces in gathered(ranks, "a test", shards, rows, torch.float32):
+                    found[f"{part}.{prefix}{name}"] = torch.cat(pieces)
+            else:
+                found |= {f"{part}.{prefix}{name}": tensor.clone() for name, tensor in rows.items()}
+        if STEPS in held:
+            found[f"{part}.{STEPS}"] = held[STEPS]
     return found
 
 
@@ -145,6 +156,7 @@ class Allocated(TorchDispatchMode):
 
 def publishes_and_writes(folder: Path, rank: int) -> None:
     """On two ranks of four: the model as it is, two updates, what is published, a checkpoint of each kind."""
+    transport.BUCKET_BYTES, sharded_checkpoint.FILE_BYTES = BUCKET_BYTES, FILE_BYTES
     pair, _ = dist.new_group([0, 1]), dist.new_group([2, 3])
     if rank < 2:
         _on_two(folder, pair)
@@ -155,7 +167,6 @@ def publishes_and_writes(folder: Path, rank: int) -> None:
 
 
 def _on_two(folder: Path, pair: Any) -> None:
-    transport.BUCKET_BYTES, sharded_checkpoint.FILE_BYTES = BUCKET_BYTES, FILE_BYTES
     trainer = trainer_of(folder / "run", pair, "checkpoint.keep=5", "checkpoint.asynchronous=true")
     found: dict[str, Any] = {}
 
