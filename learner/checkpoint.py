@@ -13,6 +13,8 @@ Promises
                        reference.safetensors   the EMA reference, when the objective has one
                        optimizer.safetensors   moments and steps
                        manifest.json           step, epoch, frontier, digests; last
+
+Of sharded training the parts are directories (learner/sharded_checkpoint.py).
 """
 
 from __future__ import annotations
@@ -116,16 +118,20 @@ def write_checkpoint(
     return complete(run_directory, step, files, manifest, keep=keep)
 
 
+def partial_of(run_directory: Path, step: int) -> Path:
+    """Where the files of a checkpoint are until it is one."""
+    return run_directory / "checkpoints" / f".step-{step}.partial"
+
+
 def prepare(run_directory: Path, step: int) -> Path:
     """An empty directory for the files of a checkpoint, which is none before `complete`.
 
     Raises:
         CheckpointError: it cannot be made.
     """
-    folder = run_directory / "checkpoints"
-    partial = folder / f".step-{step}.partial"
+    partial = partial_of(run_directory, step)
     with _told(partial):
-        folder.mkdir(parents=True, exist_ok=True)
+        partial.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
     return partial
@@ -142,8 +148,9 @@ def complete(
     Raises:
         CheckpointError: it could not be written.
     """
-    folder = run_directory / "checkpoints"
-    final, partial = folder / f"step-{step}", folder / f".step-{step}.partial"
+    partial = partial_of(run_directory, step)
+    folder = partial.parent
+    final = folder / f"step-{step}"
     sharded = any("/" in name for name in files)
     with _told(partial):
         about = {"format": SHARDED_FORMAT if sharded else FORMAT, "step": step, "files": files}

@@ -33,7 +33,15 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from learner.checkpoint import Checkpoint, CheckpointError, complete, described, prepare, write_part
+from learner.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    complete,
+    described,
+    partial_of,
+    prepare,
+    write_part,
+)
 from learner.checkpoint_writer import copied
 from learner.curriculum import PART
 from learner.ranks import Order, Ranks
@@ -96,8 +104,7 @@ class ShardedCheckpointWriter:
     def begin(self, step: int, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Of every rank: copy its rows, and begin to write them."""
         self._step = step
-        # The writing is a copy that costs nothing where training waits for it.
-        self._begun = self._thread.submit(self._write_own, prepare_path(self._directory, step), copied(state))
+        self._begun = self._thread.submit(self._write_own, partial_of(self._directory, step), copied(state))
 
     def check(self) -> None:
         """Of rank 0: complete what all have written.
@@ -146,7 +153,7 @@ class ShardedCheckpointWriter:
         try:
             found = self.settle(wait=wait)
         except Exception:
-            shutil.rmtree(prepare_path(self._directory, self._step), ignore_errors=True)
+            shutil.rmtree(partial_of(self._directory, self._step), ignore_errors=True)
             raise
         self._ranks.settled()
         if found is not None:
@@ -183,13 +190,8 @@ class ShardedCheckpointWriter:
             ) from error
 
 
-def prepare_path(run_directory: Path, step: int) -> Path:
-    """Where the files of a checkpoint are written, which `prepare` has made."""
-    return run_directory / "checkpoints" / f".step-{step}.partial"
-
-
 def write_rows(directory: Path, shards: Shards, tensors: Mapping[str, Tensor]) -> None:
-    """One rank's file of a part: rows of sharded tensors, and of rank 0 what is whole too."""
+    """One rank's files of a part: rows of sharded tensors, and of rank 0 what is whole too."""
     from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 

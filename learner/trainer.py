@@ -90,20 +90,20 @@ class PolicyTrainer:
         def find() -> bytes:
             nonlocal found
             found = newest_checkpoint(self._context.directory)
-            return b"" if found is None else str(found.step).encode()
+            return b"" if found is None else found.path.name.encode()
 
         leads = self._ranks.rank == 0
-        step = self._ranks.exchange("the newest checkpoint", find if leads else bytes)[0].decode()
-        if not step:
+        name = self._ranks.exchange("the newest checkpoint", find if leads else bytes)[0].decode()
+        if not name:
             return Start()
         # Rank 0 has verified it.
-        place = self._context.directory / "checkpoints" / f"step-{step}"
+        place = self._context.directory / "checkpoints" / name
         checkpoint = found if found is not None else open_checkpoint(place)
 
         def load() -> None:
             self.updater.load_state(read_rows(checkpoint, shards, self.updater.state()))
 
-        together(self._ranks, f"the rows of the checkpoint of step {step}", load)
+        together(self._ranks, f"the rows of the checkpoint {name}", load)
         return self._behind(checkpoint)
 
     def _behind(self, found: Checkpoint) -> Start:

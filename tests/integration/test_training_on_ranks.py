@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from small_runs import SMALL, Watching
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from services.config_file import load_config
 from services.context import RunContext, SecretPlace
 from services.driver import train
 from services.embedded import EmbeddedValkey
+from services.exporting import export_into
 from services.metrics import UpdateRow
 from services.monitor import Outcome
 from services.recording import Recording
@@ -194,6 +196,12 @@ def test_two_ranks_that_share_the_weights_survive_a_kill_and_an_interruption(
     second = train(config, directory, Watching(), resume=True)
     check_trained_once(second.run)
     assert second.weights_digest == straight.weights_digest
+    # What is exported is read from rows of both ranks.
+    exported = export_into(second.run) / "pipeline" / "transformer"
+    stored = newest_checkpoint(second.run.root)
+    assert stored is not None and stored.manifest["format"] == 2
+    found = load_file(exported / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in stored.state["ema"].items())
     expected = weights(undisturbed[0].run)
     for name, tensor in weights(second.run).items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-5)
