@@ -17,8 +17,8 @@ Promises
 - Ends normally when max_steps are done or the run is draining, each time with a checkpoint behind the last
   committed step; any other end is an exception.
 
-Knows no Ray and no torch: the trainer and the publisher are handed in (learner/ray_train.py binds the real
-ones, benchmarks/overlap.py a timed wait).
+Knows no Ray and no torch: the trainer and the publisher are handed in (learner/trainer.py is the real one,
+benchmarks/overlap.py a timed wait).
 """
 
 from __future__ import annotations

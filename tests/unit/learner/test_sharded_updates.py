@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from toy_trajectories import objective_config, with_trajectories
 
 from learner.follower import begin_together, follow, order_comparison
 from learner.objectives.base import TrainingGroup
-from learner.ranks import Order, Ranks
+from learner.ranks import Order, RankLost, Ranks
 from learner.update import UpdateMetrics, Updater
 from services.config import Config
 from services.heartbeat import Pulse
@@ -134,6 +135,21 @@ def body(cases: tuple[str, ...], folder: Path, rank: int) -> None:
             made, state = shared(case, group)
             if rank == 0:
                 torch.save((made, state), folder / f"{case}-{group.size()}.pt")
+    one_is_lost(folder)
+
+
+def one_is_lost(folder: Path) -> None:
+    """Of four ranks the last one ends in the middle of its share."""
+    config, policy, group = config_of("whole groups", 4), ToyPolicy(), dist.group.WORLD
+    policy.shard(mesh_of(group))
+    ranks = ranks_of(group)
+    updater = Updater(policy, config, ranks)
+    if ranks.rank == 3:
+        updater._objective.backward = lambda loss: os._exit(0)  # type: ignore[method-assign]
+    try:
+        lead_or_follow(ranks, updater)
+    except RankLost as error:
+        (folder / f"lost-{ranks.rank}.txt").write_text(str(error))
 
 
 @pytest.fixture(scope="module")
@@ -171,3 +187,9 @@ def test_five_updates_are_those_of_one_rank(case: str, count: int, found: Callab
     assert weights.keys() == state.keys()
     for name, tensor in weights.items():
         torch.testing.assert_close(tensor, state[name], rtol=1e-9, atol=1e-12)
+
+
+def test_a_rank_that_is_gone_in_the_middle_of_a_pass_is_missed_by_name(found: Callable[[str], Path]) -> None:
+    for rank, others in enumerate(("1, 2, 3", "0, 2, 3", "0, 1, 3")):
+        told = (found(ON_FOUR[0]) / f"lost-{rank}.txt").read_text()
+        assert f"for the gradient of update 0 from ranks {others}: " in told
