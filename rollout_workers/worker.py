@@ -40,7 +40,7 @@ class RolloutWorker:
     def run(self) -> int:
         """Work until the run ends; returns the groups admitted."""
         context, config = self._context, self._context.config
-        queue = context.open_queue()
+        queue = context.open_queue("worker")
         with worker_pulse(self._name, queue, config) as pulse:
             pulse.enter("loading the model")
             sampler = PolicySampler(config, context.directory, self._store)

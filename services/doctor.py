@@ -226,23 +226,34 @@ def _scores_nothing(config: Config) -> bool:
 def _queue(config: Config) -> list[Finding]:
     if config.queue.url is None:
         return [Finding(what="queue", ok=True, found="an embedded Valkey server on loopback")]
+    url, logins = config.queue.url, config.queue.logins
+    if not logins:
+        return [_queue_login(url, "queue", None, config.queue.password_env)]
+    return [
+        _queue_login(url, f"queue {part}", login.user or part, login.password_env)
+        for part, login in logins.items()
+    ]
+
+
+def _queue_login(url: str, what: str, user: str | None, variable: str | None) -> Finding:
     from services.group_queue import QueueUnreachable, connect
 
-    variable = config.queue.password_env
     password = os.environ.get(variable) if variable else None
     if variable and not password:
-        remedy = f"export {variable}=... before starting"
-        return [Finding(what="queue", ok=False, found=f"{variable} is not set", remedy=remedy)]
+        remedy = f"export {variable}=... before starting, on every node where that part runs"
+        return Finding(what=what, ok=False, found=f"{variable} is not set", remedy=remedy)
     try:
-        client = connect(config.queue.url, password)
+        client = connect(url, password, user=user)
         policy = client.config_get("maxmemory-policy").get("maxmemory-policy", "unknown")
     except QueueUnreachable as error:
-        return [Finding(what="queue", ok=False, found=str(error), remedy="start it, or mend queue.url")]
+        return Finding(
+            what=what, ok=False, found=str(error), remedy="mend the server, queue.url or the login"
+        )
     except redis.ResponseError as error:  # CONFIG may be forbidden to this user: that is no fault
-        return [Finding(what="queue", ok=True, found=f"reachable; maxmemory-policy not readable: {error}")]
+        return Finding(what=what, ok=True, found=f"reachable; maxmemory-policy not readable: {error}")
     ok = policy == "noeviction"
     remedy = "" if ok else "set maxmemory-policy noeviction: an evicted group is a lost group"
-    return [Finding(what="queue", ok=ok, found=f"reachable, maxmemory-policy {policy}", remedy=remedy)]
+    return Finding(what=what, ok=ok, found=f"reachable, maxmemory-policy {policy}", remedy=remedy)
 
 
 def _rewards(config: Config) -> list[Finding]:

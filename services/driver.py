@@ -94,7 +94,7 @@ def train(
             queue_password=queue_password,
             record=record,
         )
-        queue = context.open_queue()
+        queue = context.open_queue("driver")
         queue.set_state("starting")
         stack.push(partial(_tell_failure, queue))
         store = _actor(PolicyStore, context, "policy-store", num_cpus=0).remote()

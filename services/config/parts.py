@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import Field, StringConstraints, model_validator
@@ -119,12 +119,26 @@ class RewardConfig(Section):
         return self
 
 
+QueuePart = Literal["driver", "learner", "worker"]
+"""Who talks to the queue; rollout workers, the feeder of recorded groups and the evaluator are `worker`."""
+
+
+class QueueLogin(Section):
+    user: str | None = Field(default=None, min_length=1)
+    """ACL user; null: the part's name, as in deploy/redis/users.acl."""
+    password_env: str = Field(min_length=1)
+    """Environment variable that holds this user's password, where this part runs."""
+
+
 class QueueConfig(Section):
     url: str | None = None
     """redis:// or rediss:// address, with an ACL user (`rediss://worker@host`) but never a password; null
     starts an embedded Valkey server on loopback."""
     password_env: str | None = None
     """Environment variable that holds the password for `url`."""
+    logins: dict[QueuePart, QueueLogin] = Field(default_factory=dict)
+    """A login of its own for each of `driver`, `learner` and `worker`, in place of a user in `url` and of
+    `password_env`: none can do what is another's (docs/cluster.md)."""
     max_staleness: int = Field(default=1, ge=0)
     """Updates a group may lag behind; 0 is synchronous and bit-reproducible."""
     lease_s: float = Field(default=120.0, gt=0)
@@ -149,6 +163,18 @@ class QueueConfig(Section):
                 "url holds a password, which config.yaml and logs would show; leave it out and name the "
                 "variable that holds it in password_env"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _one_login_a_part(self) -> QueueConfig:
+        if not self.logins:
+            return self
+        if missing := [part for part in get_args(QueuePart) if part not in self.logins]:
+            raise ValueError(f"logins leaves out {', '.join(missing)}: name a login of each part, or none")
+        if self.url is None:
+            raise ValueError("logins are for url; leave them out: the embedded server has one password")
+        if self.password_env is not None or _login(self.url)[0]:
+            raise ValueError("logins take the place of password_env and of a user in url: leave those out")
         return self
 
 

@@ -105,11 +105,18 @@ def test_a_reward_that_is_elsewhere_round_trips_through_the_run_directory() -> N
     assert parse_config(yaml.safe_load(dump_config(config)), source="dump") == config
 
 
+LOGINS = "{driver: {password_env: P}, learner: {password_env: P}, worker: {password_env: P}}"
+
+
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
         (["rewards.0.token_env=TOKEN"], "token_env is for url"),
         (["queue.password_env=PASSWORD"], "password_env is for url"),
+        ([f"queue.logins={LOGINS}"], "logins are for url"),
+        (["queue.logins={driver: {password_env: P}}", "queue.url=redis://db"], "leaves out learner, worker"),
+        ([f"queue.logins={LOGINS}", "queue.url=redis://run@db"], "and of a user in url"),
+        ([f"queue.logins={LOGINS}", "queue.url=redis://db", "queue.password_env=P"], "place of password_env"),
     ],
 )
 def test_a_secret_that_nobody_asks_for_is_refused(overrides: list[str], named: str) -> None:
