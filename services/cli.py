@@ -124,6 +124,26 @@ def export(
 
 
 @app.command()
+def status(
+    run_dir: Annotated[Path, typer.Argument(help="A run directory.")],
+    watch: Annotated[bool, typer.Option("--watch", help="Look again every 2 seconds, until Ctrl-C.")] = False,
+    as_json: Json = False,
+) -> None:
+    """How a run is: state, step, queue, what every part is doing and since when, what was given up."""
+    from services.run_directory import RunDirectory
+    from services.status import drawn, run_status, watched
+
+    run = RunDirectory.open(run_dir)
+    if watch:
+        watched(run, screen)
+        return
+    found = run_status(run)
+    screen.print(drawn(found))
+    if as_json:
+        _emit(found.model_dump(mode="json"))
+
+
+@app.command()
 def report(run_dir: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
     """Write report.html of a run: one file that opens offline."""
     from services.report import build_report

@@ -81,10 +81,13 @@ class RunContext(Message):
         """A queue client of this process, with the login of its part.
 
         Raises:
-            ConfigError: the variable of the password is not set here.
+            ConfigError: this part has no login, or the variable of its password is not set here.
             QueueUnreachable: nobody there, or the password is refused.
         """
-        login = self.config.queue.logins.get(part)
+        logins = self.config.queue.logins
+        login = logins.get(part)
+        if logins and login is None:
+            raise ConfigError(f"queue.logins has no {part}: name its user and password_env there")
         if login is None:
             client = connect(self.queue_url, self.queue_password.read())
         else:

@@ -144,6 +144,18 @@ class RunDirectory:
             file.flush()
             yield
 
+    def driver(self) -> int | None:
+        """Process id of the driver that holds the run; None where none does on this machine."""
+        try:
+            with (self.root / "driver.lock").open("r") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return int(file.read())
+        except (OSError, ValueError):
+            pass
+        return None
+
 
 def environment() -> dict[str, object]:
     """Versions, git revision and machine, for whoever wants to reproduce the run."""

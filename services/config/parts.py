@@ -119,8 +119,9 @@ class RewardConfig(Section):
         return self
 
 
-QueuePart = Literal["driver", "learner", "worker"]
-"""Who talks to the queue; rollout workers, the feeder of recorded groups and the evaluator are `worker`."""
+QueuePart = Literal["driver", "learner", "worker", "observer"]
+"""Who talks to the queue; rollout workers, the feeder of recorded groups and the evaluator are `worker`, and
+`dgpo status` is `observer`."""
 
 
 class QueueLogin(Section):
@@ -137,8 +138,8 @@ class QueueConfig(Section):
     password_env: str | None = None
     """Environment variable that holds the password for `url`."""
     logins: dict[QueuePart, QueueLogin] = Field(default_factory=dict)
-    """A login of its own for each of `driver`, `learner` and `worker`, in place of a user in `url` and of
-    `password_env`: none can do what is another's (docs/cluster.md)."""
+    """A login of its own for each of `driver`, `learner` and `worker`, and for `dgpo status` the one of an
+    `observer`, in place of a user in `url` and of `password_env` (docs/cluster.md)."""
     max_staleness: int = Field(default=1, ge=0)
     """Updates a group may lag behind; 0 is synchronous and bit-reproducible."""
     lease_s: float = Field(default=120.0, gt=0)
@@ -169,7 +170,8 @@ class QueueConfig(Section):
     def _one_login_a_part(self) -> QueueConfig:
         if not self.logins:
             return self
-        if missing := [part for part in get_args(QueuePart) if part not in self.logins]:
+        of_a_run = [part for part in get_args(QueuePart) if part != "observer"]
+        if missing := [part for part in of_a_run if part not in self.logins]:
             raise ValueError(f"logins leaves out {', '.join(missing)}: name a login of each part, or none")
         if self.url is None:
             raise ValueError("logins are for url; leave them out: the embedded server has one password")
