@@ -52,8 +52,8 @@ class RunStatus(Message):
 
     run: str
     state: str
-    """starting, running, degraded, draining, done, failed; with its queue gone: done, stopped, or ending, while
-    its driver is still there."""
+    """starting, running, degraded, draining, done, failed; with its queue gone: done, stopped, or, while its
+    driver is still there, ending."""
     reason: str
     """Why it is in that state; may be empty."""
     driver: int | None
