@@ -17,6 +17,7 @@ from services.images import write_strip
 from services.logs import configure_logging
 from services.messages import GroupTask
 from services.prompts import group_task, prompt_source
+from services.ray_metrics import RewardMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class RolloutWorker:
         with worker_pulse(self._name, queue, config) as pulse:
             pulse.enter("loading the model")
             sampler = PolicySampler(config, context.directory, self._store)
-            scorer = RewardServers(config.rewards, context.rewards)
+            scorer = RewardServers(config.rewards, context.rewards, RewardMetrics(context.run).asked)
             prompts = prompt_source(config)
 
             def task_of(lease: Lease) -> GroupTask:

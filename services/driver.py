@@ -42,6 +42,7 @@ from services.policy_store import PolicyStore
 from services.progress import Progress
 from services.prompts import evaluates
 from services.queue_connection import place
+from services.ray_metrics import RunMetrics
 from services.ray_runtime import NAMESPACE, ray_cluster
 from services.resuming import reconfigure
 from services.run_directory import RunDirectory
@@ -108,9 +109,13 @@ def train(
             places = stack.enter_context(reward_places(config, run, own_ray))
             context = context.model_copy(update={"rewards": places})
         signals.check()
+        metrics = RunMetrics(run.name, [reward.name for reward in config.rewards])
         telemetry = stack.enter_context(
             Telemetry(
-                run.root, tensorboard=config.telemetry.tensorboard, resumed_step=_resumed_step(run, resume)
+                run.root,
+                tensorboard=config.telemetry.tensorboard,
+                resumed_step=_resumed_step(run, resume),
+                beside=[metrics],
             )
         )
         text = context.model_dump_json()
@@ -131,7 +136,9 @@ def train(
             on_death=worker_died,
             part=_part(config),
         )
-        monitor = Monitor(context, queue, telemetry, view, evaluator, supervisor, learner, signals)
+        monitor = Monitor(
+            *(context, queue, telemetry, metrics, view, evaluator), supervisor, learner, signals
+        )
         view.activity("loading the models")
         # Stopped in reverse order: the state first, so that workers end by themselves.
         stack.callback(supervisor.join, JOIN_DEADLINE_S)

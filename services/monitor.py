@@ -25,6 +25,7 @@ from services.memory import peak_memory
 from services.messages import Heartbeat, PolicyVersion, WeightsAnnouncement
 from services.metrics import AnyRow, MemoryRow, row_of
 from services.progress import Progress
+from services.ray_metrics import RunMetrics
 from services.run_directory import RunDirectory
 from services.stop_signals import StopSignals
 from services.supervisor import PartFailed, Supervisor
@@ -81,6 +82,7 @@ class Monitor:
         context: RunContext,
         queue: GroupQueue,
         telemetry: Telemetry,
+        metrics: RunMetrics,
         view: Progress,
         evaluator: Any,
         supervisor: Supervisor,
@@ -90,6 +92,7 @@ class Monitor:
         self._context = context
         self._queue = queue
         self._telemetry = telemetry
+        self._metrics = metrics
         self._view = view
         self._supervisor = supervisor
         self._learner = learner
@@ -145,6 +148,7 @@ class Monitor:
             self._draining = True
             self._view.activity("stopping: what is under way is finished, then comes a checkpoint")
             self._queue.set_state("draining")
+        self._metrics.state("draining" if self._draining else "running")
         self._supervisor.poll(POLL_S)
         self._move_metrics()
         self._watch_heartbeats()
@@ -177,6 +181,8 @@ class Monitor:
 
     def _move_heartbeats(self) -> dict[str, Heartbeat]:
         alive = {part: beat for part, beat in self._queue.heartbeats().items() if beat is not None}
+        newest = self._queue.latest("policy")
+        self._metrics.beats(alive.values(), newest.version if newest is not None else None)
         self._view.heartbeats(list(alive.values()))
         self._beats |= alive
         return alive

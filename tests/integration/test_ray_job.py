@@ -28,6 +28,7 @@ RAY = str(Path(sys.executable).with_name("ray"))
 class Cluster(NamedTuple):
     dashboard: str
     environment: dict[str, str]
+    port: int
 
 
 def free_port() -> int:
@@ -63,7 +64,7 @@ def cluster() -> Iterator[Cluster]:
         start_new_session=True,
     )
     try:
-        made = Cluster(f"http://127.0.0.1:{dashboard}", environment)
+        made = Cluster(f"http://127.0.0.1:{dashboard}", environment, port)
         give_up = time.monotonic() + 90
         while ray(made, "job", "list").returncode != 0:
             assert head.poll() is None and time.monotonic() < give_up, "the cluster did not start"

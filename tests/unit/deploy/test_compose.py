@@ -210,7 +210,7 @@ def test_prometheus_scrapes_what_exports() -> None:
         name for name, entry in ENTRIES.items() if f"--metrics-export-port={found['port']}" in entry.command
     }
     assert exporting == set(found["names"])
-    source = yaml.safe_load((PROJECT_ROOT / "deploy" / "prometheus" / "grafana-datasource.yaml").read_text())
+    source = yaml.safe_load((PROJECT_ROOT / "deploy" / "grafana" / "datasource.yaml").read_text())
     assert source["datasources"][0]["url"] == ENTRIES["head"].environment["RAY_PROMETHEUS_HOST"]
 
 
