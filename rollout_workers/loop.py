@@ -91,6 +91,7 @@ class RolloutLoop:
         *,
         poll_s: float = 1.0,
         keep_images: KeepImages | None = None,
+        dismissed: Callable[[], bool] = lambda: False,
     ) -> None:
         self.worker = worker
         self._queue = queue
@@ -100,13 +101,14 @@ class RolloutLoop:
         self._pulse = pulse
         self._poll_s = poll_s
         self._keep_images = keep_images
+        self._dismissed = dismissed
         self._installed: PolicyVersion | None = None
         self._overhead_s = 0.0
         self._scoring: Future[None] | None = None
         self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="score")
 
     def run(self) -> int:
-        """Work until the run ends.
+        """Work until the run ends, or nobody wants this worker any more.
 
         Returns:
             Groups admitted.
@@ -115,8 +117,11 @@ class RolloutLoop:
             WeightsMismatch, QueueUnreachable, ...: whatever the loop cannot go on from.
         """
         try:
-            while True:
+            while not self._dismissed():
                 self._turn()
+            self._settle()
+            logger.info("one worker too many: ends after %d groups", self._pulse.groups)
+            return self._pulse.groups
         except RunEnded as ended:
             self._settle()
             logger.info("run is %s after %d groups", ended.state, self._pulse.groups)

@@ -33,7 +33,7 @@ class RolloutWorker:
 
     def __init__(self, context: str, index: int, store: Any) -> None:
         self._context = RunContext.model_validate_json(context)
-        self._name = f"rollout-{index}"
+        self._index, self._name = index, f"rollout-{index}"
         configure_logging(self._name, self._context.directory, run=self._context.run)
         self._store = store
         torch.set_num_threads(self._context.config.rollout.threads)
@@ -55,7 +55,9 @@ class RolloutWorker:
                 )
 
             loop = RolloutLoop(
-                self._name, queue, sampler, scorer, task_of, pulse, keep_images=sample_keeper(context)
+                *(self._name, queue, sampler, scorer, task_of, pulse),
+                keep_images=sample_keeper(context),
+                dismissed=lambda: self._index >= (queue.wanted_workers() or config.rollout.workers),
             )
             try:
                 return loop.run()

@@ -144,6 +144,19 @@ def status(
 
 
 @app.command()
+def scale(
+    run_dir: Annotated[Path, typer.Argument(help="A run directory.")],
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Rollout workers the run shall have.")],
+) -> None:
+    """Change the number of rollout workers of a run that goes on; nothing is lost or sampled twice."""
+    from services.run_directory import RunDirectory
+    from services.status import scale_run
+
+    scale_run(RunDirectory.open(run_dir), workers)
+    screen.print(f"{workers} workers wanted; dgpo status {run_dir} shows them come and go", soft_wrap=True)
+
+
+@app.command()
 def report(run_dir: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
     """Write report.html of a run: one file that opens offline."""
     from services.report import build_report

@@ -129,12 +129,19 @@ def train(
             queue.release_worker(part, why)
             view.row(telemetry.event("worker died", f"{part}: {why}", level="warning"))
 
+        def worker_left(part: str) -> None:
+            queue.forget(part)
+            view.row(telemetry.event("worker left", part))
+
+        # The queue of a resumed run may remember another number.
+        queue.want_workers(config.rollout.workers)
         supervisor = Supervisor(
             spawn=lambda index: _spawn(context, text, index, store),
             count=1 if config.offline else config.rollout.workers,
             max_restarts=config.rollout.max_restarts,
             on_death=worker_died,
             part=_part(config),
+            on_leave=worker_left,
         )
         monitor = Monitor(
             *(context, queue, telemetry, metrics, view, evaluator), supervisor, learner, signals

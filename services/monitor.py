@@ -3,6 +3,7 @@
 Promises
 - A failure of any part ends `watch` with an exception that names it; the end of the work ends it normally.
 - Nothing is waited for in silence: a part without a heartbeat is named, with what it was doing last.
+- As many workers are kept as the queue is told (`dgpo scale`).
 - A guard that fires is an event; with `guard.action: stop` the run drains and says why.
 - Evaluations happen when services/evaluation_schedule.py says; a run that is done has the one after training.
 """
@@ -149,6 +150,9 @@ class Monitor:
             self._view.activity("stopping: what is under way is finished, then comes a checkpoint")
             self._queue.set_state("draining")
         self._metrics.state("draining" if self._draining else "running")
+        wanted = self._queue.wanted_workers()
+        if wanted is not None and not self._draining and not self._context.config.offline:
+            self._supervisor.resize(wanted)
         self._supervisor.poll(POLL_S)
         self._move_metrics()
         self._watch_heartbeats()

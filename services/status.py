@@ -1,7 +1,7 @@
-"""`dgpo status RUN_DIR`: how a run is, asked of its queue and its directory, from beside it.
+"""`dgpo status` and `dgpo scale`: how a run is, asked of its queue and directory from beside it.
 
 Promises
-- Reads only: a run that is looked at does not change, and goes on when this fails.
+- Status reads only: a run that is looked at does not change, and goes on when this fails.
 - Says of a part that waits what it waits for and since when, and names the parts that have gone silent.
 - A run whose queue is gone is told by what its directory has: how far it came, and how to go on.
 """
@@ -17,7 +17,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from services.config import Config
+from services.config import Config, QueuePart
+from services.config_file import ConfigError
 from services.context import RunContext, SecretPlace
 from services.embedded import EmbeddedServerError, EmbeddedValkey
 from services.formatting import duration, number, size
@@ -125,7 +126,7 @@ def _ask(
 ) -> tuple[QueueStatus, dict[str, Heartbeat | None], list[DeadLetter]] | None:
     """What the queue says; None where the server was the run's own and has ended with it."""
     try:
-        queue = _open(run, config)
+        queue = _open(run, config, "observer")
         return queue.status(), queue.heartbeats(), queue.dead_letters()
     except (EmbeddedServerError, QueueUnreachable, redis.RedisError):
         if config.queue.url is not None:
@@ -133,7 +134,29 @@ def _ask(
         return None
 
 
-def _open(run: RunDirectory, config: Config) -> GroupQueue:
+def scale_run(run: RunDirectory, workers: int) -> None:
+    """Tell the driver of a run how many rollout workers it shall keep.
+
+    Raises:
+        ConfigError: it is not running, or has no rollout workers.
+        QueueUnreachable: its queue server does not answer.
+    """
+    config = run.config()
+    if config.offline:
+        raise ConfigError(f"{run.root}: it trains from a recording, by one feeder; there is nothing to scale")
+    try:
+        queue = _open(run, config, "driver")
+    except (EmbeddedServerError, QueueUnreachable) as error:
+        if config.queue.url is not None:
+            raise
+        raise ConfigError(f"{run.root}: the run is not going on: {error}") from error
+    state = queue.state()
+    if state not in ("starting", "running"):
+        raise ConfigError(f"{run.root}: the run is {state or 'not there'}; only one that goes on is scaled")
+    queue.want_workers(workers)
+
+
+def _open(run: RunDirectory, config: Config, part: QueuePart) -> GroupQueue:
     url, password = config.queue.url, SecretPlace(env=config.queue.password_env)
     if url is None:
         url, _ = EmbeddedValkey.join(run.queue)
@@ -141,7 +164,7 @@ def _open(run: RunDirectory, config: Config) -> GroupQueue:
     context = RunContext(
         run=run.name, directory=run.root, config=config, queue_url=url, queue_password=password
     )
-    return context.open_queue("observer")
+    return context.open_queue(part)
 
 
 def drawn(status: RunStatus, now: float | None = None) -> RenderableType:

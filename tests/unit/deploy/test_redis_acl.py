@@ -120,6 +120,10 @@ def whole_run(server: AclServer, run: str, opened: Callable[[str], GroupQueue]) 
     held = worker.issue("rollout-1")
     assert held is not None
     driver.release_worker("rollout-1", "it died")
+    driver.want_workers(3)
+    assert worker.wanted_workers() == 3
+    worker.beat(beat("rollout-9"))
+    driver.forget("rollout-9")
     ((row, _),) = driver.read_metrics(driver.last_written_metrics())
     driver.metrics_written(row)
     ema = driver.latest("ema")
