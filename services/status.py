@@ -94,7 +94,7 @@ def run_status(run: RunDirectory) -> RunStatus:
         state = "done" if told["step"] >= config.learner.max_steps else "stopped"
         reason = f"go on with: dgpo train --resume {run.root}" if state == "stopped" else ""
         if told["driver"] is not None:
-            state, reason = "ending", ""
+            state, reason = ("ending" if update is not None else "starting"), ""
         none: dict[str, Any] = {"version": None, "flow": None, "parts": (), "silent": (), "dead_letters": ()}
         return RunStatus(state=state, reason=reason, **told, **none)
     queue, beats, letters = found
