@@ -291,8 +291,10 @@ def _reward(reward: RewardConfig) -> Finding:
             found=f"{reward.token_env} is not set",
             remedy=f"export {reward.token_env}=... before starting",
         )
+    from reward_servers.protocol import INFO_PATH, server_address
+
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    address = f"{str(reward.url).rstrip('/')}/v1/info"
+    address = server_address(str(reward.url)) + INFO_PATH
     try:
         answer = httpx.get(address, headers=headers, timeout=REACH_DEADLINE_S)
         info = answer.json() if answer.status_code == 200 else None
