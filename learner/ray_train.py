@@ -29,6 +29,7 @@ from learner.checkpoint import newest_checkpoint, write_checkpoint
 from learner.curriculum import PART, curriculum_of
 from learner.follower import begin_together, follow, order_comparison
 from learner.loop import LearnerLoop, Start
+from learner.prober import Prober
 from learner.ranks import Order, RankFailedForGood, RankLost, Ranks, RanksDiffer
 from learner.recorder import UntrainedTrainer, recording
 from learner.update import TrainingGroup, UpdateError, Updater
@@ -85,6 +86,7 @@ class PolicyTrainer:
             seed=config.run.seed,
         )
         self.updater = Updater(self.policy, config, ranks)
+        self._prober = Prober(self.policy, config)
         self.curriculum = curriculum_of(config)
         self._compared = -1
 
@@ -109,7 +111,8 @@ class PolicyTrainer:
 
     def publish(self, version: PolicyVersion, *, kind: str) -> WeightsAnnouncement:
         tensors = self.updater.ema_tensors() if kind == "ema" else self.updater.rollout_tensors(version.step)
-        return publish(self._store, tensors, version, kind=kind)
+        probe = self._prober.of(tensors, version, kind=kind)
+        return publish(self._store, tensors, version, kind=kind, probe=probe)
 
     def checkpoint(self, version: PolicyVersion, frontier: Frontier) -> None:
         self._compare(version.step)

@@ -97,7 +97,12 @@ class Policy(ABC):
     def decode(self, latents: Tensor, batch: int) -> NDArray[np.uint8]:
         """(N, H, W, 3) uint8 images of (N, C, h, w) latents, `batch` decoded at once."""
 
-    def check_rollout(self, rollout: RolloutConfig) -> None:  # noqa: B027 - a model may bear any
+    @abstractmethod
+    def random_condition(self, generator: torch.Generator) -> Condition:
+        """A condition of no prompt, made of Gaussian numbers, for the velocity probe (policy/probe.py)."""
+
+    @classmethod  # noqa: B027 - a model may bear any
+    def check_rollout(cls, rollout: RolloutConfig) -> None:
         """Whether groups may be sampled so.
 
         Raises:

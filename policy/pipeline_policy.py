@@ -44,6 +44,8 @@ CROSS_ATTENTION = tuple(
     for projection in ("to_q", "to_k", "to_v", "to_out.0")
 )
 """Of those that attend to the image, and then to the text."""
+RANDOM_TOKENS = 16
+"""Text tokens of a condition of no prompt."""
 
 
 class PipelinePolicy(Policy):
@@ -222,14 +224,15 @@ class PipelinePolicy(Policy):
             "max_sequence_length": self.config.max_sequence_length,
         }
 
-    def check_rollout(self, rollout: RolloutConfig) -> None:
-        name = self.parts.pipeline
-        if rollout.solver not in self.solvers:
+    @classmethod
+    def check_rollout(cls, rollout: RolloutConfig) -> None:
+        name = cls.parts.pipeline
+        if rollout.solver not in cls.solvers:
             raise PolicyError(
                 f"rollout.solver {rollout.solver!r}: a stock {name} cannot step with it; "
-                f"valid: {', '.join(self.solvers)}"
+                f"valid: {', '.join(cls.solvers)}"
             )
-        sigmas = self.sigmas if rollout.solver in ("euler", "sde") else "scheduler"
+        sigmas = cls.sigmas if rollout.solver in ("euler", "sde") else "scheduler"
         if rollout.sigmas != sigmas:
             raise PolicyError(
                 f"rollout.sigmas {rollout.sigmas!r}: a stock {name} with solver {rollout.solver!r} takes the "
@@ -238,6 +241,13 @@ class PipelinePolicy(Policy):
 
     def latent_shape(self) -> tuple[int, int, int]:
         return self._latent_shape
+
+    def random_condition(self, generator: torch.Generator) -> Condition:
+        widths = self.condition_widths(self._configs.denoiser)
+        return {
+            name: torch.randn((width,) if name == "pooled" else (RANDOM_TOKENS, width), generator=generator)
+            for name, width in widths.items()
+        }
 
     def initial_latents(self, seeds: Sequence[int]) -> Tensor:
         noise = [

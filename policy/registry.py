@@ -18,7 +18,7 @@ from typing import Any
 from policy import families
 from policy.errors import PolicyError
 from policy.pipeline_policy import PipelinePolicy
-from services.config import ModelConfig
+from services.config import Config, ModelConfig
 from services.config_file import find
 
 
@@ -53,6 +53,26 @@ def stock_rollout(config: ModelConfig) -> dict[str, object]:
     location, index = _locate(config)
     family = _family(location, index)
     return family.stock_rollout(config, family.read_configs(config, location, index, text_encoders=False))
+
+
+def check_sampling(config: Config) -> None:
+    """Whether a run's groups, evaluations and exported pipelines can be sampled as they are configured.
+
+    Reads configurations only, no weights; of a hub id nothing, so that it is refused only when it is loaded.
+
+    Raises:
+        PolicyError: a component or a setting of the sampler does not fit; the text says what would.
+    """
+    if not find(config.model.path).is_dir():
+        return
+    location, index = _locate(config.model)
+    family = _family(location, index)
+    family.read_configs(config.model, location, index, text_encoders=False)
+    # Groups of a recording have been sampled already.
+    for rollout in (
+        (config.evaluation_rollout,) if config.offline else (config.rollout, config.evaluation_rollout)
+    ):
+        family.check_rollout(rollout)
 
 
 def supported() -> dict[str, type[PipelinePolicy]]:

@@ -40,11 +40,13 @@ from reward_servers.answer import (
 )
 from reward_servers.exchange import Answer, Transient, ask, ask_async, client_options
 from reward_servers.protocol import (
+    HEALTH_PATH,
     INFO_PATH,
     SCORE_PATH,
     TENSOR_TYPE,
     Metadata,
     ServerInfo,
+    server_address,
 )
 from reward_servers.retrying import asked_and_backoff
 from reward_servers.wire import encode_tensors
@@ -59,7 +61,7 @@ class RewardClient:
 
     Args:
         name: the reward's name in the run, for errors.
-        url: address of the server, up to and without /v1.
+        url: address of the server; from /v1 on it is left out.
         token: bearer token; None sends none.
         deadline_s: seconds for one `score`, retries included.
         app: the scorer that must answer (`ocr`); None takes any.
@@ -87,7 +89,7 @@ class RewardClient:
         if token is not None and not (token.isascii() and token.isprintable()):
             raise ValueError(f"reward {name!r}: its token holds more than printable ASCII")
         self.name = name
-        self.url = url.rstrip("/")
+        self.url = server_address(url)
         self.deadline_s = deadline_s
         self._app = app
         self._attempt_s = attempt_s or deadline_s / 2
@@ -158,6 +160,15 @@ class RewardClient:
             return ServerInfo.model_validate_json(bytes(answer.body)) if answer.status == 200 else None
         except (Transient, ValueError):
             return None
+
+    def unreachable(self, seconds: float = 3.0) -> str | None:
+        """Why no connection to the server can be made; None where one can, whatever it says then."""
+        try:
+            ask(self._sync, "GET", self.url + HEALTH_PATH, seconds, self._token)
+        except Transient as error:
+            no_connection = isinstance(error.__cause__, httpx.ConnectError | httpx.ConnectTimeout)
+            return str(error) if no_connection else None
+        return None
 
     def _policy(self, failures: list[str]) -> dict[str, Any]:
         def note(state: RetryCallState) -> None:

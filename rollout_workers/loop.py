@@ -1,8 +1,8 @@
 """What a rollout worker does all day: lease an ordinal, sample its group, have it scored, admit it whole.
 
 Promises
-- Weights are installed between groups, never inside one; an install is proven (digest and bound tensors)
-  before the first group is sampled with it.
+- Weights are installed between groups, never inside one; an install is proven (digest, bound tensors and
+  the velocity probe) before the first group is sampled with it.
 - While a group is being scored the next one is being sampled; at most one group waits for its scores.
 - A group that cannot be had, or its scores cannot, is given back with the reason, and nothing of it reaches
   the learner.
@@ -53,8 +53,11 @@ class SampledGroup:
 class Sampler(Protocol):
     """The model side of a worker."""
 
-    def install(self, announcement: WeightsAnnouncement) -> None:
-        """Fetch, verify and bind a version; raises when fewer tensors bind than were published."""
+    def install(self, announcement: WeightsAnnouncement) -> float | None:
+        """Fetch, verify and bind a version; raises when fewer tensors bind than were published.
+
+        Returns the error of the velocity probe, None where nothing was compared.
+        """
         ...
 
     def sample(self, task: GroupTask) -> SampledGroup:
@@ -114,7 +117,7 @@ class RolloutLoop:
             Groups admitted.
 
         Raises:
-            WeightsMismatch, QueueUnreachable, ...: whatever the loop cannot go on from.
+            WeightsMismatch, VelocityDrift, QueueUnreachable, ...: whatever the loop cannot go on from.
         """
         try:
             while not self._dismissed():
@@ -180,7 +183,9 @@ class RolloutLoop:
                 f"announced is {announcement.version if announcement else 'none'}"
             )
         self._pulse.enter("installing weights", ordinal=lease.ordinal)
-        self._sampler.install(announcement)
+        error = self._sampler.install(announcement)
+        if error is not None:
+            self._pulse.probe_error = error
         self._installed = announcement.version
         self._pulse.version = announcement.version
 

@@ -2,15 +2,18 @@
 
 Promises
 - The prompt is encoded once a group; its condition travels with the group, so the learner holds no encoder.
-- An install binds every published tensor, or raises.
+- An install binds every published tensor, or raises; with a probe it also raises where this process computes
+  another velocity with them than their publisher.
 """
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
 from policy import Policy, load_policy
+from policy.probe import check_probe
 from rollout_workers.loop import SampledGroup
 from rollout_workers.sampling import sample_trajectory
 from services.config import Config
@@ -35,13 +38,23 @@ class PolicySampler:
             config.model, text_encoders=True, vae=True, base=False, seed=config.run.seed
         )
 
-    def install(self, announcement: WeightsAnnouncement) -> None:
-        """Fetch, verify and bind.
+    def install(self, announcement: WeightsAnnouncement) -> float | None:
+        """Fetch, verify and bind; returns the error of the velocity probe, None where there is none.
 
         Raises:
             WeightsMismatch: the digest differs, or names and shapes are not exactly those of the policy.
+            VelocityDrift: the velocity differs from the publisher's by more than `rollout.probe_tolerance`.
         """
         install(self._store, announcement, self.policy.trainable(), self._run_directory)
+        if announcement.probe is None:
+            return None
+        return check_probe(
+            self.policy,
+            announcement.probe,
+            tolerance=self._config.rollout.probe_tolerance,
+            weights=f"weights {announcement.kind} {announcement.version}",
+            here=f"node {socket.gethostname()}",
+        )
 
     def sample(self, task: GroupTask) -> SampledGroup:
         """The group of a task: latents (G, C, h, w), condition of one sample, images (G, H, W, 3)."""

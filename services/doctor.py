@@ -62,6 +62,7 @@ def examine(config: Config) -> list[Finding]:
         _ranks,
         _prompts,
         _timesteps,
+        _rollout,
         _queue,
         _rewards,
         _memory,
@@ -198,6 +199,27 @@ def _timesteps(config: Config) -> list[Finding]:
     return [Finding(what="timesteps", ok=True, found=found)]
 
 
+def _rollout(config: Config) -> list[Finding]:
+    """Whether the model can be sampled so; of one that is not here, or not whole, nothing can be said."""
+    from policy.errors import PolicyError
+    from policy.registry import check_sampling
+
+    if not find(config.model.path).is_dir() or not all(finding.ok for finding in _model(config)):
+        return []
+    rollout, evaluation = config.rollout, config.evaluation_rollout
+    try:
+        check_sampling(config)
+    except PolicyError as error:
+        return [
+            Finding(what="rollout", ok=False, found=str(error), remedy="set rollout, or model, as it says")
+        ]
+    found = (
+        f"{rollout.solver} with {rollout.steps} steps, shift {rollout.shift:g}, guidance {rollout.guidance:g}"
+    )
+    beside = "" if evaluation.solver == rollout.solver else f"; evaluations with {evaluation.solver}"
+    return [Finding(what="rollout", ok=True, found=f"the model can be sampled so: {found}{beside}")]
+
+
 def _recording(config: Config) -> Finding:
     from services.offline import differences, open_recording
 
@@ -280,8 +302,10 @@ def _reward(reward: RewardConfig) -> Finding:
             found=f"{reward.token_env} is not set",
             remedy=f"export {reward.token_env}=... before starting",
         )
+    from reward_servers.protocol import INFO_PATH, server_address
+
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    address = f"{str(reward.url).rstrip('/')}/v1/info"
+    address = server_address(str(reward.url)) + INFO_PATH
     try:
         answer = httpx.get(address, headers=headers, timeout=REACH_DEADLINE_S)
         info = answer.json() if answer.status_code == 200 else None

@@ -25,6 +25,8 @@ import redis
 
 from learner.checkpoint import newest_checkpoint
 from learner.ray_train import fit
+from policy.errors import PolicyError
+from policy.registry import check_sampling
 from reward_servers.client import RewardClient
 from reward_servers.launch import start_rewards, stop_rewards
 from rollout_workers.evaluator import Evaluator
@@ -74,8 +76,13 @@ def train(
         PartFailed: a part kept failing; its last error is in the text.
     """
     configure_logging("driver", run.root, run=run.name, stream_level=None)
-    # Before anything is started: it refuses prompts and recordings that cannot be used.
+    # Before anything is started: these refuse prompts and recordings that cannot be used, and sampling that
+    # the model does not bear.
     evaluating = evaluates(config) and record is None
+    try:
+        check_sampling(config)
+    except PolicyError as error:
+        raise ConfigError(str(error)) from error
     with ExitStack() as stack:
         stack.enter_context(run.locked())
         if resume:

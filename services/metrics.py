@@ -106,6 +106,9 @@ class UpdateRow(Row):
     ranks what rank 0 spent on each, and in ranks_s on waiting for the others and adding up gradients."""
     rollout: dict[str, float] = Field(default_factory=dict)
     """Mean seconds a group: sample_s, reward_s, overhead_s."""
+    probe_error: Number = None
+    """Largest relative error of a worker's velocity to the learner's with the same weights, as last compared
+    (`learner.probe_every`)."""
     rss_bytes: int = 0
     """Peak resident memory of the learner."""
 

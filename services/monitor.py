@@ -24,7 +24,7 @@ from services.group_queue import GroupQueue
 from services.guard import Guard
 from services.memory import peak_memory
 from services.messages import Heartbeat, PolicyVersion, WeightsAnnouncement
-from services.metrics import AnyRow, MemoryRow, row_of
+from services.metrics import AnyRow, MemoryRow, UpdateRow, row_of
 from services.progress import Progress
 from services.ray_metrics import RunMetrics
 from services.run_directory import RunDirectory
@@ -163,8 +163,17 @@ class Monitor:
         while rows := self._queue.read_metrics(self._last_row_id):
             for row_id, row in rows:
                 self._last_row_id = row_id
-                self._write(row_of(row))
+                self._write(self._with_probe_error(row_of(row)))
             self._queue.metrics_written(self._last_row_id)
+
+    def _with_probe_error(self, row: AnyRow) -> AnyRow:
+        """Only heartbeats tell it: it belongs to weights that a worker has installed, not to groups."""
+        found = [beat.probe_error for beat in self._beats.values() if beat.probe_error is not None]
+        return (
+            row.model_copy(update={"probe_error": max(found)})
+            if isinstance(row, UpdateRow) and found
+            else row
+        )
 
     def _write(self, row: AnyRow) -> None:
         self._telemetry.write(row)

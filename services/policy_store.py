@@ -122,13 +122,19 @@ class ObjectStoreTransport:
 
 
 def publish(
-    store: Any, tensors: Mapping[str, torch.Tensor], version: PolicyVersion, *, kind: str = "policy"
+    store: Any,
+    tensors: Mapping[str, torch.Tensor],
+    version: PolicyVersion,
+    *,
+    kind: str = "policy",
+    probe: tuple[float, ...] | None = None,
 ) -> WeightsAnnouncement:
     """Make weights fetchable.
 
     Args:
         store: handle of the PolicyStore actor, or another WeightsTransport.
         tensors: name -> tensor on any device.
+        probe: the velocity with these tensors (policy/probe.py).
 
     Returns:
         What to announce (GroupQueue.commit, GroupQueue.announce).
@@ -144,6 +150,7 @@ def publish(
             "digest": digest.hexdigest(),
             "tensors": len(tensors),
             "bytes": payload.size,
+            "probe": probe,
         }
     )
     _transport(store).send(announcement, payload)

@@ -69,6 +69,10 @@ class SanaPolicy(PipelinePolicy):
     def condition_widths(cls, denoiser: Mapping[str, Any]) -> dict[str, int]:
         return {"prompt_embeds": denoiser["caption_channels"]}
 
+    def random_condition(self, generator: torch.Generator) -> Condition:
+        condition = super().random_condition(generator)
+        return condition | {"mask": torch.ones(len(condition["prompt_embeds"]), dtype=torch.int64)}
+
     def _condition(self, prompt: str, device: torch.device) -> Condition:
         call = inspect.signature(type(self.pipeline).__call__)
         return self._encoded(prompt, device, call.parameters["complex_human_instruction"].default)

@@ -153,6 +153,11 @@ class Config(Section):
                 f"rewards: range of {', '.join(ranged)} would do nothing with advantage.combine normalized: "
                 "that brings every reward to the same scale itself: leave it out"
             )
+        if self.rollout.probe_tolerance is not None and not self.learner.probe_every:
+            raise ValueError(
+                "rollout.probe_tolerance does nothing with learner.probe_every 0: leave it out, or set "
+                "probe_every to the updates between two comparisons"
+            )
         steps, picked = self.rollout.steps, self.objective.timesteps
         if picked.first is not None and picked.first > steps:
             raise ValueError(f"objective.timesteps.first {picked.first} exceeds rollout.steps {steps}")

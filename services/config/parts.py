@@ -35,7 +35,7 @@ class RewardConfig(Section):
     args: dict[str, Any] = Field(default_factory=dict)
     """Arguments of that scorer, for `app`."""
     url: str | None = None
-    """Or: the address of a running reward server, up to and without /v1."""
+    """Or: the address of a running reward server; what it has from /v1 on is left out."""
     token_env: str | None = None
     """Environment variable that holds the bearer token for `url`."""
     weight: float = 1.0

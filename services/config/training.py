@@ -69,6 +69,9 @@ class RolloutConfig(Section):
     """Classifier-free guidance scale of the rollout; 1 is CFG-free."""
     decode_batch: int = Field(default=16, ge=1)
     """Images the VAE decodes at once."""
+    probe_tolerance: float | None = Field(default=None, gt=0, lt=1)
+    """How far a worker's velocity may be from the learner's with the same weights, relative (see
+    `learner.probe_every`); null: 0.003 with dtype float32, 0.05 with bfloat16."""
     threads: int = Field(default=1, ge=1)
     """Torch threads of a worker."""
     num_cpus: float = Field(default=1.0, ge=0)
@@ -120,6 +123,9 @@ class LearnerConfig(Section):
     compare_every: int = Field(default=10, ge=1)
     """Updates between two comparisons of the weights of all ranks, which must be the same bit for bit; before
     a checkpoint they are always compared."""
+    probe_every: int = Field(default=1, ge=0)
+    """Updates between two announcements of weights after whose install workers compare their velocity with
+    the learner's; 0: they never do. It costs either side one forward pass of one sample."""
     groups_per_step: int = Field(default=8, ge=1)
     """Groups an update consumes."""
     max_steps: int = Field(default=100, ge=1)

@@ -6,7 +6,6 @@ import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from diffusers import StableDiffusion3Pipeline
 from test_cli import settings
 
 from services.run_directory import PROJECT_ROOT
+from tests.ports import free_ports
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(420)]
 
@@ -31,15 +31,9 @@ class Cluster(NamedTuple):
     port: int
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
-
-
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    dashboard, port = free_port(), free_port()
+    dashboard, port = free_ports(2)
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",

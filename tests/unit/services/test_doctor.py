@@ -20,6 +20,7 @@ from services.doctor import Finding, examine
         ("model.device=cuda", "devices", "set model.device to cpu or auto"),
         ("rollout.num_gpus=100", "devices", "lower num_gpus"),
         ("objective.timesteps={first: null, t_min: 0.9}", "timesteps", "see objective.timesteps"),
+        ("rollout={solver: euler, sigmas: fractions}", "rollout", "set rollout"),
     ],
 )
 def test_what_cannot_run_is_found(
