@@ -4,8 +4,6 @@ Promises
 - Sizes are those of the published configurations (published_models.json beside this file).
 - FLOPs, parameters and activations are counted on the meta device: no memory, no GPU, any machine.
 - Weights are random and so are conditions, of the real shapes: neither text encoder nor tokenizer is made.
-
-    python -m benchmarks.published        prints the arithmetic behind the recipes (docs/recipes.md)
 """
 
 from __future__ import annotations
@@ -45,6 +43,8 @@ class Published:
     config: dict[str, Any]
     text_tokens: int
     """Of a condition; of Qwen-Image, whose conditions are as long as their prompts, of a usual prompt."""
+    text_billions: float
+    """Parameters of its text encoders."""
     vae: dict[str, Any] | None = None
 
     @classmethod
@@ -205,14 +205,3 @@ def random_condition(model: Published, device: torch.device, dtype: torch.dtype,
     widths = model.family.condition_widths(model.config)
     shapes = {"prompt_embeds": (model.text_tokens, widths["prompt_embeds"]), "pooled": (widths["pooled"],)}
     return {name: torch.randn(shape, generator=source).to(device, dtype) for name, shape in shapes.items()}
-
-
-if __name__ == "__main__":
-    print("| model | parameters | a forward pass | forward and backward, LoRA | activations |")  # noqa: T201
-    print("| --- | --: | --: | --: | --: |")  # noqa: T201
-    for name in (name for name in MODELS if not name.endswith("-tiny")):
-        cost = pass_cost(Published.named(name), 512, 512, LoraConfig(rank=64, alpha=128))
-        print(  # noqa: T201
-            f"| {name} | {cost.parameters / 1e9:.2f} B | {cost.forward / 1e12:.2f} TFLOP | "
-            f"{cost.train / 1e12:.2f} TFLOP | {cost.activations / GIB:.2f} GiB |"
-        )
