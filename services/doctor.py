@@ -155,7 +155,7 @@ def _devices(config: Config) -> list[Finding]:
     ok = taken <= there and not (cuda and there == 0)
     found = f"{there} GPUs here, {asked:g} reserved, model.device {config.model.device}"
     if taken > asked:
-        found += f"; the parts take {taken} GPUs, since none is spread over two"
+        found += f", in parts that take {taken} whole ones"
     remedy = (
         ""
         if ok

@@ -169,12 +169,12 @@ def ray_cluster(config: Config) -> Iterator[bool]:
         # One machine is not taken away piece by piece; the watcher is a process more to start.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         _start(config)
-        here, gpus = ray.cluster_resources().get("GPU", 0.0), whole_gpus(config)
-        if gpus > here:
+        here, asked = ray.cluster_resources().get("GPU", 0.0), reserved(config, "num_gpus")
+        if (taken := whole_gpus(config)) > here:
             ray.shutdown()
+            parts = f" in parts that take {taken} whole ones" if taken > asked else ""
             raise ConfigError(
-                f"the run reserves {reserved(config, 'num_gpus'):g} GPUs, this machine has {here:g}, and its "
-                f"parts take {gpus}, since none is spread over two: lower num_gpus "
+                f"the run reserves {asked:g} GPUs{parts}, this machine has {here:g}: lower num_gpus "
                 "of rollout, learner, eval or rewards, or join a cluster (cluster.address)"
             )
     _tell_of_room(config)

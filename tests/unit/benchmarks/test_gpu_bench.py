@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
 
 from benchmarks import gpu_measure
 from benchmarks.gpu import TINY, against_targets, run_gpu_bench
@@ -19,6 +20,7 @@ from benchmarks.gpu_baseline import PlainLoop
 from benchmarks.gpu_measure import Bench
 from benchmarks.published import Published, needed_passes, pass_cost, random_pipeline
 from learner.update import Updater
+from services.cli import app
 from services.config import LoraConfig
 from services.config_file import PROJECT_ROOT, load_config
 
@@ -102,6 +104,16 @@ def test_flops_of_a_pass_are_those_of_the_layers() -> None:
     # Frozen weights need no gradient, so that a backward pass costs little more than a forward pass.
     assert 1.7 < cost.train / cost.forward < 2.3
     assert cost.trained == 64 * 2 * width * (8 + 7)
+
+
+def test_the_command_hands_on_what_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(say: Any, *, tiny: bool, overrides: list[str]) -> dict[str, Any]:
+        say("[red] is no markup")
+        return {"tiny": tiny, "overrides": overrides}
+
+    monkeypatch.setattr("benchmarks.gpu.run_gpu_bench", measured)
+    done = CliRunner().invoke(app, ["bench", "gpu", "--tiny", "--set", "objective.kl=0", "--json"])
+    assert json.loads(done.stdout.splitlines()[-1]) == {"tiny": True, "overrides": ["objective.kl=0"]}
 
 
 @pytest.mark.parametrize(("micro_batch", "again"), [(4, 0), (2, 4)])

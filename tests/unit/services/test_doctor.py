@@ -92,7 +92,11 @@ def test_memory_of_replicas_to_come_is_a_warning(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("override", "there", "told"),
     [
-        ("rollout={workers: 3, num_gpus: 0.6}", 2, "1.8 reserved, model.device cpu; the parts take 3 GPUs"),
+        (
+            "rollout={workers: 3, num_gpus: 0.6}",
+            2,
+            "1.8 reserved, in parts that take 3 whole ones, model.device cpu",
+        ),
         ("rollout={workers: 2, num_gpus: 0.5}", 1, "1 reserved"),
     ],
 )

@@ -131,7 +131,9 @@ def test_gpus_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0, "GPU": 1.0})
     refused = load_config("quickstart", ["rollout.num_gpus=0.5", "learner.num_gpus=0.25"])
     with (
-        pytest.raises(ConfigError, match=r"reserves 1\.25 GPUs, this machine has 1, and its parts take 2"),
+        pytest.raises(
+            ConfigError, match=r"reserves 1\.25 GPUs in parts that take 2 whole ones, this machine has 1:"
+        ),
         ray_cluster(refused),
     ):
         pytest.fail("a run started that could never be placed")
