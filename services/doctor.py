@@ -153,9 +153,8 @@ def _devices(config: Config) -> list[Finding]:
     asked, taken = reserved(config, "num_gpus"), whole_gpus(config)
     cuda = config.model.device.startswith("cuda")
     ok = taken <= there and not (cuda and there == 0)
-    found = f"{there} GPUs here, {asked:g} reserved, model.device {config.model.device}"
-    if taken > asked:
-        found += f", in parts that take {taken} whole ones"
+    parts = f", in parts that take {taken} whole ones" if taken > asked else ""
+    found = f"{there} GPUs here, {asked:g} reserved{parts}, model.device {config.model.device}"
     remedy = (
         ""
         if ok

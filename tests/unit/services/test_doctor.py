@@ -95,7 +95,7 @@ def test_memory_of_replicas_to_come_is_a_warning(monkeypatch: pytest.MonkeyPatch
         (
             "rollout={workers: 3, num_gpus: 0.6}",
             2,
-            "1.8 reserved, in parts that take 3 whole ones, model.device cpu",
+            "1.8 reserved, in parts that take 3 whole ones",
         ),
         ("rollout={workers: 2, num_gpus: 0.5}", 1, "1 reserved"),
     ],
