@@ -106,5 +106,6 @@ def test_published_parameters_are_in_the_recipes() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # five models are made on the meta device
 def test_the_table_of_the_page_is_what_is_computed() -> None:
     assert "\n".join(table()) in PAGE
