@@ -90,6 +90,16 @@ class PipelinePolicy(Policy):
         """See policy/registry.py `load_policy`."""
         configs = cls.read_configs(config, location, index, text_encoders=text_encoders)
         pipeline = load_pipeline(cls.parts, config, location, index, text_encoders=text_encoders, vae=vae)
+        return cls.around(pipeline, config, configs, base=base, seed=seed)
+
+    @classmethod
+    def around(
+        cls, pipeline: Any, config: ModelConfig, configs: Configs, *, base: bool = True, seed: int = 0
+    ) -> Self:
+        """A policy of a stock pipeline that is in memory, in the dtype of the configuration.
+
+        The pipeline is the policy's from here on: it gets the adapters, and is moved to the device.
+        """
         denoiser: Any = getattr(pipeline, cls.parts.denoiser)
         if config.train == "lora":
             add_lora(denoiser, config.lora, seed=seed, targets=config.lora.targets or cls.lora_targets)

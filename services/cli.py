@@ -284,6 +284,23 @@ def bench_ranks(as_json: Json = False) -> None:
     _bench(run_ranks_bench(screen), as_json)
 
 
+@bench.command("gpu")
+def bench_gpu(
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="A functional check on the CPU, no measurement.")
+    ] = False,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """SD3.5-medium with random weights on this GPU: rollouts, updates, weights and whole steps."""
+    from benchmarks.gpu import run_gpu_bench
+
+    def say(line: str) -> None:
+        screen.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    _bench(run_gpu_bench(say, tiny=tiny, overrides=overrides or ()), as_json)
+
+
 @bench.command("compare")
 def bench_compare(
     name: Annotated[str, typer.Argument(help="search, objectives, ablations, staleness or conditions.")],

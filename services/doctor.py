@@ -35,6 +35,7 @@ from services.ray_runtime import (
     own_cpus,
     replicas_to_come,
     reserved,
+    whole_gpus,
 )
 
 REACH_DEADLINE_S = 5.0
@@ -51,6 +52,12 @@ class Finding(BaseModel, frozen=True):
     remedy: str = ""
     warning: bool = False
     """The run can start, and something of it will not be as it is configured."""
+
+
+_PROMPTS_REMEDY = (
+    "make or mend the file, or set prompts.path and eval.path (`dgpo prompts` makes GenEval's); a dataset "
+    "comes from the hub, or from the cache in HF_HOME: see prompts.dataset and prompts.revision"
+)
 
 
 def examine(config: Config) -> list[Finding]:
@@ -144,10 +151,11 @@ def _devices(config: Config) -> list[Finding]:
     import torch
 
     there = torch.cuda.device_count()
-    asked = reserved(config, "num_gpus")
+    asked, taken = reserved(config, "num_gpus"), whole_gpus(config)
     cuda = config.model.device.startswith("cuda")
-    ok = asked <= there and not (cuda and there == 0)
-    found = f"{there} GPUs here, {asked:g} reserved, model.device {config.model.device}"
+    ok = taken <= there and not (cuda and there == 0)
+    parts = f", in parts that take {taken} whole ones" if taken > asked else ""
+    found = f"{there} GPUs here, {asked:g} reserved{parts}, model.device {config.model.device}"
     remedy = (
         ""
         if ok
@@ -182,9 +190,7 @@ def _prompts(config: Config) -> list[Finding]:
     try:
         first = prompt_source(config).training(config.run.seed, 0).text
     except ConfigError as error:
-        return [
-            Finding(what="prompts", ok=False, found=str(error), remedy="mend the file or set prompts.path")
-        ]
+        return [Finding(what="prompts", ok=False, found=str(error), remedy=_PROMPTS_REMEDY)]
     return [Finding(what="prompts", ok=True, found=f"the first one: {first}")]
 
 
@@ -293,6 +299,8 @@ def _reward(reward: RewardConfig) -> Finding:
         valid = ", ".join(scorer_names())
         remedy = "" if ok else f"set rewards[].app to one of {valid}, or to package.module:create"
         found = f"served by this run: {reward.app}" if ok else f"no scorer {reward.app!r}"
+        if ok and (unlike := _on_another_device(reward)):
+            return Finding(what=what, ok=True, warning=True, found=f"{found}; {unlike[0]}", remedy=unlike[1])
         return Finding(what=what, ok=ok, found=found, remedy=remedy)
     token = os.environ.get(reward.token_env) if reward.token_env else None
     if reward.token_env and not token:
@@ -320,6 +328,18 @@ def _reward(reward: RewardConfig) -> Finding:
     return Finding(what=what, ok=True, found=f"{address}: {info}")
 
 
+def _on_another_device(reward: RewardConfig) -> tuple[str, str] | None:
+    """Where a scorer reserves a GPU and computes on the CPU, or the other way round: that, and what to do."""
+    device = str(reward.args.get("device", "cpu"))
+    if reward.num_gpus > 0 and device == "cpu":
+        remedy = "set args.device of the reward to cuda if its scorer has one, or num_gpus to 0"
+        return f"it reserves {reward.num_gpus:g} GPU, and args.device is cpu", remedy
+    if reward.num_gpus == 0 and device != "cpu":
+        remedy = "give the reward a share of a GPU in num_gpus, or args.device cpu"
+        return f"args.device is {device}, and it reserves no GPU", remedy
+    return None
+
+
 def _memory(config: Config) -> list[Finding]:
     workers = 1 if config.offline else config.rollout.workers
     replicas = sum(reward.replicas for reward in config.rewards if reward.app is not None)
@@ -335,6 +355,7 @@ def _memory(config: Config) -> list[Finding]:
     free = psutil.virtual_memory().available
     ok, warning = free > needed, needed < free <= grown
     found = f"{free / 1024**3:.1f} GiB free, about {needed / 1024**3:.1f} GiB needed on one machine"
+    found += "" if place.is_dir() else ", without the model, whose size is not known here"
     remedy = "" if ok else "lower rollout.workers, or close other programs"
     return [
         Finding(

@@ -19,6 +19,7 @@ from services.doctor import Finding, examine
         ("model.path=./nowhere", "model", "set model.path to a directory"),
         ("model.device=cuda", "devices", "set model.device to cpu or auto"),
         ("rollout.num_gpus=100", "devices", "lower num_gpus"),
+        ("prompts={source: file, path: nowhere.jsonl}", "prompts", "set prompts.path and eval.path"),
         ("objective.timesteps={first: null, t_min: 0.9}", "timesteps", "see objective.timesteps"),
         ("rollout={solver: euler, sigmas: fractions}", "rollout", "set rollout"),
     ],
@@ -87,3 +88,39 @@ def test_memory_of_replicas_to_come_is_a_warning(monkeypatch: pytest.MonkeyPatch
     assert "max_replicas" in grown.remedy
     (fixed,) = found_of("memory")
     assert fixed.ok and not fixed.warning
+
+
+@pytest.mark.parametrize(
+    ("override", "there", "told"),
+    [
+        (
+            "rollout={workers: 3, num_gpus: 0.6}",
+            2,
+            "1.8 reserved, in parts that take 3 whole ones",
+        ),
+        ("rollout={workers: 2, num_gpus: 0.5}", 1, "1 reserved"),
+    ],
+)
+def test_gpus_are_counted_as_they_are_taken(
+    override: str, there: int, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    (finding,) = found_of("devices", override)
+    assert told in finding.found
+    assert finding.ok == ("take" not in told)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ("num_gpus: 0.1", "reserves 0.1 GPU, and args.device is cpu"),
+        ("args: {device: cuda}", "args.device is cuda, and it reserves no GPU"),
+        ("args: {device: cuda}, num_gpus: 0.1", ""),
+    ],
+)
+def test_a_scorer_computes_where_it_reserves(settings: str, told: str) -> None:
+    (finding,) = found_of("reward judge", f"rewards=[{{name: judge, app: pickscore, {settings}}}]")
+    assert finding.ok
+    assert finding.warning == bool(told)
+    assert told in finding.found
