@@ -3,8 +3,9 @@
 Promises
 - `score` returns as many finite scores as there were images, or raises RewardError; an error is never a zero.
 - Connection errors, timeouts, 429 (its Retry-After is kept) and 5xx are tried again with exponential backoff
-  and jitter until `deadline_s` has passed: RewardUnavailable. Other refusals are not: RewardRefused. Neither
-  is an answer that breaks the protocol: RewardInvalid.
+  and jitter until `deadline_s` has passed: RewardUnavailable. So is 404, of a server that has scored before:
+  a proxy that comes up again knows no path at first. Other refusals are not: RewardRefused. Neither is an
+  answer that breaks the protocol: RewardInvalid.
 - One attempt takes at most `attempt_s` (half the deadline unless said otherwise), so that a server that hangs
   once is asked again. (Of `score`, headers that drip are bounded by each read only.)
 - Connections are kept and used again. Redirects are not followed: they would carry the token elsewhere.
@@ -98,6 +99,7 @@ class RewardClient:
         self._options = client_options(parsed, token, {"Content-Type": TENSOR_TYPE})
         self._sync = httpx.Client(**self._options)
         self._async: httpx.AsyncClient | None = None
+        self._has_scored = False
 
     def score(
         self,
@@ -187,7 +189,11 @@ class RewardClient:
         return max(0.001, min(left, self._attempt_s))
 
     def _scored(self, answer: Answer, count: int, attempts: int) -> Scored:
-        return scored(answer, name=self.name, url=self.url, app=self._app, count=count, attempts=attempts)
+        if answer.status == 404 and self._has_scored:
+            raise Transient(f"{answer.shown} (it has scored before: is it being started again?)")
+        found = scored(answer, name=self.name, url=self.url, app=self._app, count=count, attempts=attempts)
+        self._has_scored = True
+        return found
 
     def _unavailable(self, failures: Sequence[str], started: float) -> RewardUnavailable:
         # The last attempt is often cut short by the deadline: what failed before it says more.

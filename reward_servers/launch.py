@@ -201,12 +201,14 @@ def _start(options: HTTPOptions, deadline_s: float) -> None:
 
 
 def _environment(deadline_s: float) -> dict[str, Any]:
-    """Serve kills a proxy that is not up within 5 s, or silent for 10 s: too soon for a busy machine."""
+    """Serve kills a proxy that is not up within 5 s, or silent for 10 s: too soon for a busy machine. One that
+    is dead it replaces behind the third look, every 10 s by default."""
     return {
         "runtime_env": {
             "env_vars": {
                 "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": str(deadline_s),
                 "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
+                "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
                 **CALLBACK,
             }
         }
