@@ -201,8 +201,8 @@ def _start(options: HTTPOptions, deadline_s: float) -> None:
 
 
 def _environment(deadline_s: float) -> dict[str, Any]:
-    """Serve kills a proxy that is not up within 5 s, or silent for 10 s: too soon for a busy machine. One that
-    is dead it replaces behind the third look, every 10 s by default."""
+    """Serve kills a proxy that is not up within 5 s, or silent for 10 s: too soon for a busy machine. A dead
+    one it replaces behind the third look, every 10 s by default."""
     return {
         "runtime_env": {
             "env_vars": {

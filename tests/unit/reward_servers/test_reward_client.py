@@ -56,7 +56,7 @@ def test_a_server_that_has_scored_may_lose_its_paths_for_a_while(
 ) -> None:
     """As Serve's proxy does that comes up again."""
     gone = Reply(404, b'{"error": "not_found", "detail": "no such path"}')
-    url, script = scripted(Reply(), gone, gone, Reply(), gone)
+    url, _ = scripted(Reply(), gone, gone, Reply(), gone)
     client = client_of(url, deadline_s=3.0)
     client.score(images, "p")
     assert client.score(images, "p").attempts == 3
