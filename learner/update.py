@@ -28,6 +28,7 @@ from learner.activations import offloaded
 from learner.advantages import Advantages, group_advantages, preferences, total_rewards
 from learner.ema import Ema, PastReferences, evaluation_decay, reference_decay
 from learner.objectives.base import LiveGroup, Measurements, Phases, TrainingGroup, make_objective
+from learner.optimizer import check_tables, load_moments, make_optimizer, optimizer_state, set_steps
 from learner.ranks import Ranks
 from learner.shares import RatedGroup, Share, hand_out, sum_gradients, sum_measurements
 from learner.timesteps import configured_window, training_timesteps
@@ -60,24 +61,13 @@ class Updater:
         self.policy = policy
         self._ranks = ranks
         self.config = config
+        if config.learner.gradient_checkpointing:
+            policy.checkpoint_gradients()
         self._parameters = policy.trainable()
         self._schedule = make_schedule(config.rollout)
         self._objective = make_objective(policy, config, self._schedule)
         self._window = configured_window(config)
-        self.optimizer = torch.optim.AdamW(
-            list(self._parameters.values()),
-            lr=config.learner.learning_rate,
-            betas=config.learner.betas,
-            weight_decay=config.learner.weight_decay,
-            fused=True,
-        )
-        # Made now and not at the first step, so that a state is complete at any time.
-        for parameter in self._parameters.values():
-            self.optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+        self.optimizer = make_optimizer(self._parameters, config.learner)
         self._ema = Ema(self._parameters)
         wanted = self._objective.uses_reference
         self._reference = Ema(self._parameters) if wanted else None
@@ -179,15 +169,10 @@ class Updater:
 
     def state(self) -> State:
         """Everything a continuation needs. Live tensors: write them before the next update."""
-        moments = [self.optimizer.state[parameter] for parameter in self._parameters.values()]
-        optimizer = {"step": torch.stack([moment["step"] for moment in moments])}
-        for name, moment in zip(self._parameters, moments, strict=True):
-            optimizer[f"exp_avg.{name}"] = moment["exp_avg"]
-            optimizer[f"exp_avg_sq.{name}"] = moment["exp_avg_sq"]
         state = {
             "policy": {name: parameter.detach() for name, parameter in self._parameters.items()},
             "ema": dict(self._ema.tensors),
-            "optimizer": optimizer,
+            "optimizer": optimizer_state(self.optimizer, self._parameters),
         }
         if self._reference is not None:
             state["reference"] = dict(self._reference.tensors)
@@ -205,13 +190,11 @@ class Updater:
         # Read once: the parts of a checkpoint are files.
         state = {part: state[part] for part in state}
         _check_same(own, state)
+        check_tables(own["optimizer"], state["optimizer"])
         with torch.no_grad():
             for part in own.keys() - {"optimizer"}:
                 torch._foreach_copy_(list(own[part].values()), [state[part][name] for name in own[part]])
-            for name, parameter in self._parameters.items():
-                moment = self.optimizer.state[parameter]
-                moment["exp_avg"].copy_(state["optimizer"][f"exp_avg.{name}"])
-                moment["exp_avg_sq"].copy_(state["optimizer"][f"exp_avg_sq.{name}"])
+            load_moments(self.optimizer, self._parameters, state["optimizer"])
         self._continue_behind(state["optimizer"]["step"])
 
     def take_from_rank_0(self) -> None:
@@ -224,8 +207,7 @@ class Updater:
 
     def _continue_behind(self, counts: Tensor) -> None:
         """What follows from a state that is in place, but for the optimizer's `counts` of steps."""
-        for parameter, count in zip(self._parameters.values(), counts.tolist(), strict=True):
-            self.optimizer.state[parameter]["step"].fill_(count)
+        set_steps(self.optimizer, self._parameters, counts)
         if self._reference is not None:
             self._reference_is_policy = all(
                 torch.equal(self._reference.tensors[name], parameter)
@@ -382,5 +364,6 @@ def _check_same(own: State, given: Mapping[str, Mapping[str, Tensor]]) -> None:
         if differ:
             raise ValueError(
                 f"state of {part}: {len(differ)} tensors are missing, unknown or of another shape, "
-                f"first {differ[0]!r}; was it written with another model or model.train?"
+                f"first {differ[0]!r}; was it written with another model, model.train or "
+                "learner.optimizer?"
             )

@@ -79,6 +79,7 @@ def fixed_settings(config: Config) -> dict[str, Any]:
             f"rewards[].{key}": [reward[key] for reward in raw["rewards"]]
             for key in ("name", "heldout", "required")
         },
+        "learner.optimizer": raw["learner"]["optimizer"],
         # Which references checkpoints hold.
         "objective.name": raw["objective"]["name"],
         "objective.reference_of": raw["objective"].get("reference_of"),

@@ -131,6 +131,12 @@ class LearnerConfig(Section):
     activation_offload: bool = False
     """Keep activations in host memory between forward and backward. DGPO with a KL and a micro-batch below
     the group size then needs no pass of its own for the group weight; host memory grows with the group."""
+    gradient_checkpointing: bool = False
+    """Keep only what enters each block of the model, and compute the rest again in the backward pass: far
+    less memory for one more forward pass, the same gradient bit for bit."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """AdamW with moments in float32, 8 bytes a trained weight; or in 8 bits (bitsandbytes), 2 bytes. Tensors
+    below 4096 elements keep float32."""
     learning_rate: float = Field(default=3e-4, gt=0)
     """AdamW learning rate at its peak."""
     warmup_steps: int = Field(default=0, ge=0)
