@@ -8,6 +8,7 @@ Promises
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -99,3 +100,17 @@ def set_steps(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], coun
             moment["step"].fill_(count)
         else:
             moment["step"] = int(count)
+
+
+def learning_rate(config: LearnerConfig, step: int) -> float:
+    """Of update `step`: linear warm-up, then constant or a cosine to `final_learning_rate` at `max_steps`."""
+    peak = config.learning_rate
+    if step < config.warmup_steps:
+        return peak * (step + 1) / config.warmup_steps
+    if config.final_learning_rate is None:
+        return peak
+    span = max(1, config.max_steps - config.warmup_steps)
+    progress = min(1.0, (step - config.warmup_steps) / span)
+    return config.final_learning_rate + (peak - config.final_learning_rate) * 0.5 * (
+        1 + math.cos(math.pi * progress)
+    )

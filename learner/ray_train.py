@@ -29,6 +29,7 @@ from learner.checkpoint import newest_checkpoint, write_checkpoint
 from learner.curriculum import PART, curriculum_of
 from learner.follower import begin_together, follow, order_comparison
 from learner.loop import LearnerLoop, Start
+from learner.micro_batch import MicroBatchFile
 from learner.ranks import Order, RankFailedForGood, RankLost, Ranks, RanksDiffer
 from learner.recorder import UntrainedTrainer, recording
 from learner.update import TrainingGroup, UpdateError, Updater
@@ -85,11 +86,14 @@ class PolicyTrainer:
             seed=config.run.seed,
         )
         self.updater = Updater(self.policy, config, ranks)
+        self._kept = MicroBatchFile(context.directory) if config.learner.micro_batch == "auto" else None
         self.curriculum = curriculum_of(config)
         self._compared = -1
 
     def restore(self) -> Start:
         """Load the newest complete checkpoint, if there is one."""
+        if self._kept is not None:
+            self.updater.micro_batch = self._kept.read()
         found = newest_checkpoint(self._context.directory)
         if found is None:
             return Start()
@@ -103,6 +107,8 @@ class PolicyTrainer:
 
     def update(self, groups: Sequence[Group], step: int) -> dict[str, Any]:
         row = self.updater.step([training_group(group) for group in groups], step).row()
+        if self._kept is not None:
+            self._kept.keep(row["micro_batch"])
         if (step + 1) % self._context.config.learner.compare_every == 0:
             self._compare(step + 1)
         return row

@@ -15,7 +15,6 @@ Imports neither Ray nor Redis: the training loop calls it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -27,15 +26,24 @@ from torch import Tensor
 from learner.activations import offloaded
 from learner.advantages import Advantages, group_advantages, preferences, total_rewards
 from learner.ema import Ema, PastReferences, evaluation_decay, reference_decay
+from learner.micro_batch import agreed_micro_batch
 from learner.objectives.base import LiveGroup, Measurements, Phases, TrainingGroup, make_objective
-from learner.optimizer import check_tables, load_moments, make_optimizer, optimizer_state, set_steps
-from learner.ranks import Ranks
+from learner.optimizer import (
+    check_tables,
+    learning_rate,
+    load_moments,
+    make_optimizer,
+    optimizer_state,
+    set_steps,
+)
+from learner.ranks import Order, Ranks
 from learner.shares import RatedGroup, Share, hand_out, sum_gradients, sum_measurements
 from learner.timesteps import configured_window, training_timesteps
 from learner.update_metrics import UpdateMetrics, dropped_terms, reward_spreads, spread
-from policy.base import Policy
+from policy.base import Condition, Policy
 from policy.schedule import make_schedule
-from services.config import Config, LearnerConfig, WithReference
+from services.config import Config, WithReference
+from services.safetensors_layout import pack
 
 __all__ = ["State", "TrainingGroup", "UpdateError", "UpdateMetrics", "Updater", "learning_rate"]
 
@@ -68,6 +76,11 @@ class Updater:
         self._objective = make_objective(policy, config, self._schedule)
         self._window = configured_window(config)
         self.optimizer = make_optimizer(self._parameters, config.learner)
+        chosen = config.learner.micro_batch
+        self.micro_batch: int | None = None if chosen == "auto" else chosen
+        """Samples in one forward-backward. With `auto` None until the first update, which finds it, or what a
+        former learner of the run found, which is then kept to: another one would add up in another order."""
+        self._settled = chosen != "auto"
         self._ema = Ema(self._parameters)
         wanted = self._objective.uses_reference
         self._reference = Ema(self._parameters) if wanted else None
@@ -88,6 +101,11 @@ class Updater:
         phases = Phases()
         ordered = self._checked(groups)
         advantages = self._advantages(ordered)
+        if not self._settled:
+            condition = self.policy.longest(ordered[0].condition)
+            if self._ranks is not None:
+                self._ranks.order_all(Order(do="fit", micro_batch=self.micro_batch), payload=pack(condition))
+            self.settle(self.micro_batch, condition)
         rated = [
             RatedGroup(group, values)
             for group, values, live in zip(ordered, advantages.values, advantages.live.tolist(), strict=True)
@@ -103,6 +121,31 @@ class Updater:
         return self._report(
             ordered, advantages, measured, norms, learning_rate(self.config.learner, step), phases
         )
+
+    def settle(self, known: int | None, condition: Condition) -> None:
+        """Fix the micro-batch of `auto`, on every rank: the one that is known, or the largest that fits.
+
+        Args:
+            condition: of a prompt as long as any.
+
+        Raises:
+            UpdateError: on every rank: one of them has no memory for one sample.
+        """
+        self.micro_batch = known or agreed_micro_batch(
+            self._ranks,
+            self._objective,
+            condition=condition,
+            timestep=self._window[0],
+            reference=None if self._reference is None else self._reference.tensors,
+            activations=self._activations,
+        )
+        if self.micro_batch is None:
+            raise UpdateError(
+                "learner.micro_batch auto: there is no memory for a single sample; set "
+                "learner.gradient_checkpointing to true, model.dtype to bfloat16, or see docs/memory.md"
+            )
+        self._objective.micro_batch = self.micro_batch
+        self._settled = True
 
     def follow(self, share: Share) -> None:
         """Train on what rank 0 has handed to this rank."""
@@ -328,26 +371,13 @@ class Updater:
             kl=measured.mean("kl") if self.config.objective.kl > 0 else None,
             grad_norm=float(torch.stack(list(norms)).mean()) if norms else None,
             learning_rate=rate,
+            micro_batch=self._objective.micro_batch,
             zero_variance_groups=int((~advantages.live).sum()),
             dropped_terms=dropped_terms([group.rewards for group in groups], self.config.trained_rewards),
             reward=spread(list(advantages.totals)),
             rewards=reward_spreads([group.rewards for group in groups]),
             seconds=dict(phases.seconds),
         )
-
-
-def learning_rate(config: LearnerConfig, step: int) -> float:
-    """Of update `step`: linear warm-up, then constant or a cosine to `final_learning_rate` at `max_steps`."""
-    peak = config.learning_rate
-    if step < config.warmup_steps:
-        return peak * (step + 1) / config.warmup_steps
-    if config.final_learning_rate is None:
-        return peak
-    span = max(1, config.max_steps - config.warmup_steps)
-    progress = min(1.0, (step - config.warmup_steps) / span)
-    return config.final_learning_rate + (peak - config.final_learning_rate) * 0.5 * (
-        1 + math.cos(math.pi * progress)
-    )
 
 
 def _check_same(own: State, given: Mapping[str, Mapping[str, Tensor]]) -> None:

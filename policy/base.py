@@ -112,6 +112,10 @@ class Policy(ABC):
         """The condition of a prompt; the last ones are kept, up to 128 MiB."""
         return self._kept(prompt, lambda: self._encode(prompt))
 
+    def longest(self, condition: Condition) -> Condition:
+        """A condition as long as that of any prompt, made of this one."""
+        return condition
+
     def negative(self) -> Condition:
         """The condition that guidance leads away from: of the empty prompt, or what the family has for it."""
         return self.encode("")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -126,8 +126,10 @@ class LearnerConfig(Section):
     """Updates in all."""
     optimizer_steps: int = Field(default=1, ge=1)
     """Optimizer steps an update makes, over disjoint timesteps."""
-    micro_batch: int = Field(default=16, ge=1)
-    """Samples in one forward-backward. Smaller than a group is exact (deferred group weight)."""
+    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = 16
+    """Samples in one forward-backward, at least 1. Smaller than a group is exact (deferred group weight).
+    `auto` tries before the first update how many of a group fit the GPU, halving from all of them, and keeps
+    to what it found for the whole run (docs/memory.md)."""
     activation_offload: bool = False
     """Keep activations in host memory between forward and backward. DGPO with a KL and a micro-batch below
     the group size then needs no pass of its own for the group weight; host memory grows with the group."""
