@@ -122,8 +122,8 @@ def largest_micro_batch(
             fits = _has_memory(attempt, size)
         for parameter in objective.policy.trainable().values():
             parameter.grad = None
-        gc.collect()
         if device.type == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
         if fits:
             logger.info("micro-batch: %d of the %d samples of a group fit", size, len(group.latents))

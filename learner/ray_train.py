@@ -35,6 +35,7 @@ from learner.recorder import UntrainedTrainer, recording
 from learner.update import TrainingGroup, UpdateError, Updater
 from policy import load_policy
 from services.codec import Group
+from services.conditions import condition_cache
 from services.config import ClusterConfig, LearnerConfig
 from services.context import RunContext
 from services.full_disk import disk_refuses
@@ -84,6 +85,7 @@ class PolicyTrainer:
             vae=False,
             base=objective.needs_base,
             seed=config.run.seed,
+            condition_cache=condition_cache(config, context.directory),
         )
         self.updater = Updater(self.policy, config, ranks)
         self._kept = MicroBatchFile(context.directory) if config.learner.micro_batch == "auto" else None

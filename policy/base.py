@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -111,6 +111,25 @@ class Policy(ABC):
     def encode(self, prompt: str) -> Condition:
         """The condition of a prompt; the last ones are kept, up to 128 MiB."""
         return self._kept(prompt, lambda: self._encode(prompt))
+
+    def prepare(  # noqa: B027 - only what is kept on disk can be prepared
+        self,
+        prompts: Iterable[str],
+        *,
+        negative: bool = False,
+        done: Callable[[str], None] = lambda prompt: None,
+    ) -> None:
+        """Encode what `encode` will be asked for, all in one loading of the text encoders where they are not
+        loaded for good (`model.text_encoders: cached`); else nothing needs to be done.
+
+        Args:
+            negative: what `negative` will be asked for too.
+            done: called with each prompt as soon as it is encoded.
+        """
+
+    def prepared(self, prompt: str) -> bool:
+        """Whether `encode` has no work to do that `prepare` could do for several prompts at once."""
+        return True
 
     def longest(self, condition: Condition) -> Condition:
         """A condition as long as that of any prompt, made of this one."""
