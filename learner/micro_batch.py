@@ -111,11 +111,16 @@ def largest_micro_batch(
     device = objective.policy.device
     group = _synthetic(objective, condition)
 
+    learner = objective.config.learner
+    others = -(-learner.groups_per_step // learner.ranks) - 1
+
     def attempt(size: int) -> None:
         objective.micro_batch = size
-        # Twice: with the gradients of a group before in memory, as in an update.
+        # As in an update: its other groups are there too, and the second pass finds gradients of the first.
+        place_of_others = torch.empty(others * _bytes(group), dtype=torch.uint8, device=device)
         with activations():
             objective.accumulate([group], [timestep] * 2, step=0, scale=1.0, reference=reference)
+        del place_of_others
 
     for size in sizes_to_try(objective.config.rollout.group_size):
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -160,3 +165,8 @@ def _synthetic(objective: Objective, condition: Condition) -> LiveGroup:
         trajectory=drawn(size, steps, *shape) if told else None,
         log_likelihoods=drawn(size, steps - 1) if told else None,
     )
+
+
+def _bytes(group: LiveGroup) -> int:
+    tensors = [group.latents, group.trajectory, group.log_likelihoods, *group.condition.values()]
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)

@@ -87,6 +87,9 @@ class PolicyTrainer:
             seed=config.run.seed,
             condition_cache=condition_cache(config, context.directory),
         )
+        if config.learner_guides:
+            # Now: text encoders that are loaded for it must not be in the way of a try of the micro-batch.
+            self.policy.prepare((), negative=True)
         self.updater = Updater(self.policy, config, ranks)
         self._kept = MicroBatchFile(context.directory) if config.learner.micro_batch == "auto" else None
         self.curriculum = curriculum_of(config)
