@@ -19,7 +19,7 @@ from services.run_directory import RunDirectory
 from services.telemetry import read_metrics
 
 OF_A_MACHINE = ("device", "text_encoders", "condition_cache")
-"""Keys of `model` that say where something is, and change nothing of what is computed."""
+"""Keys of `model` that say where something is: another machine may have it elsewhere."""
 
 
 def reconfigure(run: RunDirectory, config: Config) -> None:

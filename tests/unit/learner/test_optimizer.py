@@ -17,10 +17,17 @@ from learner.ranks import Ranks
 from learner.update import Updater
 from policy.base import Policy
 from services.config import ModelConfig
-from services.config_file import ConfigError
+from services.config_file import PROJECT_ROOT, ConfigError
 
+APART = PROJECT_ROOT / ".venv" / "8bit"
+"""Where `make` installs bitsandbytes: peft imports it wherever it finds it, in every process."""
 WIDTH = 3000
 """Some of the tensors have more than 4096 elements, and one has fewer."""
+
+
+@pytest.fixture(autouse=True)
+def bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(APART)
 
 
 class WidePolicy(ToyPolicy):
