@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,9 +90,12 @@ class CachedConditions:
     def _free(self) -> None:
         if not self._loaded:
             return
+        left = [weakref.ref(getattr(self._pipeline, name)) for name in self._loaded]
         for name in self._loaded:
             setattr(self._pipeline, name, None)
         self._loaded.clear()
-        gc.collect()
+        # Only where they are in a cycle: looking through all objects takes a while.
+        if any(encoder() is not None for encoder in left):
+            gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

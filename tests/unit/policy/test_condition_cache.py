@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import shutil
@@ -57,7 +56,6 @@ def test_conditions_of_every_family_are_the_uncached_ones(
     """Encoded beforehand by what loads no denoiser; then read by a policy that loads no encoder."""
     load_encoders(case.config(), tmp_path).prepare([PROMPT, "two cats"], negative=True)
     assert len(loads) == len(policy.parts.encoders)
-    gc.collect()
     assert all(encoder() is None for encoder in loads)
     loads.clear()
     reader = cached(case.config(), tmp_path)
@@ -68,7 +66,6 @@ def test_conditions_of_every_family_are_the_uncached_ones(
     assert all(getattr(reader.pipeline, name) is None for name in policy.parts.encoders)
     assert same(reader.encode("a prompt of its own"), policy.encode("a prompt of its own"))
     assert len(loads) == len(policy.parts.encoders)
-    gc.collect()
     assert all(encoder() is None for encoder in loads)
 
 
@@ -92,7 +89,6 @@ def test_what_cannot_be_encoded_leaves_no_encoder_behind(
     monkeypatch.setattr(policy, "_condition", lambda prompt, device: {"prompt_embeds": torch.zeros(1, 3)})
     with pytest.raises(PolicyError, match="prompt_embeds of width"):
         policy.encode("one")
-    gc.collect()
     assert len(loads) == 3
     assert all(encoder() is None for encoder in loads)
 
