@@ -48,7 +48,7 @@ def recipe_cost(config: Config, model: Published) -> RecipeCost:
     images = rollout.group_size * learner.groups_per_step
     needed = needed_passes(config)
     # A group in pieces is passed through once more for its weight.
-    again = config.objective.timesteps.per_update if learner.micro_batch < rollout.group_size else 0
+    again = config.objective.timesteps.per_update if _micro_batch(config) < rollout.group_size else 0
     sampling = images * rollout.steps * (2 if rollout.guidance > 1 else 1) * cost.forward
     training = images * (needed["train"] * cost.train + (needed["forward"] + again) * cost.forward)
     gpus = whole_gpus(config)
@@ -68,11 +68,17 @@ def recipe_cost(config: Config, model: Published) -> RecipeCost:
     )
 
 
+def _micro_batch(config: Config) -> int:
+    """`auto` counts as the whole group, which it is where that fits."""
+    asked = config.learner.micro_batch
+    return config.rollout.group_size if asked == "auto" else asked
+
+
 def _fullest(config: Config, model: Published, cost: PassCost, gpus: int) -> float:
     weights, encoders = cost.parameters * 2 / GIB, model.text_billions * 1e9 * 2 / GIB
     # Text encoders that are offloaded are there while a prompt is encoded.
     sampler = weights + encoders + VAE_GIB
-    rank = weights + COPIES * cost.trained * 4 / GIB + config.learner.micro_batch * cost.activations / GIB
+    rank = weights + COPIES * cost.trained * 4 / GIB + _micro_batch(config) * cost.activations / GIB
     sharing = sampler + sum(REWARD_GIB[reward.name] for reward in config.rewards if reward.num_gpus)
     if config.eval.num_gpus < 1:
         sharing += sampler  # the evaluator has a policy of its own

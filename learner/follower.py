@@ -19,6 +19,7 @@ from learner.shares import received
 from learner.update import Updater
 from services.codec import weights_digest
 from services.heartbeat import Pulse
+from services.safetensors_layout import views
 
 
 def follow(
@@ -42,6 +43,9 @@ def follow(
             pulse.enter(f"updating to step {order.step + 1}")
             updater.follow(received(order, payload))
             pulse.groups += len(order.share)
+        elif order.do == "fit":
+            pulse.enter("finding the micro-batch that fits")
+            updater.settle(order.micro_batch, dict(views(payload.numpy())))
         elif order.do == "compare":
             pulse.enter(f"comparing the weights of step {order.step}")
             compare(ranks, f"step {order.step}", updater.policy.trainable())

@@ -60,7 +60,7 @@ class SharedGroup(Message):
 class Order(Message):
     """What rank 0 asks of another rank."""
 
-    do: Literal["train", "compare", "report", "end"]
+    do: Literal["fit", "train", "compare", "report", "end"]
     step: int = 0
     """Updates behind the weights."""
     groups: int = 0
@@ -69,6 +69,8 @@ class Order(Message):
     """To train: of the whole update, those with a preference."""
     share: tuple[SharedGroup, ...] = ()
     """To train: the groups of the rank that is told."""
+    micro_batch: int | None = None
+    """To fit: the one to keep to; None: the largest that fits all ranks is found."""
     reason: str | None = None
     """To end: why the run must end; None where it has been trained to its end."""
 
@@ -133,9 +135,10 @@ class Ranks:
         for rank, _, work in sent:
             self._finish(what, f"rank {rank}", work, max(0.001, give_up - time.monotonic()))
 
-    def order_all(self, order: Order, *, deadline_s: float | None = None) -> None:
+    def order_all(self, order: Order, *, payload: bytes = b"", deadline_s: float | None = None) -> None:
         """Of rank 0: tell all other ranks the same."""
-        self.order([order] * (self.count - 1), deadline_s=deadline_s)
+        others = self.count - 1
+        self.order([order] * others, [payload] * others, deadline_s=deadline_s)
 
     def settled(self) -> None:
         """Of rank 0: what all were doing is done; the others listen."""

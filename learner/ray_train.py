@@ -29,12 +29,14 @@ from learner.checkpoint import newest_checkpoint, write_checkpoint
 from learner.curriculum import PART, curriculum_of
 from learner.follower import begin_together, follow, order_comparison
 from learner.loop import LearnerLoop, Start
+from learner.micro_batch import MicroBatchFile
 from learner.prober import Prober
 from learner.ranks import Order, RankFailedForGood, RankLost, Ranks, RanksDiffer
 from learner.recorder import UntrainedTrainer, recording
 from learner.update import TrainingGroup, UpdateError, Updater
 from policy import load_policy
 from services.codec import Group
+from services.conditions import condition_cache
 from services.config import ClusterConfig, LearnerConfig
 from services.context import RunContext
 from services.full_disk import disk_refuses
@@ -84,14 +86,21 @@ class PolicyTrainer:
             vae=False,
             base=objective.needs_base,
             seed=config.run.seed,
+            condition_cache=condition_cache(config, context.directory),
         )
+        if config.learner_guides:
+            # Now: text encoders that are loaded for it must not be in the way of a try of the micro-batch.
+            self.policy.prepare((), negative=True)
         self.updater = Updater(self.policy, config, ranks)
         self._prober = Prober(self.policy, config)
+        self._kept = MicroBatchFile(context.directory) if config.learner.micro_batch == "auto" else None
         self.curriculum = curriculum_of(config)
         self._compared = -1
 
     def restore(self) -> Start:
         """Load the newest complete checkpoint, if there is one."""
+        if self._kept is not None:
+            self.updater.micro_batch = self._kept.read()
         found = newest_checkpoint(self._context.directory)
         if found is None:
             return Start()
@@ -105,6 +114,8 @@ class PolicyTrainer:
 
     def update(self, groups: Sequence[Group], step: int) -> dict[str, Any]:
         row = self.updater.step([training_group(group) for group in groups], step).row()
+        if self._kept is not None:
+            self._kept.keep(row["micro_batch"])
         if (step + 1) % self._context.config.learner.compare_every == 0:
             self._compare(step + 1)
         return row

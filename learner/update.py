@@ -15,7 +15,6 @@ Imports neither Ray nor Redis: the training loop calls it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -27,14 +26,24 @@ from torch import Tensor
 from learner.activations import offloaded
 from learner.advantages import Advantages, group_advantages, preferences, total_rewards
 from learner.ema import Ema, PastReferences, evaluation_decay, reference_decay
+from learner.micro_batch import agreed_micro_batch
 from learner.objectives.base import LiveGroup, Measurements, Phases, TrainingGroup, make_objective
-from learner.ranks import Ranks
+from learner.optimizer import (
+    check_tables,
+    learning_rate,
+    load_moments,
+    make_optimizer,
+    optimizer_state,
+    set_steps,
+)
+from learner.ranks import Order, Ranks
 from learner.shares import RatedGroup, Share, hand_out, sum_gradients, sum_measurements
 from learner.timesteps import configured_window, training_timesteps
 from learner.update_metrics import UpdateMetrics, dropped_terms, reward_spreads, spread
-from policy.base import Policy
+from policy.base import Condition, Policy
 from policy.schedule import make_schedule
-from services.config import Config, LearnerConfig, WithReference
+from services.config import Config, WithReference
+from services.safetensors_layout import pack
 
 __all__ = ["State", "TrainingGroup", "UpdateError", "UpdateMetrics", "Updater", "learning_rate"]
 
@@ -60,24 +69,18 @@ class Updater:
         self.policy = policy
         self._ranks = ranks
         self.config = config
+        if config.learner.gradient_checkpointing:
+            policy.checkpoint_gradients()
         self._parameters = policy.trainable()
         self._schedule = make_schedule(config.rollout)
         self._objective = make_objective(policy, config, self._schedule)
         self._window = configured_window(config)
-        self.optimizer = torch.optim.AdamW(
-            list(self._parameters.values()),
-            lr=config.learner.learning_rate,
-            betas=config.learner.betas,
-            weight_decay=config.learner.weight_decay,
-            fused=True,
-        )
-        # Made now and not at the first step, so that a state is complete at any time.
-        for parameter in self._parameters.values():
-            self.optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+        self.optimizer = make_optimizer(self._parameters, config.learner)
+        chosen = config.learner.micro_batch
+        self.micro_batch: int | None = None if chosen == "auto" else chosen
+        """Samples in one forward-backward. With `auto` None until the first update, which finds it, or what a
+        former learner of the run found, which is then kept to: another one would add up in another order."""
+        self._settled = chosen != "auto"
         self._ema = Ema(self._parameters)
         wanted = self._objective.uses_reference
         self._reference = Ema(self._parameters) if wanted else None
@@ -98,6 +101,11 @@ class Updater:
         phases = Phases()
         ordered = self._checked(groups)
         advantages = self._advantages(ordered)
+        if not self._settled:
+            condition = self.policy.longest(ordered[0].condition)
+            if self._ranks is not None:
+                self._ranks.order_all(Order(do="fit", micro_batch=self.micro_batch), payload=pack(condition))
+            self.settle(self.micro_batch, condition)
         rated = [
             RatedGroup(group, values)
             for group, values, live in zip(ordered, advantages.values, advantages.live.tolist(), strict=True)
@@ -113,6 +121,31 @@ class Updater:
         return self._report(
             ordered, advantages, measured, norms, learning_rate(self.config.learner, step), phases
         )
+
+    def settle(self, known: int | None, condition: Condition) -> None:
+        """Fix the micro-batch of `auto`, on every rank: the one that is known, or the largest that fits.
+
+        Args:
+            condition: of a prompt as long as any.
+
+        Raises:
+            UpdateError: on every rank: one of them has no memory for one sample.
+        """
+        self.micro_batch = known or agreed_micro_batch(
+            self._ranks,
+            self._objective,
+            condition=condition,
+            timestep=self._window[0],
+            reference=None if self._reference is None else self._reference.tensors,
+            activations=self._activations,
+        )
+        if self.micro_batch is None:
+            raise UpdateError(
+                "learner.micro_batch auto: there is no memory for a single sample; set "
+                "learner.gradient_checkpointing to true, model.dtype to bfloat16, or see docs/memory.md"
+            )
+        self._objective.micro_batch = self.micro_batch
+        self._settled = True
 
     def follow(self, share: Share) -> None:
         """Train on what rank 0 has handed to this rank."""
@@ -179,15 +212,10 @@ class Updater:
 
     def state(self) -> State:
         """Everything a continuation needs. Live tensors: write them before the next update."""
-        moments = [self.optimizer.state[parameter] for parameter in self._parameters.values()]
-        optimizer = {"step": torch.stack([moment["step"] for moment in moments])}
-        for name, moment in zip(self._parameters, moments, strict=True):
-            optimizer[f"exp_avg.{name}"] = moment["exp_avg"]
-            optimizer[f"exp_avg_sq.{name}"] = moment["exp_avg_sq"]
         state = {
             "policy": {name: parameter.detach() for name, parameter in self._parameters.items()},
             "ema": dict(self._ema.tensors),
-            "optimizer": optimizer,
+            "optimizer": optimizer_state(self.optimizer, self._parameters),
         }
         if self._reference is not None:
             state["reference"] = dict(self._reference.tensors)
@@ -205,13 +233,11 @@ class Updater:
         # Read once: the parts of a checkpoint are files.
         state = {part: state[part] for part in state}
         _check_same(own, state)
+        check_tables(own["optimizer"], state["optimizer"])
         with torch.no_grad():
             for part in own.keys() - {"optimizer"}:
                 torch._foreach_copy_(list(own[part].values()), [state[part][name] for name in own[part]])
-            for name, parameter in self._parameters.items():
-                moment = self.optimizer.state[parameter]
-                moment["exp_avg"].copy_(state["optimizer"][f"exp_avg.{name}"])
-                moment["exp_avg_sq"].copy_(state["optimizer"][f"exp_avg_sq.{name}"])
+            load_moments(self.optimizer, self._parameters, state["optimizer"])
         self._continue_behind(state["optimizer"]["step"])
 
     def take_from_rank_0(self) -> None:
@@ -224,8 +250,7 @@ class Updater:
 
     def _continue_behind(self, counts: Tensor) -> None:
         """What follows from a state that is in place, but for the optimizer's `counts` of steps."""
-        for parameter, count in zip(self._parameters.values(), counts.tolist(), strict=True):
-            self.optimizer.state[parameter]["step"].fill_(count)
+        set_steps(self.optimizer, self._parameters, counts)
         if self._reference is not None:
             self._reference_is_policy = all(
                 torch.equal(self._reference.tensors[name], parameter)
@@ -346,26 +371,13 @@ class Updater:
             kl=measured.mean("kl") if self.config.objective.kl > 0 else None,
             grad_norm=float(torch.stack(list(norms)).mean()) if norms else None,
             learning_rate=rate,
+            micro_batch=self._objective.micro_batch,
             zero_variance_groups=int((~advantages.live).sum()),
             dropped_terms=dropped_terms([group.rewards for group in groups], self.config.trained_rewards),
             reward=spread(list(advantages.totals)),
             rewards=reward_spreads([group.rewards for group in groups]),
             seconds=dict(phases.seconds),
         )
-
-
-def learning_rate(config: LearnerConfig, step: int) -> float:
-    """Of update `step`: linear warm-up, then constant or a cosine to `final_learning_rate` at `max_steps`."""
-    peak = config.learning_rate
-    if step < config.warmup_steps:
-        return peak * (step + 1) / config.warmup_steps
-    if config.final_learning_rate is None:
-        return peak
-    span = max(1, config.max_steps - config.warmup_steps)
-    progress = min(1.0, (step - config.warmup_steps) / span)
-    return config.final_learning_rate + (peak - config.final_learning_rate) * 0.5 * (
-        1 + math.cos(math.pi * progress)
-    )
 
 
 def _check_same(own: State, given: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -382,5 +394,6 @@ def _check_same(own: State, given: Mapping[str, Mapping[str, Tensor]]) -> None:
         if differ:
             raise ValueError(
                 f"state of {part}: {len(differ)} tensors are missing, unknown or of another shape, "
-                f"first {differ[0]!r}; was it written with another model or model.train?"
+                f"first {differ[0]!r}; was it written with another model, model.train or "
+                "learner.optimizer?"
             )

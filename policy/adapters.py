@@ -63,8 +63,8 @@ def add_lora(transformer: Any, config: LoraConfig, *, seed: int, targets: Sequen
 
 
 @contextmanager
-def adapters_disabled(transformer: nn.Module) -> Iterator[None]:
-    """Run without the adapters.
+def adapters_disabled(transformer: nn.Module, disabled: bool = True) -> Iterator[None]:
+    """Run without the adapters, or (`disabled` false) with them inside of a block without.
 
     peft's own switch also flips `requires_grad`, which would cut a graph that is being built around this
     block; the flag its forward looks at is set alone.
@@ -75,7 +75,7 @@ def adapters_disabled(transformer: nn.Module) -> Iterator[None]:
     before = [layer._disable_adapters for layer in layers]
     try:
         for layer in layers:
-            layer._disable_adapters = True
+            layer._disable_adapters = disabled
         yield
     finally:
         for layer, flag in zip(layers, before, strict=True):

@@ -10,10 +10,10 @@ policy/registry.py makes these; docs/models.md says how to add one.
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -24,15 +24,23 @@ from torch import Tensor, nn
 from policy.adapters import add_lora
 from policy.base import Condition, Policy
 from policy.errors import PolicyError
-from policy.loading import Configs, Geometry, Parts, check_index, load_pipeline, place, quiet, read_configs
-from policy.schedule import DEFAULT_ORDER
+from policy.loading import (
+    Configs,
+    Geometry,
+    Parts,
+    TextParts,
+    check_index,
+    empty_denoiser,
+    find_device,
+    load_pipeline,
+    place,
+    quiet,
+    read_configs,
+)
+from policy.schedule import published_rollout
+from policy.text_encoders import CachedConditions
 from services.config import ModelConfig, RolloutConfig
 
-OTHER_STEPS = (
-    *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"),
-    *("invert_sigmas", "stochastic_sampling"),
-)
-"""Settings of published schedulers that no rollout has."""
 JOINT_ATTENTION = (
     *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
     *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
@@ -69,8 +77,10 @@ class PipelinePolicy(Policy):
         configs: Configs,
         *,
         base: bool,
+        cached: CachedConditions | None = None,
     ) -> None:
         super().__init__(config, pipeline, denoiser, base=base)
+        self._cached = cached
         self._configs = configs
         self._latent_shape = self.geometry(configs).latent_shape(config)
         self._dtype: torch.dtype = getattr(torch, config.dtype)
@@ -86,11 +96,18 @@ class PipelinePolicy(Policy):
         vae: bool,
         base: bool,
         seed: int,
+        condition_cache: Path | None,
     ) -> Self:
         """See policy/registry.py `load_policy`."""
         configs = cls.read_configs(config, location, index, text_encoders=text_encoders)
-        pipeline = load_pipeline(cls.parts, config, location, index, text_encoders=text_encoders, vae=vae)
-        return cls.around(pipeline, config, configs, base=base, seed=seed)
+        text: TextParts = "all" if condition_cache is None else "tokenizers"
+        pipeline = load_pipeline(
+            *(cls.parts, config, location, index), text_encoders=text if text_encoders else "none", vae=vae
+        )
+        policy = cls.around(pipeline, config, configs, base=base, seed=seed)
+        if text_encoders and condition_cache is not None:
+            policy._cached = CachedConditions(condition_cache, pipeline, cls.parts, config, location, index)
+        return policy
 
     @classmethod
     def around(
@@ -113,6 +130,23 @@ class PipelinePolicy(Policy):
         place(pipeline, cls.parts, config)
         denoiser.eval()
         return cls(config, pipeline, denoiser, configs, base=base)
+
+    @classmethod
+    def load_encoders(
+        cls, config: ModelConfig, location: str, index: Mapping[str, Any], condition_cache: Path
+    ) -> Self:
+        """A policy that does nothing but encode into the cache: neither denoiser nor VAE is loaded."""
+        configs = cls.read_configs(config, location, index, text_encoders=True)
+        pipeline = load_pipeline(
+            *(cls.parts, config, location, index), text_encoders="tokenizers", vae=False, denoiser=False
+        )
+        denoiser = empty_denoiser(cls.parts, configs)
+        # Encoding asks it for a width.
+        setattr(pipeline, cls.parts.denoiser, denoiser)
+        cached = CachedConditions(condition_cache, pipeline, cls.parts, config, location, index)
+        policy = cls(config, pipeline, denoiser, configs, base=False, cached=cached)
+        policy.device = find_device(config.device)
+        return policy
 
     @classmethod
     def read_configs(
@@ -139,35 +173,11 @@ class PipelinePolicy(Policy):
     def stock_rollout(cls, config: ModelConfig, configs: Configs) -> dict[str, object]:
         """The keys of the `rollout` section with which rollouts step as the published scheduler does.
 
-        With dynamic shifting the shift follows from the number of image tokens: exp(mu), mu linear in it.
-
         Raises:
             PolicyError: the published scheduler steps as no rollout can.
         """
-        scheduler = configs.scheduler
-        kind, dynamic = scheduler["_class_name"], bool(scheduler.get("use_dynamic_shifting"))
-        odd = [name for name in OTHER_STEPS if scheduler.get(name)]
-        # The scheduler's own steps are shifted twice at their end if the shift is fixed, and once if not.
-        odd += ["use_dynamic_shifting"] if dynamic and cls.sigmas == "scheduler" else []
-        if odd or kind not in ("FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler"):
-            raise PolicyError(
-                f"the published scheduler is a {kind} {' '.join(['with', *odd]) if odd else ''}: no rollout "
-                "takes its steps; choose rollout.solver and rollout.shift yourself"
-            )
-        if kind == "DPMSolverMultistepScheduler":
-            order = int(scheduler.get("solver_order", DEFAULT_ORDER))
-            own = {} if order == DEFAULT_ORDER else {"order": order}
-            return {"solver": "dpmsolver++", "shift": float(scheduler.get("flow_shift") or 1.0), **own}
-        shift = float(scheduler.get("shift", 1.0))
-        if dynamic:
-            few, many = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
-            low, high = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
-            mu = low + (cls.geometry(configs).tokens(config) - few) * (high - low) / (many - few)
-            shift = mu if scheduler.get("time_shift_type") == "linear" else math.exp(mu)
-        found: dict[str, object] = {"solver": "euler", "sigmas": cls.sigmas, "shift": shift}
-        if scheduler.get("shift_terminal"):
-            found["terminal"] = float(scheduler["shift_terminal"])
-        return found
+        tokens = cls.geometry(configs).tokens(config)
+        return published_rollout(configs.scheduler, sigmas=cls.sigmas, tokens=tokens)
 
     @classmethod
     def _misfits(cls, config: ModelConfig, configs: Configs) -> Iterator[str]:
@@ -321,11 +331,40 @@ class PipelinePolicy(Policy):
         pixels: NDArray[np.uint8] = torch.cat(images).numpy()
         return pixels
 
+    def prepared(self, prompt: str) -> bool:
+        return self._cached is None or self._cached.cache.has(prompt)
+
+    def prepare(
+        self,
+        prompts: Iterable[str],
+        *,
+        negative: bool = False,
+        done: Callable[[str], None] = lambda prompt: None,
+    ) -> None:
+        if self._cached is None:
+            return
+        with self._cached.held():
+            for prompt in dict.fromkeys(prompts):
+                # Asked for each: another process may have encoded it meanwhile.
+                if not self.prepared(prompt):
+                    self._encode(prompt)
+                done(prompt)
+            if negative:
+                self.negative()
+
     def _encode(self, prompt: str) -> Condition:
-        with self._encoding() as device:
-            condition = self._on_device(self._condition(prompt, device))
-        self._check_conditions([condition])
-        return condition
+        return self._encoded_by(prompt, lambda device: self._condition(prompt, device))
+
+    def _encoded_by(self, prompt: str | None, make: Callable[[torch.device], Condition]) -> Condition:
+        """A condition, from the cache on disk if there is one; None is the negative one's name there."""
+
+        def encode() -> Condition:
+            with self._encoding() as device:
+                return self._on_device(make(device))
+
+        found = encode() if self._cached is None else self._on_device(self._cached.get(prompt, encode))
+        self._check_conditions([found])
+        return found
 
     @contextmanager
     def _encoding(self) -> Iterator[torch.device]:
@@ -336,8 +375,10 @@ class PipelinePolicy(Policy):
         loaded = [encoder for encoder in encoders.values() if encoder is not None]
         placement = self.config.text_encoders
         device = torch.device("cpu") if placement == "cpu" else self.device
+        # Cached ones that were loaded for good: of an export, say.
+        moved = placement == "offload" or (placement == "cached" and self._cached is None)
         try:
-            if placement == "offload":
+            if moved:
                 for encoder in loaded:
                     encoder.to(device)
             # no_grad and not inference_mode: the learner trains on these tensors. Quiet: the length is the
@@ -345,7 +386,7 @@ class PipelinePolicy(Policy):
             with torch.no_grad(), quiet():
                 yield device
         finally:
-            if placement == "offload":
+            if moved:
                 for encoder in loaded:
                     encoder.to("cpu")
 

@@ -23,7 +23,13 @@ from services.config_file import find
 
 
 def load_policy(
-    config: ModelConfig, *, text_encoders: bool, vae: bool, base: bool = True, seed: int = 0
+    config: ModelConfig,
+    *,
+    text_encoders: bool,
+    vae: bool,
+    base: bool = True,
+    seed: int = 0,
+    condition_cache: Path | None = None,
 ) -> PipelinePolicy:
     """Load the model of the `model` section.
 
@@ -33,13 +39,32 @@ def load_policy(
         vae: load what `decode` needs.
         base: with `train: full`, keep a frozen copy of the weights for `Policy.base()`.
         seed: of the adapters' start; every process of a run uses the same.
+        condition_cache: directory of encoded prompts: text encoders are loaded only for prompts that it does
+            not have (services/conditions.py); None: if they are asked for, for good.
 
     Raises:
         PolicyError: it cannot be loaded; the text says why and what would be valid.
     """
     location, index = _locate(config)
     family = _family(location, index)
-    return family.load(config, location, index, text_encoders=text_encoders, vae=vae, base=base, seed=seed)
+    return family.load(
+        *(config, location, index),
+        text_encoders=text_encoders,
+        vae=vae,
+        base=base,
+        seed=seed,
+        condition_cache=condition_cache,
+    )
+
+
+def load_encoders(config: ModelConfig, condition_cache: Path) -> PipelinePolicy:
+    """Load of a model what fills a directory of encoded prompts; it can encode, and nothing else.
+
+    Raises:
+        PolicyError: as `load_policy`.
+    """
+    location, index = _locate(config)
+    return _family(location, index).load_encoders(config, location, index, condition_cache)
 
 
 def stock_rollout(config: ModelConfig) -> dict[str, object]:

@@ -205,6 +205,22 @@ def config(
 
 
 @app.command()
+def encode(recipe: Recipe, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Encode all prompts of a recipe with model.text_encoders: cached, before anything is trained."""
+    from services.encoding import encode_prompts
+
+    result = encode_prompts(load_config(recipe, overrides or ()), screen)
+    screen.print(
+        f"{result['prompts']} prompts, {result['encoded']} of them encoded now, "
+        f"{result['bytes_a_prompt'] / 1e6:.2f} MB each, in {result['directory']}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if as_json:
+        _emit(result)
+
+
+@app.command()
 def prompts(
     out: Annotated[Path, typer.Argument(help="JSONL file to make, for prompts.path or eval.path.")],
     test: Annotated[bool, typer.Option("--test", help="The 553 prompts of GenEval's own test.")] = False,

@@ -8,6 +8,7 @@ Promises
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import json
 import os
 import socket
@@ -67,6 +68,7 @@ def examine(config: Config) -> list[Finding]:
         _model,
         _devices,
         _ranks,
+        _optimizer,
         _prompts,
         _timesteps,
         _rollout,
@@ -182,6 +184,16 @@ def _ranks(config: Config) -> list[Finding]:
     ok = backend == "gloo" or torch.distributed.is_nccl_available() or cluster_address(config) is not None
     remedy = "" if ok else "install a torch with CUDA, or set learner.num_gpus to 0"
     return [Finding(what="ranks", ok=ok, found=found, remedy=remedy)]
+
+
+def _optimizer(config: Config) -> list[Finding]:
+    """Of this machine: a cluster's may have other packages."""
+    if config.learner.optimizer == "adamw" or cluster_address(config) is not None:
+        return []
+    ok = importlib.util.find_spec("bitsandbytes") is not None
+    found = f"{config.learner.optimizer}: bitsandbytes is {'installed' if ok else 'not installed'}"
+    remedy = "" if ok else "pip install 'dgpo-cluster[8bit]', or set learner.optimizer to adamw"
+    return [Finding(what="optimizer", ok=ok, found=found, remedy=remedy)]
 
 
 def _prompts(config: Config) -> list[Finding]:

@@ -98,6 +98,8 @@ class UpdateRow(Row):
     """Share of (sample, timestep) pairs whose DSM error was clipped."""
     kl: Number = None
     learning_rate: Number = None
+    micro_batch: int | None = None
+    """Samples in one forward-backward: what `learner.micro_batch` says, or `auto` found."""
     phases: dict[str, float] = Field(default_factory=dict)
     """Seconds of this update by phase of the learner: wait_s, codec_s, forward_backward_s, publish_s,
     commit_s, checkpoint_s."""

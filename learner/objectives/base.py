@@ -115,6 +115,10 @@ class Objective(ABC):
         self.config = config
         self.schedule = schedule
         self.phases = Phases()
+        micro_batch, group_size = config.learner.micro_batch, config.rollout.group_size
+        self.micro_batch: int = group_size if micro_batch == "auto" else micro_batch
+        """Samples in one forward-backward: a multiple or a divisor of the group size. With `auto` the
+        updater says how many (learner/micro_batch.py)."""
 
     def backward(self, loss: Tensor) -> None:
         with self.phases("backward"):
@@ -145,7 +149,7 @@ class Objective(ABC):
             reference: tensors of the EMA reference; None: it equals the policy as it is now.
         """
         shared, measured = OptimizerStep(step, scale, reference), Measurements()
-        at_once = max(1, self.config.learner.micro_batch // self.config.rollout.group_size)
+        at_once = max(1, self.micro_batch // self.config.rollout.group_size)
         for index in timesteps:
             for start in range(0, len(groups), at_once):
                 self._add(groups[start : start + at_once], index, shared, measured)
@@ -186,7 +190,7 @@ class SamplewiseObjective(Objective, Generic[BatchT]):
         batch = self._batch(groups, index, shared.step)
         advantages = torch.cat([group.advantages for group in groups])
         sums: dict[str, Tensor] = {}
-        for samples in slices(len(advantages), self.config.learner.micro_batch):
+        for samples in slices(len(advantages), self.micro_batch):
             part = self._part(batch.part(samples), advantages[samples], shared)
             sums = {name: sums.get(name, 0) + value for name, value in part.items()}
         group_size = self.config.rollout.group_size

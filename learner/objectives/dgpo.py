@@ -66,10 +66,9 @@ class Dgpo(Objective):
         seed, one_noise = self.config.run.seed, self._objective.shared_noise
         batch = noised(groups, self.schedule, index, seed=seed, step=shared.step, shared=one_noise)
         advantages = torch.stack([group.advantages for group in groups])
-        learner = self.config.learner
         # A group in pieces has all its graphs at once only where the device need not hold them.
-        if learner.micro_batch >= self.config.rollout.group_size or (
-            self._objective.kl > 0 and learner.activation_offload
+        if self.micro_batch >= self.config.rollout.group_size or (
+            self._objective.kl > 0 and self.config.learner.activation_offload
         ):
             way = self._whole
         elif self._objective.kl == 0:
@@ -115,7 +114,7 @@ class Dgpo(Objective):
         group_size = advantages.shape[1]
         held = self._take_gradients()
         errors, cuts, references = [], [], []
-        for samples in slices(group_size, self.config.learner.micro_batch):
+        for samples in slices(group_size, self.micro_batch):
             piece, part = batch.part(samples), advantages[0, samples]
             compared = self._compare(piece, reference)
             _, dsm = self._forward(piece)
@@ -144,7 +143,7 @@ class Dgpo(Objective):
         alone makes it 4.
         """
         group_size = advantages.shape[1]
-        pieces = slices(group_size, self.config.learner.micro_batch)
+        pieces = slices(group_size, self.micro_batch)
         compared = [self._compare(batch.part(samples), reference) for samples in pieces]
         if compared[0].reference_dsm is None:
             scores = advantages.new_zeros(1)
@@ -199,7 +198,7 @@ class Dgpo(Objective):
 
     def _velocity(self, batch: NoisedBatch, guidance: float = 1.0) -> Tensor:
         """Of any batch, no more than a micro-batch at once."""
-        size, micro_batch = len(batch.x0), self.config.learner.micro_batch
+        size, micro_batch = len(batch.x0), self.micro_batch
         pieces = [batch] if size <= micro_batch else [batch.part(p) for p in slices(size, micro_batch)]
         negative = self.policy.negative() if guidance > 1 else None
         found = [

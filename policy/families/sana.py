@@ -62,8 +62,7 @@ class SanaPolicy(PipelinePolicy):
         return self._kept(None, self._encode_negative)
 
     def _encode_negative(self) -> Condition:
-        with self._encoding() as device:
-            return self._on_device(self._encoded("", device, instruction=None))
+        return self._encoded_by(None, lambda device: self._encoded("", device, instruction=None))
 
     @classmethod
     def condition_widths(cls, denoiser: Mapping[str, Any]) -> dict[str, int]:

@@ -167,7 +167,7 @@ class Config(Section):
                 f"objective.timesteps.per_update {picked.per_update}"
             )
         group, micro = self.rollout.group_size, self.learner.micro_batch
-        if micro % group and group % micro:
+        if micro != "auto" and micro % group and group % micro:
             raise ValueError(
                 f"learner.micro_batch {micro} must divide rollout.group_size {group} or be a multiple of it"
             )

@@ -170,6 +170,7 @@ def test_a_queue_server_that_is_gone_fails_the_run_with_its_name(recipe: Callabl
 
 
 def test_a_killed_learner_goes_back_to_its_checkpoint(recipe: Callable[..., Config], digest: str) -> None:
+    """With all that saves memory and changes nothing of what is computed."""
     pids: list[int] = []
 
     def remember(beats: list[Heartbeat]) -> None:
@@ -182,10 +183,16 @@ def test_a_killed_learner_goes_back_to_its_checkpoint(recipe: Callable[..., Conf
             killed.append(pids[0])
             os.kill(pids[0], signal.SIGKILL)
 
-    outcome = run(recipe("learner.max_restarts=2"), Watching(at_row=kill, at_beats=remember))
+    saving = ("learner.gradient_checkpointing=true", "learner.micro_batch=auto", "model.text_encoders=cached")
+    config = recipe("learner.max_restarts=2", *saving)
+    outcome = run(config, Watching(at_row=kill, at_beats=remember))
     assert killed
     assert outcome.version.epoch >= 1
     assert outcome.weights_digest == digest
+    assert {row.micro_batch for row in read_metrics(outcome.run.root).updates} == {4}
+    assert json.loads((outcome.run.root / "micro_batch.json").read_text()) == {"micro_batch": 4}
+    # A prompt an ordinal, and the held-out ones.
+    assert len(list((config.run.directory / "conditions").rglob("*.safetensors"))) == STEPS * 2 + 4
 
 
 def test_a_reward_that_is_down_fails_the_run_with_its_name(recipe: Callable[..., Config]) -> None:

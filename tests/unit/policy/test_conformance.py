@@ -237,13 +237,13 @@ def test_text_encoders_may_stay_on_the_cpu(
     case: Case, policy: PipelinePolicy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = policy.encode(PROMPT)
-    for placement in ("cpu", "offload"):
+    for placement in ("cpu", "offload", "cached"):
         other = case.load(text_encoders=placement)
         moves: list[str] = []
         encoder = other.pipeline.text_encoder
         monkeypatch.setattr(encoder, "to", lambda device, moves=moves: moves.append(str(device)))
         found = other.encode(PROMPT)
-        assert moves == (["cpu", "cpu"] if placement == "offload" else [])
+        assert moves == ([] if placement == "cpu" else ["cpu", "cpu"])
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import psutil
@@ -42,6 +43,20 @@ def test_ranks_are_told_with_what_they_reserve(monkeypatch: pytest.MonkeyPatch) 
     assert "3 ranks share 8 groups an update, 3 at most each" in found.found
     assert "0.5 CPU and 0 GPU; gradients are added by gloo" in found.found
     assert not [f for f in examine(load_config("quickstart")) if f.what == "ranks"]
+
+
+def test_an_optimizer_without_its_package_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    found = importlib.util.find_spec
+
+    def without(name: str, package: str | None = None) -> object:
+        return None if name == "bitsandbytes" else found(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+    config = load_config("quickstart", ["learner.optimizer=adamw8bit"])
+    (finding,) = [finding for finding in examine(config) if finding.what == "optimizer"]
+    assert not finding.ok
+    assert "pip install 'dgpo-cluster[8bit]'" in finding.remedy
 
 
 def test_a_hub_id_is_no_mistyped_directory() -> None:
