@@ -16,9 +16,10 @@ import httpx
 import pytest
 import yaml
 from test_cli import settings
-from test_ray_job import Cluster, cluster, free_port
+from test_ray_job import Cluster, cluster
 
 from services.config_file import PROJECT_ROOT
+from tests.ports import free_ports
 
 __all__ = ["cluster"]
 
@@ -30,7 +31,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def prometheus(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder, port = tmp_path_factory.mktemp("prometheus"), free_port()
+    folder, port = tmp_path_factory.mktemp("prometheus"), free_ports(1)[0]
     listed = Path("/tmp/ray/prom_metrics_service_discovery.json")
     config = {
         "global": {"scrape_interval": "1s", "evaluation_interval": "2s"},
