@@ -46,4 +46,6 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/pip
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "installing into $(VENV) with test extras (a few minutes the first time)"
 	$(PIP_INSTALL) -e '.[dev]'
+	@# Apart: peft would import it in every process of every run, which takes 2 s each.
+	$(PIP_INSTALL) --no-deps --upgrade --target $(VENV)/8bit bitsandbytes
 	@touch $(VENV)/.installed $@

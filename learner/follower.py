@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from learner.gathering import gathered
+from learner.prober import probe_published
 from learner.ranks import Order, Ranks, RanksDiffer
 from learner.sharded_checkpoint import ShardedCheckpointWriter
 from learner.shares import received
@@ -25,6 +26,7 @@ from learner.update import Updater
 from policy.base import Policy
 from services.codec import weights_digest
 from services.heartbeat import Pulse
+from services.safetensors_layout import views
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -58,11 +60,16 @@ def follow(
             pulse.enter(f"updating to step {order.step + 1}")
             updater.follow(received(order, payload))
             pulse.groups += len(order.share)
+        elif order.do == "fit":
+            pulse.enter("finding the micro-batch that fits")
+            updater.fit(dict(views(payload.numpy())))
         elif order.do == "compare":
             pulse.enter(f"comparing the weights of step {order.step}")
             compare(ranks, f"step {order.step}", updater.trained.replicated())
         elif order.do == "gather":
             pulse.enter(f"sending the rows of step {order.step}")
+            if order.probe:
+                probe_together(ranks, updater, order.kind, order.step)
             for _ in gather(ranks, updater, order.kind, order.step):
                 raise AssertionError("rows arrive at rank 0 alone")
         elif order.do == "checkpoint":
@@ -83,6 +90,17 @@ def gather(ranks: Ranks, updater: Updater, kind: str, step: int) -> Iterator[tup
     return gathered(ranks, f"the weights of step {step}", shards, updater.published(kind, step), dtype)
 
 
+def probe_together(ranks: Ranks, updater: Updater, kind: str, step: int) -> tuple[float, ...]:
+    """Of every rank whose weights are shards: the probe of what is published, the same on all.
+
+    Raises:
+        PolicyError: the velocity is not finite, on every rank.
+    """
+    tensors, weights = updater.published(kind, step), f"{kind} of step {step}"
+    with ranks.meeting(f"the velocity of the weights {weights}"):
+        return probe_published(updater.policy, tensors, updater.config, weights)
+
+
 def order_comparison(ranks: Ranks, step: int, updater: Updater) -> None:
     """Of rank 0: all ranks compare the weights behind this many updates.
 
@@ -100,7 +118,7 @@ def begin_together(ranks: Ranks, updater: Updater) -> None:
     Raises:
         RanksDiffer: another rank has loaded another model.
     """
-    updater.trained.take_from_rank_0()
+    updater.take_from_rank_0()
     policy = updater.policy
     if policy.shards is None:
         with policy.base() if updater.config.objective.needs_base else nullcontext():

@@ -63,7 +63,7 @@ class SharedGroup(Message):
 class Order(Message):
     """What rank 0 asks of another rank."""
 
-    do: Literal["train", "compare", "gather", "checkpoint", "settle", "report", "end"]
+    do: Literal["fit", "train", "compare", "gather", "checkpoint", "settle", "report", "end"]
     step: int = 0
     """Updates behind the weights."""
     groups: int = 0
@@ -76,6 +76,8 @@ class Order(Message):
     """To train: its share is empty; what it is given, if anything, is for idle passes."""
     kind: Literal["policy", "ema"] = "policy"
     """To gather: which weights."""
+    probe: bool = False
+    """To gather: their velocity is announced with them, and all ranks compute it."""
     wait: bool = False
     """To settle a checkpoint: it need not be written yet."""
     reason: str | None = None
@@ -142,9 +144,10 @@ class Ranks:
         for rank, _, work in sent:
             self._finish(what, f"rank {rank}", work, max(0.001, give_up - time.monotonic()))
 
-    def order_all(self, order: Order, *, deadline_s: float | None = None) -> None:
+    def order_all(self, order: Order, *, payload: bytes = b"", deadline_s: float | None = None) -> None:
         """Of rank 0: tell all other ranks the same."""
-        self.order([order] * (self.count - 1), deadline_s=deadline_s)
+        others = self.count - 1
+        self.order([order] * others, [payload] * others, deadline_s=deadline_s)
 
     def settled(self) -> None:
         """Of rank 0: what all were doing is done; the others listen."""

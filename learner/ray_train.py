@@ -82,7 +82,7 @@ def train_rank(settings: dict[str, Any]) -> str | None:
     configure_logging(part, context.directory, run=context.run)
     ttl = BEATS_TO_LIVE * config.telemetry.heartbeat_s
     try:
-        queue = together(ranks, "the opening of the queue", context.open_queue)
+        queue = together(ranks, "the opening of the queue", partial(context.open_queue, "learner"))
         with Pulse(part, lambda beat: queue.beat(beat, ttl), every_s=config.telemetry.heartbeat_s) as pulse:
             pulse.enter("loading the model")
             if ranks is None:

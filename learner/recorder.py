@@ -19,6 +19,7 @@ import torch
 
 from learner.advantages import total_rewards
 from learner.loop import Start
+from learner.prober import Prober
 from learner.update_metrics import reward_spreads, spread
 from policy import load_policy
 from services.codec import Group
@@ -63,6 +64,7 @@ class UntrainedTrainer:
         self._policy = load_policy(
             config.model, text_encoders=False, vae=False, base=False, seed=config.run.seed
         )
+        self._prober = Prober(self._policy, config)
 
     def restore(self) -> Start:
         """Behind the groups that an earlier learner has recorded."""
@@ -88,8 +90,10 @@ class UntrainedTrainer:
         }
 
     def publish(self, version: PolicyVersion, *, kind: str) -> WeightsAnnouncement:
+        tensors = self._policy.trainable()
+        probe = self._prober.of(tensors, version, kind=kind)
         dtype = getattr(torch, self._context.config.learner.publish_dtype)
-        return publish(self._store, self._policy.trainable(), version, kind=kind, dtype=dtype)
+        return publish(self._store, tensors, version, kind=kind, dtype=dtype, probe=probe)
 
     def checkpoint(self, version: PolicyVersion, frontier: Frontier) -> None:
         partial = self._state.with_suffix(".partial")

@@ -44,8 +44,9 @@ from learner.checkpoint import (
 )
 from learner.checkpoint_writer import copied
 from learner.curriculum import PART
+from learner.optimizer import MOMENTS
 from learner.ranks import Order, Ranks
-from learner.trained import MOMENTS, State
+from learner.trained import State
 from services.checkpoint_parts import SUFFIX, files_of, load_into, shapes_of_part
 from services.full_disk import disk_refuses
 

@@ -1,9 +1,9 @@
-"""What an update changes: the trained parameters, AdamW's moments, the EMAs and the references.
+"""What an update changes: the trained parameters, the optimizer's moments, the EMAs and the references.
 
 Promises
 - `state` holds everything that a continuation needs: after `load` the next update is bit-identical.
 - Where the policy's weights are shards, all of it is: this rank's rows of every tensor, of the same names.
-  Only what is small or of no rank in particular is whole: AdamW's count of steps.
+  Only what is small or of no rank in particular is whole: the optimizer's count of steps.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from learner.ema import Ema, PastReferences, evaluation_decay, reference_decay
+from learner.optimizer import STEPS, check_tables, load_moments, make_optimizer, optimizer_state, set_steps
 from learner.ranks import Ranks
 from policy.base import Policy
 from services.config import Config, WithReference
@@ -21,9 +22,6 @@ from services.config import Config, WithReference
 State = dict[str, dict[str, Tensor]]
 """File name -> tensors: policy, ema, optimizer; where the objective needs them, reference and reference-k of
 k updates ago."""
-STEPS = "step"
-"""Of the optimizer's part: how many steps each parameter has made, in the order of the parameters."""
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class UpdateError(RuntimeError):
@@ -45,19 +43,7 @@ class Trained:
         self.policy = policy
         self.parameters = policy.trainable()
         self._ranks = ranks
-        self.optimizer = torch.optim.AdamW(
-            list(self.parameters.values()),
-            lr=config.learner.learning_rate,
-            betas=config.learner.betas,
-            weight_decay=config.learner.weight_decay,
-            fused=True,
-        )
-        # Made now and not at the first step, so that a state is complete at any time.
-        for parameter in self.parameters.values():
-            self.optimizer.state[parameter] = {
-                STEPS: torch.zeros((), dtype=torch.float32, device=parameter.device),
-                **{moment: torch.zeros_like(parameter) for moment in MOMENTS},
-            }
+        self.optimizer = make_optimizer(self.parameters, config.learner)
         self.ema = Ema(self.parameters)
         self.reference = Ema(self.parameters) if uses_reference else None
         self.reference_is_policy = True
@@ -112,14 +98,10 @@ class Trained:
 
     def state(self) -> State:
         """Everything a continuation needs. Live tensors: write them before the next update."""
-        moments = [self.optimizer.state[parameter] for parameter in self.parameters.values()]
-        optimizer = {STEPS: torch.stack([moment[STEPS] for moment in moments])}
-        for name, moment in zip(self.parameters, moments, strict=True):
-            optimizer |= {f"{kind}.{name}": moment[kind] for kind in MOMENTS}
         state = {
             "policy": {name: parameter.detach() for name, parameter in self.parameters.items()},
             "ema": dict(self.ema.tensors),
-            "optimizer": optimizer,
+            "optimizer": optimizer_state(self.optimizer, self.parameters),
         }
         if self.reference is not None:
             state["reference"] = dict(self.reference.tensors)
@@ -137,12 +119,11 @@ class Trained:
         # Read once: the parts of a checkpoint are files.
         state = {part: state[part] for part in state}
         _check_same(own, state)
+        check_tables(own["optimizer"], state["optimizer"])
         with torch.no_grad():
             for part in own.keys() - {"optimizer"}:
                 torch._foreach_copy_(list(own[part].values()), [state[part][name] for name in own[part]])
-            for name, parameter in self.parameters.items():
-                for kind in MOMENTS:
-                    self.optimizer.state[parameter][kind].copy_(state["optimizer"][f"{kind}.{name}"])
+            load_moments(self.optimizer, self.parameters, state["optimizer"])
         self._continue_behind(state["optimizer"][STEPS])
 
     def take_from_rank_0(self) -> None:
@@ -170,8 +151,7 @@ class Trained:
 
     def _continue_behind(self, counts: Tensor) -> None:
         """What follows from a state that is in place, but for the optimizer's `counts` of steps."""
-        for parameter, count in zip(self.parameters.values(), counts.tolist(), strict=True):
-            self.optimizer.state[parameter][STEPS].fill_(count)
+        set_steps(self.optimizer, self.parameters, counts)
         if self.reference is not None:
             self.reference_is_policy = all(
                 torch.equal(self.reference.tensors[name], parameter)
@@ -193,5 +173,6 @@ def _check_same(own: State, given: Mapping[str, Mapping[str, Tensor]]) -> None:
         if differ:
             raise ValueError(
                 f"state of {part}: {len(differ)} tensors are missing, unknown or of another shape, "
-                f"first {differ[0]!r}; was it written with another model or model.train?"
+                f"first {differ[0]!r}; was it written with another model, model.train or "
+                "learner.optimizer?"
             )

@@ -15,13 +15,16 @@ import torch
 from learner.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
 from learner.checkpoint_writer import CheckpointWriter
 from learner.curriculum import PART, curriculum_of
-from learner.follower import gather, order_comparison, shard_together
+from learner.follower import gather, order_comparison, probe_together, shard_together
 from learner.loop import Start
+from learner.micro_batch import MicroBatchFile
+from learner.prober import Prober
 from learner.ranks import Order, Ranks, together
 from learner.sharded_checkpoint import ShardedCheckpointWriter, read_rows
 from learner.update import TrainingGroup, Updater
 from policy import load_policy
 from services.codec import Group
+from services.conditions import condition_cache
 from services.context import RunContext
 from services.group_queue import Frontier
 from services.messages import PolicyVersion, WeightsAnnouncement
@@ -49,7 +52,9 @@ class PolicyTrainer:
             base=config.objective.needs_base and not self.sharded,
             seed=config.run.seed,
             to_shard=self.sharded,
+            condition_cache=condition_cache(config, context.directory),
         )
+        self._kept = MicroBatchFile(context.directory) if config.learner.micro_batch == "auto" else None
         self.curriculum = curriculum_of(config)
         self._compared = -1
         if not self.sharded:
@@ -59,10 +64,14 @@ class PolicyTrainer:
         """Of every rank whose weights are sharded, once all have loaded the model: keep its rows."""
         assert self._ranks is not None
         shard_together(self._ranks, self.policy, mesh, base=self._config.objective.needs_base)
-        self._prepare()
+        together(self._ranks, "the preparation of the learner", self._prepare)
 
     def _prepare(self) -> None:
+        if self._config.learner_guides:
+            # Now: text encoders that are loaded for it must not be in the way of a try of the micro-batch.
+            self.policy.prepare((), negative=True)
         self.updater = Updater(self.policy, self._config, self._ranks)
+        self._prober = Prober(self.policy, self._config)
         directory, settings = self._context.directory, self._config.checkpoint
         how: dict[str, Any] = {"keep": settings.keep, "asynchronous": settings.asynchronous}
         self.rows_writer: ShardedCheckpointWriter | None = None
@@ -75,6 +84,9 @@ class PolicyTrainer:
 
     def restore(self) -> Start:
         """Load the newest complete checkpoint, if there is one."""
+        known = None if self._kept is None else self._kept.read()
+        if known is not None:
+            self.updater.keep_to(known)
         found = newest_checkpoint(self._context.directory)
         if found is None:
             return Start()
@@ -117,6 +129,8 @@ class PolicyTrainer:
     def update(self, groups: Sequence[Group], step: int) -> dict[str, Any]:
         self._writer.check()
         row = self.updater.step([training_group(group) for group in groups], step).row()
+        if self._kept is not None:
+            self._kept.keep(row["micro_batch"])
         if (step + 1) % self._config.learner.compare_every == 0:
             self._compare(step + 1)
         return row
@@ -125,12 +139,16 @@ class PolicyTrainer:
         dtype = getattr(torch, self._config.learner.publish_dtype)
         tensors, shards = self.updater.published(kind, version.step), self.policy.shards
         if shards is None:
-            return publish(self._store, tensors, version, kind=kind, dtype=dtype)
+            probe = self._prober.of(tensors, version, kind=kind)
+            return publish(self._store, tensors, version, kind=kind, dtype=dtype, probe=probe)
         assert self._ranks is not None
-        self._ranks.order_all(Order.model_validate({"do": "gather", "kind": kind, "step": version.step}))
+        due = self._prober.due(version, kind=kind)
+        order = {"do": "gather", "kind": kind, "step": version.step, "probe": due}
+        self._ranks.order_all(Order.model_validate(order))
+        probe = probe_together(self._ranks, self.updater, kind, version.step) if due else None
         like = {name: torch.empty(shards.shapes[name], dtype=dtype, device="meta") for name in tensors}
         rows = gather(self._ranks, self.updater, kind, version.step)
-        announcement = publish_rows(self._store, like, rows, version, kind=kind)
+        announcement = publish_rows(self._store, like, rows, version, kind=kind, probe=probe)
         self._ranks.settled()
         return announcement
 

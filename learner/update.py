@@ -14,7 +14,6 @@ Imports neither Ray nor Redis: the training loop calls it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -26,15 +25,18 @@ from torch import Tensor
 
 from learner.activations import offloaded
 from learner.advantages import Advantages, group_advantages, preferences, total_rewards
+from learner.micro_batch import agreed_micro_batch
 from learner.objectives.base import Idle, LiveGroup, Measurements, Phases, TrainingGroup, make_objective
-from learner.ranks import Ranks
+from learner.optimizer import learning_rate
+from learner.ranks import Order, Ranks
 from learner.shares import RatedGroup, Share, hand_out, most_passes, sum_gradients, sum_measurements
 from learner.timesteps import configured_window, training_timesteps
 from learner.trained import State, Trained, UpdateError
 from learner.update_metrics import UpdateMetrics, dropped_terms, reward_spreads, spread
-from policy.base import Policy
+from policy.base import Condition, Policy
 from policy.schedule import make_schedule
-from services.config import Config, LearnerConfig
+from services.config import Config
+from services.safetensors_layout import pack
 
 __all__ = ["State", "TrainingGroup", "UpdateError", "UpdateMetrics", "Updater", "learning_rate"]
 
@@ -61,10 +63,12 @@ class Updater:
         self.policy = policy
         self._ranks = ranks
         self.config = config
+        if config.learner.gradient_checkpointing:
+            policy.checkpoint_gradients()
         self._schedule = make_schedule(config.rollout)
-        self._objective = make_objective(policy, config, self._schedule)
+        self.objective = make_objective(policy, config, self._schedule)
         self._window = configured_window(config)
-        self.trained = Trained(policy, config, ranks, uses_reference=self._objective.uses_reference)
+        self.trained = Trained(policy, config, ranks, uses_reference=self.objective.uses_reference)
 
     def step(self, groups: Sequence[TrainingGroup], step: int) -> UpdateMetrics:
         """Train on whole groups. Of several ranks it is rank 0 that has them; the others `follow`.
@@ -80,6 +84,11 @@ class Updater:
         phases = Phases()
         ordered = self._checked(groups)
         advantages = self._advantages(ordered)
+        if self.objective.micro_batch is None:
+            condition = self.policy.longest(ordered[0].condition)
+            if self._ranks is not None:
+                self._ranks.order_all(Order(do="fit"), payload=pack(condition))
+            self.fit(condition)
         rated = [
             RatedGroup(group, values)
             for group, values, live in zip(ordered, advantages.values, advantages.live.tolist(), strict=True)
@@ -96,6 +105,36 @@ class Updater:
             ordered, advantages, measured, norms, learning_rate(self.config.learner, step), phases
         )
 
+    def keep_to(self, micro_batch: int) -> None:
+        """Settle the micro-batch of `auto`: what a former learner of the run found, or another rank has. With
+        another one sums would be added up in another order."""
+        self.objective.micro_batch = micro_batch
+
+    def fit(self, condition: Condition) -> None:
+        """Settle the micro-batch of `auto`, on every rank: the largest that fits all of them.
+
+        Args:
+            condition: of a prompt as long as any.
+
+        Raises:
+            UpdateError: on every rank: one of them has no memory for one sample.
+        """
+        reference = self.trained.reference
+        found = agreed_micro_batch(
+            self._ranks,
+            self.objective,
+            condition=condition,
+            timestep=self._window[0],
+            reference=None if reference is None else reference.tensors,
+            activations=self._activations,
+        )
+        self.objective.micro_batch = found
+        if found is None:
+            raise UpdateError(
+                "learner.micro_batch auto: there is no memory for a single sample; set "
+                "learner.gradient_checkpointing to true, model.dtype to bfloat16, or see docs/memory.md"
+            )
+
     def follow(self, share: Share) -> None:
         """Train on what rank 0 has handed to this rank."""
         self._train(share, Phases())
@@ -103,7 +142,7 @@ class Updater:
     def _train(self, share: Share, phases: Phases) -> tuple[Measurements, list[Tensor]]:
         """Every optimizer step of an update; returns what all ranks have measured, and the gradient norms."""
         learner, step = self.config.learner, share.step
-        self._objective.phases = phases
+        self.objective.phases = phases
         live = self._live(share.rated)
         measured, norms = Measurements(), []
         parts = training_timesteps(
@@ -151,7 +190,7 @@ class Updater:
             past = None if key is None else self.trained.past.before(share.step - key)
             reference = self.trained.reference_now() if past is None else past
             with self._activations():
-                gained = self._objective.accumulate(
+                gained = self.objective.accumulate(
                     groups,
                     part,
                     step=share.step,
@@ -186,6 +225,15 @@ class Updater:
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """See learner/trained.py `Trained.load`."""
         self.trained.load(state)
+
+    def take_from_rank_0(self) -> None:
+        """Continue, on every rank, from the state of rank 0, and with its micro-batch."""
+        assert self._ranks is not None
+        self.trained.take_from_rank_0()
+        own = str(self.objective.micro_batch or 0).encode()
+        micro_batch = int(self._ranks.exchange("the micro-batch of rank 0", lambda: own)[0])
+        if micro_batch:
+            self.keep_to(micro_batch)
 
     def _activations(self) -> AbstractContextManager[None]:
         if not self.config.learner.activation_offload:
@@ -266,7 +314,7 @@ class Updater:
             return [Passes(key, groups, None) for key, groups in own.items()]
         assert self._ranks is not None
         stand_in = live[-1] if live else self._live([share.idle] if share.idle is not None else [])[0]
-        wanted = {key: self._objective.passes(len(groups)) for key, groups in own.items()}
+        wanted = {key: self.objective.passes(len(groups)) for key, groups in own.items()}
         return [
             Passes(key, own.get(key, []), Idle(stand_in, passes - wanted.get(key, 0)))
             for key, passes in most_passes(self._ranks, f"the shares of update {share.step}", wanted).items()
@@ -290,23 +338,10 @@ class Updater:
             kl=measured.mean("kl") if self.config.objective.kl > 0 else None,
             grad_norm=float(torch.stack(list(norms)).mean()) if norms else None,
             learning_rate=rate,
+            micro_batch=self.objective.at_once,
             zero_variance_groups=int((~advantages.live).sum()),
             dropped_terms=dropped_terms([group.rewards for group in groups], self.config.trained_rewards),
             reward=spread(list(advantages.totals)),
             rewards=reward_spreads([group.rewards for group in groups]),
             seconds=dict(phases.seconds),
         )
-
-
-def learning_rate(config: LearnerConfig, step: int) -> float:
-    """Of update `step`: linear warm-up, then constant or a cosine to `final_learning_rate` at `max_steps`."""
-    peak = config.learning_rate
-    if step < config.warmup_steps:
-        return peak * (step + 1) / config.warmup_steps
-    if config.final_learning_rate is None:
-        return peak
-    span = max(1, config.max_steps - config.warmup_steps)
-    progress = min(1.0, (step - config.warmup_steps) / span)
-    return config.final_learning_rate + (peak - config.final_learning_rate) * 0.5 * (
-        1 + math.cos(math.pi * progress)
-    )

@@ -32,6 +32,8 @@ class UpdateMetrics:
     grad_norm: float | None
     """Before clipping, mean over the optimizer steps."""
     learning_rate: float
+    micro_batch: int
+    """Samples in one forward-backward."""
     zero_variance_groups: int
     """Groups whose samples all had the same total reward."""
     dropped_terms: dict[str, int]
@@ -47,7 +49,7 @@ class UpdateMetrics:
         """The fields of an update's row that the learner's arithmetic knows."""
         same = (
             *("loss", "dsm", "group_weight", "group_score", "clip_fraction", "kl"),
-            *("grad_norm", "learning_rate"),
+            *("grad_norm", "learning_rate", "micro_batch"),
         )
         return {name: getattr(self, name) for name in same} | {
             "reward_mean": self.reward["mean"],

@@ -2,6 +2,6 @@
 
 from policy.base import Condition, Policy
 from policy.errors import InstallError, PolicyError
-from policy.registry import load_policy
+from policy.registry import load_encoders, load_policy
 
-__all__ = ["Condition", "InstallError", "Policy", "PolicyError", "load_policy"]
+__all__ = ["Condition", "InstallError", "Policy", "PolicyError", "load_encoders", "load_policy"]

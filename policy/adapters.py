@@ -3,7 +3,7 @@
 Promises
 - Adapters are float32 and start at exactly zero effect: A is normal with std 1/rank ("gaussian"), B is zero.
 - Their start follows from the seed alone, so every process that loads the model has the same adapters.
-- `adapters_disabled` runs the frozen model and changes no flag that autograd looks at.
+- `adapters_switched` runs the frozen model, or the adapted one, and changes no flag that autograd looks at.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def add_lora(transformer: Any, config: LoraConfig, *, seed: int, targets: Sequen
 
 
 @contextmanager
-def adapters_disabled(transformer: nn.Module) -> Iterator[None]:
-    """Run without the adapters.
+def adapters_switched(transformer: nn.Module, *, off: bool) -> Iterator[None]:
+    """Run with the adapters off, or on, whatever they are around this block.
 
     peft's own switch also flips `requires_grad`, which would cut a graph that is being built around this
     block; the flag its forward looks at is set alone.
@@ -75,7 +75,7 @@ def adapters_disabled(transformer: nn.Module) -> Iterator[None]:
     before = [layer._disable_adapters for layer in layers]
     try:
         for layer in layers:
-            layer._disable_adapters = True
+            layer._disable_adapters = off
         yield
     finally:
         for layer, flag in zip(layers, before, strict=True):

@@ -14,17 +14,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from policy.adapters import adapters_disabled
-from policy.errors import InstallError
+from policy.adapters import adapters_switched
+from policy.errors import InstallError, PolicyError
 from services.config import ModelConfig, RolloutConfig
 
 if TYPE_CHECKING:
@@ -59,6 +60,9 @@ class Policy(ABC):
         }
         self.shards: Shards | None = None
         """Where the trained parameters are shards: all tensors by name below are then this rank's rows."""
+        self._bound: Mapping[str, Tensor] | None = None
+        """What `swapped` runs with; None: the policy's own tensors."""
+        self._adapters_off = False
         self._base: dict[str, Tensor] | None = None
         if config.train == "full" and base:
             self._base = self.tensors()
@@ -104,7 +108,12 @@ class Policy(ABC):
     def decode(self, latents: Tensor, batch: int) -> NDArray[np.uint8]:
         """(N, H, W, 3) uint8 images of (N, C, h, w) latents, `batch` decoded at once."""
 
-    def check_rollout(self, rollout: RolloutConfig) -> None:  # noqa: B027 - a model may bear any
+    @abstractmethod
+    def random_condition(self, generator: torch.Generator) -> Condition:
+        """A condition of no prompt, made of Gaussian numbers, for the velocity probe (policy/probe.py)."""
+
+    @classmethod  # noqa: B027 - a model may bear any
+    def check_rollout(cls, rollout: RolloutConfig) -> None:
         """Whether groups may be sampled so.
 
         Raises:
@@ -114,6 +123,29 @@ class Policy(ABC):
     def encode(self, prompt: str) -> Condition:
         """The condition of a prompt; the last ones are kept, up to 128 MiB."""
         return self._kept(prompt, lambda: self._encode(prompt))
+
+    def prepare(  # noqa: B027 - only what is kept on disk can be prepared
+        self,
+        prompts: Iterable[str],
+        *,
+        negative: bool = False,
+        done: Callable[[str], None] = lambda prompt: None,
+    ) -> None:
+        """Encode what `encode` will be asked for, all in one loading of the text encoders where they are not
+        loaded for good (`model.text_encoders: cached`); else nothing needs to be done.
+
+        Args:
+            negative: what `negative` will be asked for too.
+            done: called with each prompt as soon as it is encoded.
+        """
+
+    def prepared(self, prompt: str) -> bool:
+        """Whether `encode` has no work to do that `prepare` could do for several prompts at once."""
+        return True
+
+    def longest(self, condition: Condition) -> Condition:
+        """A condition as long as that of any prompt, made of this one."""
+        return condition
 
     def negative(self) -> Condition:
         """The condition that guidance leads away from: of the empty prompt, or what the family has for it."""
@@ -188,10 +220,15 @@ class Policy(ABC):
         inside the block writes to `tensors`. Shards change places with `tensors` instead.
         """
         self._check(tensors)
-        if self.shards is not None:
-            with self.shards.exchanged(tensors):
+        before, self._bound = self._bound, tensors
+        try:
+            with self._pointed(tensors) if self.shards is None else self.shards.exchanged(tensors):
                 yield
-            return
+        finally:
+            self._bound = before
+
+    @contextmanager
+    def _pointed(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         own = {name: parameter.data for name, parameter in self._trainable.items()}
         try:
             for name, parameter in self._trainable.items():
@@ -205,7 +242,7 @@ class Policy(ABC):
     def base(self) -> Iterator[None]:
         """Run as the frozen base model: adapters off, or the weights that were loaded."""
         if self.config.train == "lora":
-            with adapters_disabled(self.transformer):
+            with self._adapters(off=True):
                 yield
             return
         if self._base is None:
@@ -214,6 +251,53 @@ class Policy(ABC):
             )
         with self.swapped(self._base):
             yield
+
+    def checkpoint_gradients(self) -> None:
+        """From here on a backward pass computes again what each block of the model did, and keeps less.
+
+        A block is computed again with its adapters on or off as they were; gradients are the same bit for
+        bit. Passes without a gradient are as before.
+
+        Raises:
+            PolicyError: the model has no such blocks.
+        """
+        if not getattr(self.transformer, "_supports_gradient_checkpointing", False):
+            raise PolicyError(
+                f"learner.gradient_checkpointing: a {type(self.transformer).__name__} cannot; set it to false"
+            )
+        transformer: Any = self.transformer
+
+        def checkpointed(block: nn.Module, *inputs: Any) -> Any:
+            bound, adapters_off = self._bound, self._adapters_off
+
+            def run(*given: Any) -> Any:
+                with self._as_it_was(bound, adapters_off):
+                    return block(*given)
+
+            # No randomness to repeat: a denoiser is in eval mode.
+            return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+        transformer.enable_gradient_checkpointing(checkpointed)
+
+    @contextmanager
+    def _as_it_was(self, bound: Mapping[str, Tensor] | None, adapters_off: bool) -> Iterator[None]:
+        """Run a block in the backward pass as it was run in the forward pass."""
+        if self._bound is not bound:
+            raise RuntimeError(
+                "a backward pass found other trained tensors than its forward pass had: run it inside the "
+                "same `swapped` or `base`"
+            )
+        with nullcontext() if self._adapters_off == adapters_off else self._adapters(off=adapters_off):
+            yield
+
+    @contextmanager
+    def _adapters(self, *, off: bool) -> Iterator[None]:
+        before, self._adapters_off = self._adapters_off, off
+        try:
+            with adapters_switched(self.transformer, off=off):
+                yield
+        finally:
+            self._adapters_off = before
 
     def _check(self, tensors: Mapping[str, Tensor]) -> None:
         missing = sorted(self._trainable.keys() - tensors.keys())

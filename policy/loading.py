@@ -14,12 +14,16 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from policy.errors import PolicyError
 from services.config import ModelConfig
+
+TextParts = Literal["all", "tokenizers", "none"]
+"""Encoders and tokenizers, tokenizers alone, or none of both."""
 
 
 @dataclass(frozen=True)
@@ -145,8 +149,9 @@ def load_pipeline(
     location: str,
     index: Mapping[str, Any],
     *,
-    text_encoders: bool,
+    text_encoders: TextParts,
     vae: bool,
+    denoiser: bool = True,
 ) -> Any:
     """The stock pipeline in the dtype of the configuration, on the CPU.
 
@@ -156,10 +161,12 @@ def load_pipeline(
     import diffusers
 
     absent: dict[str, None] = {name: None for name in parts.optional if _class(index, name) is None}
-    if not text_encoders:
-        absent |= dict.fromkeys(parts.text)
+    if text_encoders != "all":
+        absent |= dict.fromkeys(parts.text if text_encoders == "none" else parts.encoders)
     if not vae:
         absent["vae"] = None
+    if not denoiser:
+        absent[parts.denoiser] = None
     pipeline_class: Any = getattr(diffusers, parts.pipeline)
     try:
         with quiet():
@@ -170,6 +177,16 @@ def load_pipeline(
         raise PolicyError(f"model.path {location}: cannot be loaded: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def empty_denoiser(parts: Parts, configs: Configs) -> nn.Module:
+    """The denoiser without any weights: it knows its configuration and takes no memory."""
+    import diffusers
+
+    denoiser_class: Any = getattr(diffusers, parts.denoiser_class)
+    with torch.device("meta"):
+        made: nn.Module = denoiser_class.from_config(configs.denoiser)
+    return made.requires_grad_(False)
 
 
 def place(pipeline: Any, parts: Parts, config: ModelConfig, *, denoiser: bool = True) -> None:

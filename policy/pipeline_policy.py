@@ -2,7 +2,8 @@
 
 Promises
 - The stock pipeline's parts are called as the pipeline calls them; what a family adds is how its denoiser is
-  called (`_predict`), what its output means (`_velocity`) and how a prompt is encoded (`_condition`).
+  called (`_predict`), what its output means (`_velocity`) and how a prompt is encoded (`_condition`, see
+  policy/text_encoders.py).
 - A rollout that the stock pipeline of the family could not repeat is refused, with what would be valid.
 
 policy/registry.py makes these; docs/models.md says how to add one.
@@ -10,10 +11,9 @@ policy/registry.py makes these; docs/models.md says how to add one.
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -22,17 +22,23 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from policy.adapters import add_lora
-from policy.base import Condition, Policy
+from policy.base import Condition
 from policy.errors import PolicyError
-from policy.loading import Configs, Geometry, Parts, check_index, load_pipeline, place, quiet, read_configs
-from policy.schedule import DEFAULT_ORDER
+from policy.loading import (
+    Configs,
+    Geometry,
+    TextParts,
+    check_index,
+    empty_denoiser,
+    find_device,
+    load_pipeline,
+    place,
+    read_configs,
+)
+from policy.schedule import published_rollout
+from policy.text_encoders import CachedConditions, PromptEncoding
 from services.config import ModelConfig, RolloutConfig
 
-OTHER_STEPS = (
-    *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"),
-    *("invert_sigmas", "stochastic_sampling"),
-)
-"""Settings of published schedulers that no rollout has."""
 JOINT_ATTENTION = (
     *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
     *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
@@ -44,12 +50,13 @@ CROSS_ATTENTION = tuple(
     for projection in ("to_q", "to_k", "to_v", "to_out.0")
 )
 """Of those that attend to the image, and then to the text."""
+RANDOM_TOKENS = 16
+"""Text tokens of a condition of no prompt."""
 
 
-class PipelinePolicy(Policy):
+class PipelinePolicy(PromptEncoding):
     """A policy whose parts are those of a stock diffusers pipeline."""
 
-    parts: ClassVar[Parts]
     lora_targets: ClassVar[tuple[str, ...]]
     """What gets an adapter if the configuration does not say."""
     solvers: ClassVar[tuple[str, ...]] = ("dpmsolver++", "euler", "heun", "sde")
@@ -67,8 +74,10 @@ class PipelinePolicy(Policy):
         configs: Configs,
         *,
         base: bool,
+        cached: CachedConditions | None = None,
     ) -> None:
         super().__init__(config, pipeline, denoiser, base=base)
+        self._cached = cached
         self._configs = configs
         self._latent_shape = self.geometry(configs).latent_shape(config)
         self._dtype: torch.dtype = getattr(torch, config.dtype)
@@ -84,11 +93,36 @@ class PipelinePolicy(Policy):
         vae: bool,
         base: bool,
         seed: int,
-        to_shard: bool = False,
+        to_shard: bool,
+        condition_cache: Path | None,
     ) -> Self:
         """See policy/registry.py `load_policy`."""
         configs = cls.read_configs(config, location, index, text_encoders=text_encoders)
-        pipeline = load_pipeline(cls.parts, config, location, index, text_encoders=text_encoders, vae=vae)
+        text: TextParts = "all" if condition_cache is None else "tokenizers"
+        pipeline = load_pipeline(
+            *(cls.parts, config, location, index), text_encoders=text if text_encoders else "none", vae=vae
+        )
+        policy = cls.around(pipeline, config, configs, base=base, seed=seed, to_shard=to_shard)
+        if text_encoders and condition_cache is not None:
+            policy._cached = CachedConditions(condition_cache, pipeline, cls.parts, config, location, index)
+        return policy
+
+    @classmethod
+    def around(
+        cls,
+        pipeline: Any,
+        config: ModelConfig,
+        configs: Configs,
+        *,
+        base: bool = True,
+        seed: int = 0,
+        to_shard: bool = False,
+    ) -> Self:
+        """A policy of a stock pipeline that is in memory, in the dtype of the configuration.
+
+        The pipeline is the policy's from here on: it gets the adapters, and is moved to the device, but for
+        a denoiser that is to be sharded.
+        """
         denoiser: Any = getattr(pipeline, cls.parts.denoiser)
         if config.train == "lora":
             add_lora(denoiser, config.lora, seed=seed, targets=config.lora.targets or cls.lora_targets)
@@ -102,6 +136,23 @@ class PipelinePolicy(Policy):
         place(pipeline, cls.parts, config, denoiser=not to_shard)
         denoiser.eval()
         return cls(config, pipeline, denoiser, configs, base=base)
+
+    @classmethod
+    def load_encoders(
+        cls, config: ModelConfig, location: str, index: Mapping[str, Any], condition_cache: Path
+    ) -> Self:
+        """A policy that does nothing but encode into the cache: neither denoiser nor VAE is loaded."""
+        configs = cls.read_configs(config, location, index, text_encoders=True)
+        pipeline = load_pipeline(
+            *(cls.parts, config, location, index), text_encoders="tokenizers", vae=False, denoiser=False
+        )
+        denoiser = empty_denoiser(cls.parts, configs)
+        # Encoding asks it for a width.
+        setattr(pipeline, cls.parts.denoiser, denoiser)
+        cached = CachedConditions(condition_cache, pipeline, cls.parts, config, location, index)
+        policy = cls(config, pipeline, denoiser, configs, base=False, cached=cached)
+        policy.device = find_device(config.device)
+        return policy
 
     @classmethod
     def read_configs(
@@ -128,35 +179,11 @@ class PipelinePolicy(Policy):
     def stock_rollout(cls, config: ModelConfig, configs: Configs) -> dict[str, object]:
         """The keys of the `rollout` section with which rollouts step as the published scheduler does.
 
-        With dynamic shifting the shift follows from the number of image tokens: exp(mu), mu linear in it.
-
         Raises:
             PolicyError: the published scheduler steps as no rollout can.
         """
-        scheduler = configs.scheduler
-        kind, dynamic = scheduler["_class_name"], bool(scheduler.get("use_dynamic_shifting"))
-        odd = [name for name in OTHER_STEPS if scheduler.get(name)]
-        # The scheduler's own steps are shifted twice at their end if the shift is fixed, and once if not.
-        odd += ["use_dynamic_shifting"] if dynamic and cls.sigmas == "scheduler" else []
-        if odd or kind not in ("FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler"):
-            raise PolicyError(
-                f"the published scheduler is a {kind} {' '.join(['with', *odd]) if odd else ''}: no rollout "
-                "takes its steps; choose rollout.solver and rollout.shift yourself"
-            )
-        if kind == "DPMSolverMultistepScheduler":
-            order = int(scheduler.get("solver_order", DEFAULT_ORDER))
-            own = {} if order == DEFAULT_ORDER else {"order": order}
-            return {"solver": "dpmsolver++", "shift": float(scheduler.get("flow_shift") or 1.0), **own}
-        shift = float(scheduler.get("shift", 1.0))
-        if dynamic:
-            few, many = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
-            low, high = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
-            mu = low + (cls.geometry(configs).tokens(config) - few) * (high - low) / (many - few)
-            shift = mu if scheduler.get("time_shift_type") == "linear" else math.exp(mu)
-        found: dict[str, object] = {"solver": "euler", "sigmas": cls.sigmas, "shift": shift}
-        if scheduler.get("shift_terminal"):
-            found["terminal"] = float(scheduler["shift_terminal"])
-        return found
+        tokens = cls.geometry(configs).tokens(config)
+        return published_rollout(configs.scheduler, sigmas=cls.sigmas, tokens=tokens)
 
     @classmethod
     def _misfits(cls, config: ModelConfig, configs: Configs) -> Iterator[str]:
@@ -176,15 +203,6 @@ class PipelinePolicy(Policy):
     @classmethod
     def _vae_channels(cls, vae: Mapping[str, Any]) -> int:
         return int(vae["latent_channels"])
-
-    @classmethod
-    @abstractmethod
-    def condition_widths(cls, denoiser: Mapping[str, Any]) -> dict[str, int]:
-        """Tensors of a condition -> their last dimension, as a denoiser's configuration has it."""
-
-    @abstractmethod
-    def _condition(self, prompt: str, device: torch.device) -> Condition:
-        """The condition of one prompt, from the stock pipeline's `encode_prompt` on a device."""
 
     @abstractmethod
     def _predict(self, x: Tensor, timestep: Tensor, conditions: Sequence[Condition]) -> Tensor:
@@ -223,14 +241,15 @@ class PipelinePolicy(Policy):
             "max_sequence_length": self.config.max_sequence_length,
         }
 
-    def check_rollout(self, rollout: RolloutConfig) -> None:
-        name = self.parts.pipeline
-        if rollout.solver not in self.solvers:
+    @classmethod
+    def check_rollout(cls, rollout: RolloutConfig) -> None:
+        name = cls.parts.pipeline
+        if rollout.solver not in cls.solvers:
             raise PolicyError(
                 f"rollout.solver {rollout.solver!r}: a stock {name} cannot step with it; "
-                f"valid: {', '.join(self.solvers)}"
+                f"valid: {', '.join(cls.solvers)}"
             )
-        sigmas = self.sigmas if rollout.solver in ("euler", "sde") else "scheduler"
+        sigmas = cls.sigmas if rollout.solver in ("euler", "sde") else "scheduler"
         if rollout.sigmas != sigmas:
             raise PolicyError(
                 f"rollout.sigmas {rollout.sigmas!r}: a stock {name} with solver {rollout.solver!r} takes the "
@@ -239,6 +258,13 @@ class PipelinePolicy(Policy):
 
     def latent_shape(self) -> tuple[int, int, int]:
         return self._latent_shape
+
+    def random_condition(self, generator: torch.Generator) -> Condition:
+        widths = self.condition_widths(self._configs.denoiser)
+        return {
+            name: torch.randn((width,) if name == "pooled" else (RANDOM_TOKENS, width), generator=generator)
+            for name, width in widths.items()
+        }
 
     def initial_latents(self, seeds: Sequence[int]) -> Tensor:
         noise = [
@@ -301,48 +327,6 @@ class PipelinePolicy(Policy):
             images.append((unit * 255).round().to(torch.uint8))
         pixels: NDArray[np.uint8] = torch.cat(images).numpy()
         return pixels
-
-    def _encode(self, prompt: str) -> Condition:
-        with self._encoding() as device:
-            condition = self._on_device(self._condition(prompt, device))
-        self._check_conditions([condition])
-        return condition
-
-    @contextmanager
-    def _encoding(self) -> Iterator[torch.device]:
-        """Text encoders at work, on the device that is given."""
-        encoders = {name: getattr(self.pipeline, name) for name in self.parts.encoders}
-        if any(encoder is None for name, encoder in encoders.items() if name not in self.parts.optional):
-            raise PolicyError("the text encoders are not loaded: load the policy with text_encoders=True")
-        loaded = [encoder for encoder in encoders.values() if encoder is not None]
-        placement = self.config.text_encoders
-        device = torch.device("cpu") if placement == "cpu" else self.device
-        try:
-            if placement == "offload":
-                for encoder in loaded:
-                    encoder.to(device)
-            # no_grad and not inference_mode: the learner trains on these tensors. Quiet: the length is the
-            # configuration's choice, so what it truncates is no news, once a prompt.
-            with torch.no_grad(), quiet():
-                yield device
-        finally:
-            if placement == "offload":
-                for encoder in loaded:
-                    encoder.to("cpu")
-
-    def _check_conditions(self, conditions: Sequence[Condition]) -> None:
-        for name, wanted in self.condition_widths(self._configs.denoiser).items():
-            for condition in conditions:
-                found = None if name not in condition else condition[name].shape[-1]
-                if found != wanted:
-                    raise PolicyError(
-                        f"{self.config.path}: the {self.parts.denoiser} wants {name} of width {wanted}, the "
-                        f"condition has {found or 'none'}; text encoders and {self.parts.denoiser} must come "
-                        "from one model"
-                    )
-
-    def _on_device(self, condition: Condition) -> Condition:
-        return {name: tensor.to(self.device) for name, tensor in condition.items()}
 
     def _spread(
         self, conditions: Sequence[Condition], name: str, samples: int, dtype: torch.dtype | None = None

@@ -18,7 +18,7 @@ from typing import Any
 from policy import families
 from policy.errors import PolicyError
 from policy.pipeline_policy import PipelinePolicy
-from services.config import ModelConfig
+from services.config import Config, ModelConfig
 from services.config_file import find
 
 
@@ -30,6 +30,7 @@ def load_policy(
     base: bool = True,
     seed: int = 0,
     to_shard: bool = False,
+    condition_cache: Path | None = None,
 ) -> PipelinePolicy:
     """Load the model of the `model` section.
 
@@ -40,6 +41,8 @@ def load_policy(
         base: with `train: full`, keep a frozen copy of the weights for `Policy.base()`.
         seed: of the adapters' start; every process of a run uses the same.
         to_shard: leave the denoiser on the CPU, from where `Policy.shard` takes it block by block.
+        condition_cache: directory of encoded prompts: text encoders are loaded only for prompts that it does
+            not have (services/conditions.py); None: if they are asked for, for good.
 
     Raises:
         PolicyError: it cannot be loaded; the text says why and what would be valid.
@@ -52,7 +55,18 @@ def load_policy(
         base=base,
         seed=seed,
         to_shard=to_shard,
+        condition_cache=condition_cache,
     )
+
+
+def load_encoders(config: ModelConfig, condition_cache: Path) -> PipelinePolicy:
+    """Load of a model what fills a directory of encoded prompts; it can encode, and nothing else.
+
+    Raises:
+        PolicyError: as `load_policy`.
+    """
+    location, index = _locate(config)
+    return _family(location, index).load_encoders(config, location, index, condition_cache)
 
 
 def stock_rollout(config: ModelConfig) -> dict[str, object]:
@@ -66,6 +80,26 @@ def stock_rollout(config: ModelConfig) -> dict[str, object]:
     location, index = _locate(config)
     family = _family(location, index)
     return family.stock_rollout(config, family.read_configs(config, location, index, text_encoders=False))
+
+
+def check_sampling(config: Config) -> None:
+    """Whether a run's groups, evaluations and exported pipelines can be sampled as they are configured.
+
+    Reads configurations only, no weights; of a hub id nothing, so that it is refused only when it is loaded.
+
+    Raises:
+        PolicyError: a component or a setting of the sampler does not fit; the text says what would.
+    """
+    if not find(config.model.path).is_dir():
+        return
+    location, index = _locate(config.model)
+    family = _family(location, index)
+    family.read_configs(config.model, location, index, text_encoders=False)
+    # Groups of a recording have been sampled already.
+    for rollout in (
+        (config.evaluation_rollout,) if config.offline else (config.rollout, config.evaluation_rollout)
+    ):
+        family.check_rollout(rollout)
 
 
 def supported() -> dict[str, type[PipelinePolicy]]:

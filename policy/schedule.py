@@ -10,6 +10,8 @@ Promises
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from policy.errors import PolicyError
 from services.config import RolloutConfig
 
 DEFAULT_ORDER = 2
 """Of DPM-Solver++."""
+OTHER_STEPS = (
+    *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"),
+    *("invert_sigmas", "stochastic_sampling"),
+)
+"""Settings of published schedulers that no rollout has."""
 
 VP_SETTINGS: dict[str, Any] = {
     "num_train_timesteps": 1000,
@@ -125,3 +133,41 @@ def _vp_scheduler(steps: int | None = None) -> Any:
     if steps is not None:
         scheduler.set_timesteps(steps)
     return scheduler
+
+
+def published_rollout(scheduler: Mapping[str, Any], *, sigmas: str, tokens: int) -> dict[str, object]:
+    """The keys of the `rollout` section with which rollouts step as a published scheduler does.
+
+    With dynamic shifting the shift follows from the number of image tokens: exp(mu), mu linear in it.
+
+    Args:
+        scheduler: its configuration.
+        sigmas: `rollout.sigmas` that the stock pipeline gives to Euler's solver.
+        tokens: of one image.
+
+    Raises:
+        PolicyError: it steps as no rollout can.
+    """
+    kind, dynamic = scheduler["_class_name"], bool(scheduler.get("use_dynamic_shifting"))
+    odd = [name for name in OTHER_STEPS if scheduler.get(name)]
+    # The scheduler's own steps are shifted twice at their end if the shift is fixed, and once if not.
+    odd += ["use_dynamic_shifting"] if dynamic and sigmas == "scheduler" else []
+    if odd or kind not in ("FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler"):
+        raise PolicyError(
+            f"the published scheduler is a {kind} {' '.join(['with', *odd]) if odd else ''}: no rollout "
+            "takes its steps; choose rollout.solver and rollout.shift yourself"
+        )
+    if kind == "DPMSolverMultistepScheduler":
+        order = int(scheduler.get("solver_order", DEFAULT_ORDER))
+        own = {} if order == DEFAULT_ORDER else {"order": order}
+        return {"solver": "dpmsolver++", "shift": float(scheduler.get("flow_shift") or 1.0), **own}
+    shift = float(scheduler.get("shift", 1.0))
+    if dynamic:
+        few, many = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
+        low, high = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
+        mu = low + (tokens - few) * (high - low) / (many - few)
+        shift = mu if scheduler.get("time_shift_type") == "linear" else math.exp(mu)
+    found: dict[str, object] = {"solver": "euler", "sigmas": sigmas, "shift": shift}
+    if scheduler.get("shift_terminal"):
+        found["terminal"] = float(scheduler["shift_terminal"])
+    return found

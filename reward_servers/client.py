@@ -3,8 +3,9 @@
 Promises
 - `score` returns as many finite scores as there were images, or raises RewardError; an error is never a zero.
 - Connection errors, timeouts, 429 (its Retry-After is kept) and 5xx are tried again with exponential backoff
-  and jitter until `deadline_s` has passed: RewardUnavailable. Other refusals are not: RewardRefused. Neither
-  is an answer that breaks the protocol: RewardInvalid.
+  and jitter until `deadline_s` has passed: RewardUnavailable. So is 404, of a server that has scored before:
+  a proxy that comes up again knows no path at first. Other refusals are not: RewardRefused. Neither is an
+  answer that breaks the protocol: RewardInvalid.
 - One attempt takes at most `attempt_s` (half the deadline unless said otherwise), so that a server that hangs
   once is asked again. (Of `score`, headers that drip are bounded by each read only.)
 - Connections are kept and used again. Redirects are not followed: they would carry the token elsewhere.
@@ -40,11 +41,13 @@ from reward_servers.answer import (
 )
 from reward_servers.exchange import Answer, Transient, ask, ask_async, client_options
 from reward_servers.protocol import (
+    HEALTH_PATH,
     INFO_PATH,
     SCORE_PATH,
     TENSOR_TYPE,
     Metadata,
     ServerInfo,
+    server_address,
 )
 from reward_servers.retrying import asked_and_backoff
 from reward_servers.wire import encode_tensors
@@ -59,7 +62,7 @@ class RewardClient:
 
     Args:
         name: the reward's name in the run, for errors.
-        url: address of the server, up to and without /v1.
+        url: address of the server; from /v1 on it is left out.
         token: bearer token; None sends none.
         deadline_s: seconds for one `score`, retries included.
         app: the scorer that must answer (`ocr`); None takes any.
@@ -87,7 +90,7 @@ class RewardClient:
         if token is not None and not (token.isascii() and token.isprintable()):
             raise ValueError(f"reward {name!r}: its token holds more than printable ASCII")
         self.name = name
-        self.url = url.rstrip("/")
+        self.url = server_address(url)
         self.deadline_s = deadline_s
         self._app = app
         self._attempt_s = attempt_s or deadline_s / 2
@@ -96,6 +99,7 @@ class RewardClient:
         self._options = client_options(parsed, token, {"Content-Type": TENSOR_TYPE})
         self._sync = httpx.Client(**self._options)
         self._async: httpx.AsyncClient | None = None
+        self._has_scored = False
 
     def score(
         self,
@@ -159,6 +163,15 @@ class RewardClient:
         except (Transient, ValueError):
             return None
 
+    def unreachable(self, seconds: float = 3.0) -> str | None:
+        """Why no connection to the server can be made; None where one can, whatever it says then."""
+        try:
+            ask(self._sync, "GET", self.url + HEALTH_PATH, seconds, self._token)
+        except Transient as error:
+            no_connection = isinstance(error.__cause__, httpx.ConnectError | httpx.ConnectTimeout)
+            return str(error) if no_connection else None
+        return None
+
     def _policy(self, failures: list[str]) -> dict[str, Any]:
         def note(state: RetryCallState) -> None:
             if state.outcome is not None:
@@ -176,7 +189,11 @@ class RewardClient:
         return max(0.001, min(left, self._attempt_s))
 
     def _scored(self, answer: Answer, count: int, attempts: int) -> Scored:
-        return scored(answer, name=self.name, url=self.url, app=self._app, count=count, attempts=attempts)
+        if answer.status == 404 and self._has_scored:
+            raise Transient(f"{answer.shown} (it has scored before: is it being started again?)")
+        found = scored(answer, name=self.name, url=self.url, app=self._app, count=count, attempts=attempts)
+        self._has_scored = True
+        return found
 
     def _unavailable(self, failures: Sequence[str], started: float) -> RewardUnavailable:
         # The last attempt is often cut short by the deadline: what failed before it says more.

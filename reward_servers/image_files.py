@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from reward_servers.client import RewardClient
+from reward_servers.client import RewardClient, RewardUnavailable
 from reward_servers.engine import ScoringEngine
 from reward_servers.protocol import Metadata
 from reward_servers.scorer import ItemScore
@@ -88,8 +88,14 @@ def score_by_server(
     prompt: str,
     metadata: Metadata,
     deadline_s: float,
+    *,
+    waits: Callable[[str], None] | None = None,
 ) -> tuple[dict[str, Any], list[ItemScore]]:
     """What scored, and an item an image; a request for each size of image.
+
+    Args:
+        waits: a server that nobody can connect to is asked until the deadline, and this is told why; None: it
+            is an error at once.
 
     Raises:
         ValueError: `url` is none.
@@ -104,10 +110,16 @@ def score_by_server(
 
     async def ask() -> None:
         try:
+            if why := client.unreachable():
+                if waits is None:
+                    raise RewardUnavailable(
+                        client.name, client.url, f"nothing answers there ({why}); --wait waits for it"
+                    )
+                waits(f"nothing answers at {client.url} ({why})")
             for indices in by_size.values():
                 stacked = np.stack([images[index] for index in indices])
                 scored = await client.score_async(stacked, prompt, metadata)
-                result.update(url=url, model=scored.model, version=scored.version)
+                result.update(url=client.url, model=scored.model, version=scored.version)
                 for index, value, details in zip(indices, scored.scores, scored.details, strict=True):
                     items[index] = ItemScore(value, details)
         finally:

@@ -170,12 +170,7 @@ def start_serve(host: str, port: int, *, deadline_s: float, request_timeout_s: f
         # From here on there may be a controller to stop, whether or not the proxy comes up.
         _owns_serve = True
         try:
-            serve.start(
-                proxy_location=ProxyLocation.HeadOnly,
-                http_options=running,
-                logging_config=QUIET,
-                controller_options=_environment(deadline_s),
-            )
+            _start(running, deadline_s)
         except (RayError, TimeoutError) as error:
             reason = str(error).strip().splitlines()
             raise RewardsNotReady(
@@ -187,13 +182,33 @@ def start_serve(host: str, port: int, *, deadline_s: float, request_timeout_s: f
     return f"http://{running.host}:{running.port}"
 
 
+def _start(options: HTTPOptions, deadline_s: float) -> None:
+    """Serve waits 60 s for its proxy, on however busy a machine; a second call finds what is coming up."""
+    until = time.monotonic() + deadline_s
+    while True:
+        try:
+            serve.start(
+                proxy_location=ProxyLocation.HeadOnly,
+                http_options=options,
+                logging_config=QUIET,
+                controller_options=_environment(deadline_s),
+            )
+        except TimeoutError:
+            if time.monotonic() > until:
+                raise
+        else:
+            return
+
+
 def _environment(deadline_s: float) -> dict[str, Any]:
-    """Serve kills a proxy that is not up within 5 s, or silent for 10 s: too soon for a busy machine."""
+    """Serve kills a proxy that is not up within 5 s, or silent for 10 s: too soon for a busy machine. A dead
+    one it replaces behind the third look, every 10 s by default."""
     return {
         "runtime_env": {
             "env_vars": {
                 "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": str(deadline_s),
                 "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
+                "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
                 **CALLBACK,
             }
         }

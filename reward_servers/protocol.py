@@ -180,6 +180,19 @@ def shortened(text: str, most: int = MAX_DETAIL_CHARS) -> str:
     return text if len(text) <= most else text[:most] + "..."
 
 
+def server_address(url: str) -> str:
+    """Where a server is, of an address that may go on with /v1 or the path of a request.
+
+    >>> server_address("http://h:8100/ocr/v1/score"), server_address("http://h:8100/")
+    ('http://h:8100/ocr', 'http://h:8100')
+    """
+    bare = url.rstrip("/")
+    for path in (SCORE_PATH, INFO_PATH, HEALTH_PATH, "/v1"):
+        if bare.endswith(path):
+            return bare.removesuffix(path).rstrip("/")
+    return bare
+
+
 def explained(error: ValidationError, whole: str = "") -> str:
     """What is wrong with a message, without its content: the first five places.
 
@@ -187,7 +200,12 @@ def explained(error: ValidationError, whole: str = "") -> str:
         whole: what the place is called where it is not one field but all of it.
     """
     lines = [
-        ": ".join(filter(None, (".".join(map(str, detail["loc"])) or whole, detail["msg"])))
+        ": ".join(
+            filter(
+                None,
+                (".".join(map(str, detail["loc"])) or whole, detail["msg"].removeprefix("Value error, ")),
+            )
+        )
         for detail in error.errors(include_input=False, include_url=False)[:5]
     ]
     return "; ".join(lines)

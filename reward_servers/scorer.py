@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from reward_servers.protocol import Metadata
 from reward_servers.wire import ScoreCall
@@ -23,6 +23,15 @@ class ScorerOptions(BaseModel):
     """Base of a scorer's arguments: closed, so that a misspelt one is refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, given: Any) -> Any:
+        unknown = [name for name in given if name not in cls.model_fields] if isinstance(given, dict) else []
+        if unknown:
+            valid = ", ".join(cls.model_fields) or "none"
+            raise ValueError(f"no such argument: {', '.join(map(str, unknown))}; valid: {valid}")
+        return given
 
     neutral: ClassVar[frozenset[str]] = frozenset()
     """Arguments that change no score, or only its last bits."""

@@ -110,6 +110,7 @@ def sample_and_score(
         RewardError: a reward could not be had.
     """
     images, pending = [], list[Future[list[GroupScores]]]()
+    policy.prepare([prompt.text for prompt in prompts], negative=config.evaluation_rollout.guidance > 1)
     size, batch_size = config.rollout.group_size, config.eval.batch
     # As in a rollout worker: one batch is scored while the next is sampled.
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="score") as background:

@@ -39,7 +39,7 @@ class Evaluator:
         self._context = RunContext.model_validate_json(context)
         configure_logging("evaluator", self._context.directory, run=self._context.run)
         torch.set_num_threads(self._context.config.rollout.threads)
-        self._queue = self._context.open_queue()
+        self._queue = self._context.open_queue("worker")
         telemetry = self._context.config.telemetry
         ttl = BEATS_TO_LIVE * telemetry.heartbeat_s
         self._pulse = Pulse(

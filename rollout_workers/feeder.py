@@ -104,7 +104,7 @@ class Feeder:
     def run(self) -> int:
         """Work until the run ends; returns the groups admitted."""
         context, config = self._context, self._context.config
-        queue = context.open_queue()
+        queue = context.open_queue("worker")
         with worker_pulse(self._name, queue, config) as pulse:
             pulse.enter("opening the recording")
             try:

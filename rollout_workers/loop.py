@@ -1,8 +1,8 @@
 """What a rollout worker does all day: lease an ordinal, sample its group, have it scored, admit it whole.
 
 Promises
-- Weights are installed between groups, never inside one; an install is proven (digest and bound tensors)
-  before the first group is sampled with it.
+- Weights are installed between groups, never inside one; an install is proven (digest, bound tensors and
+  the velocity probe) before the first group is sampled with it.
 - While a group is being scored the next one is being sampled; at most one group waits for its scores.
 - A group that cannot be had, or its scores cannot, is given back with the reason, and nothing of it reaches
   the learner.
@@ -53,8 +53,11 @@ class SampledGroup:
 class Sampler(Protocol):
     """The model side of a worker."""
 
-    def install(self, announcement: WeightsAnnouncement) -> None:
-        """Fetch, verify and bind a version; raises when fewer tensors bind than were published."""
+    def install(self, announcement: WeightsAnnouncement) -> float | None:
+        """Fetch, verify and bind a version; raises when fewer tensors bind than were published.
+
+        Returns the error of the velocity probe, None where nothing was compared.
+        """
         ...
 
     def sample(self, task: GroupTask) -> SampledGroup:
@@ -91,6 +94,7 @@ class RolloutLoop:
         *,
         poll_s: float = 1.0,
         keep_images: KeepImages | None = None,
+        dismissed: Callable[[], bool] = lambda: False,
     ) -> None:
         self.worker = worker
         self._queue = queue
@@ -100,23 +104,27 @@ class RolloutLoop:
         self._pulse = pulse
         self._poll_s = poll_s
         self._keep_images = keep_images
+        self._dismissed = dismissed
         self._installed: PolicyVersion | None = None
         self._overhead_s = 0.0
         self._scoring: Future[None] | None = None
         self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="score")
 
     def run(self) -> int:
-        """Work until the run ends.
+        """Work until the run ends, or nobody wants this worker any more.
 
         Returns:
             Groups admitted.
 
         Raises:
-            WeightsMismatch, QueueUnreachable, ...: whatever the loop cannot go on from.
+            WeightsMismatch, VelocityDrift, QueueUnreachable, ...: whatever the loop cannot go on from.
         """
         try:
-            while True:
+            while not self._dismissed():
                 self._turn()
+            self._settle()
+            logger.info("one worker too many: ends after %d groups", self._pulse.groups)
+            return self._pulse.groups
         except RunEnded as ended:
             self._settle()
             logger.info("run is %s after %d groups", ended.state, self._pulse.groups)
@@ -175,7 +183,9 @@ class RolloutLoop:
                 f"announced is {announcement.version if announcement else 'none'}"
             )
         self._pulse.enter("installing weights", ordinal=lease.ordinal)
-        self._sampler.install(announcement)
+        error = self._sampler.install(announcement)
+        if error is not None:
+            self._pulse.probe_error = error
         self._installed = announcement.version
         self._pulse.version = announcement.version
 

@@ -1,21 +1,32 @@
 """The real sampler: a policy with its text encoders and VAE, and the weights it installs.
 
 Promises
-- The prompt is encoded once a group; its condition travels with the group, so the learner holds no encoder.
-- An install binds every published tensor, or raises.
+- The prompt is encoded once a group, or found encoded; its condition travels with the group, so the learner
+  holds no encoder.
+- An install binds every published tensor, or raises; with a probe it also raises where this process computes
+  another velocity with them than their publisher.
 """
 
 from __future__ import annotations
 
+import itertools
+import random
+import socket
 from pathlib import Path
 from typing import Any
 
 from policy import Policy, load_policy
+from policy.probe import check_probe
 from rollout_workers.loop import SampledGroup
 from rollout_workers.sampling import sample_trajectory
+from services.conditions import condition_cache, upcoming
 from services.config import Config
 from services.messages import GroupTask, WeightsAnnouncement
 from services.policy_store import install
+from services.prompts import prompt_source
+
+AHEAD = 256
+"""Groups whose prompts are encoded when one is missing in the cache: loading the encoders takes so long."""
 
 
 class PolicySampler:
@@ -31,21 +42,43 @@ class PolicySampler:
         self._config = config
         self._run_directory = run_directory
         self._store = store
+        cache = condition_cache(config, run_directory)
         self.policy: Policy = load_policy(
-            config.model, text_encoders=True, vae=True, base=False, seed=config.run.seed
+            config.model,
+            text_encoders=True,
+            vae=True,
+            base=False,
+            seed=config.run.seed,
+            condition_cache=cache,
         )
+        self._source = None if cache is None else prompt_source(config)
 
-    def install(self, announcement: WeightsAnnouncement) -> None:
-        """Fetch, verify and bind.
+    def install(self, announcement: WeightsAnnouncement) -> float | None:
+        """Fetch, verify and bind; returns the error of the velocity probe, None where there is none.
 
         Raises:
             WeightsMismatch: the digest differs, or names and shapes are not exactly those of the policy.
+            VelocityDrift: the velocity differs from the publisher's by more than `rollout.probe_tolerance`.
         """
         install(self._store, announcement, self.policy.trainable(), self._run_directory)
+        if announcement.probe is None:
+            return None
+        return check_probe(
+            self.policy,
+            announcement.probe,
+            tolerance=self._config.rollout.probe_tolerance,
+            weights=f"weights {announcement.kind} {announcement.version}",
+            here=f"node {socket.gethostname()}",
+        )
 
     def sample(self, task: GroupTask) -> SampledGroup:
         """The group of a task: latents (G, C, h, w), condition of one sample, images (G, H, W, 3)."""
         rollout = self._config.rollout
+        if self._source is not None and not self.policy.prepared(task.prompt.text):
+            texts = list(itertools.islice(upcoming(self._config, self._source, task.ordinal), AHEAD))
+            # Workers that miss the same prompts at once share them so, each its own part first.
+            random.shuffle(texts)
+            self.policy.prepare([task.prompt.text, *texts], negative=rollout.guidance > 1)
         condition = self.policy.encode(task.prompt.text)
         negative = self.policy.negative() if rollout.guidance > 1 else None
         latents, trajectory = sample_trajectory(self.policy, condition, negative, task.seeds, rollout)

@@ -10,7 +10,8 @@ Promises
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -42,16 +43,26 @@ class Scorer(Protocol):
     ) -> GroupScores: ...
 
 
+Asked = Callable[[str, float, Exception | None], None]
+
+
+def _unheard(reward: str, seconds: float, error: Exception | None) -> None: ...
+
+
 class RewardServers:
     """The reward servers of a run.
 
     Args:
         rewards: the configured rewards.
         places: reward name -> where its server is, and its token.
+        asked: told of each request when it has ended: reward, seconds, and why it failed or None.
     """
 
-    def __init__(self, rewards: Sequence[RewardConfig], places: Mapping[str, RewardPlace]) -> None:
+    def __init__(
+        self, rewards: Sequence[RewardConfig], places: Mapping[str, RewardPlace], asked: Asked = _unheard
+    ) -> None:
         self._rewards = tuple(rewards)
+        self._asked = asked
         self._clients = {
             reward.name: RewardClient(
                 reward.name,
@@ -81,7 +92,7 @@ class RewardServers:
         due = [r for r in self._rewards if ordinal is None or ordinal % r.every == 0]
         texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
         pending = {
-            reward.name: self._threads.submit(self._clients[reward.name].score, images, texts, metadata)
+            reward.name: self._threads.submit(self._ask, reward.name, images, texts, metadata)
             for reward in due
         }
         scored: dict[str, Scored] = {}
@@ -101,6 +112,22 @@ class RewardServers:
             rewards={name: tuple(s.scores) for name, s in scored.items()},
             details={name: tuple(s.details) for name, s in scored.items()},
         )
+
+    def _ask(
+        self,
+        reward: str,
+        images: NDArray[np.uint8],
+        texts: Sequence[str],
+        metadata: Sequence[dict[str, Any]],
+    ) -> Scored:
+        begun, failed = time.monotonic(), None
+        try:
+            return self._clients[reward].score(images, texts, metadata)
+        except RewardError as error:
+            failed = error
+            raise
+        finally:
+            self._asked(reward, time.monotonic() - begun, failed)
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)

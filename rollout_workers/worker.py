@@ -17,6 +17,7 @@ from services.images import write_strip
 from services.logs import configure_logging
 from services.messages import GroupTask
 from services.prompts import group_task, prompt_source
+from services.ray_metrics import RewardMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ class RolloutWorker:
 
     def __init__(self, context: str, index: int, store: Any) -> None:
         self._context = RunContext.model_validate_json(context)
-        self._name = f"rollout-{index}"
+        self._index, self._name = index, f"rollout-{index}"
         configure_logging(self._name, self._context.directory, run=self._context.run)
         self._store = store
         torch.set_num_threads(self._context.config.rollout.threads)
@@ -40,11 +41,11 @@ class RolloutWorker:
     def run(self) -> int:
         """Work until the run ends; returns the groups admitted."""
         context, config = self._context, self._context.config
-        queue = context.open_queue()
+        queue = context.open_queue("worker")
         with worker_pulse(self._name, queue, config) as pulse:
             pulse.enter("loading the model")
             sampler = PolicySampler(config, context.directory, self._store)
-            scorer = RewardServers(config.rewards, context.rewards)
+            scorer = RewardServers(config.rewards, context.rewards, RewardMetrics(context.run).asked)
             prompts = prompt_source(config)
 
             def task_of(lease: Lease) -> GroupTask:
@@ -54,7 +55,9 @@ class RolloutWorker:
                 )
 
             loop = RolloutLoop(
-                self._name, queue, sampler, scorer, task_of, pulse, keep_images=sample_keeper(context)
+                *(self._name, queue, sampler, scorer, task_of, pulse),
+                keep_images=sample_keeper(context),
+                dismissed=lambda: self._index >= (queue.wanted_workers() or config.rollout.workers),
             )
             try:
                 return loop.run()

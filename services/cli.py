@@ -124,6 +124,39 @@ def export(
 
 
 @app.command()
+def status(
+    run_dir: Annotated[Path, typer.Argument(help="A run directory.")],
+    watch: Annotated[bool, typer.Option("--watch", help="Look again every 2 seconds, until Ctrl-C.")] = False,
+    as_json: Json = False,
+) -> None:
+    """How a run is: state, step, queue, what every part is doing and since when, what was given up."""
+    from services.run_directory import RunDirectory
+    from services.status import drawn, run_status, watched
+
+    run = RunDirectory.open(run_dir)
+    if watch:
+        watched(run, screen)
+        return
+    found = run_status(run)
+    screen.print(drawn(found))
+    if as_json:
+        _emit(found.model_dump(mode="json"))
+
+
+@app.command()
+def scale(
+    run_dir: Annotated[Path, typer.Argument(help="A run directory.")],
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Rollout workers the run shall have.")],
+) -> None:
+    """Change the number of rollout workers of a run that goes on; nothing is lost or sampled twice."""
+    from services.run_directory import RunDirectory
+    from services.status import scale_run
+
+    scale_run(RunDirectory.open(run_dir), workers)
+    screen.print(f"{workers} workers wanted; dgpo status {run_dir} shows them come and go", soft_wrap=True)
+
+
+@app.command()
 def report(run_dir: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
     """Write report.html of a run: one file that opens offline."""
     from services.report import build_report
@@ -169,6 +202,22 @@ def config(
         _emit(resolved.model_dump(mode="json"))
     else:
         typer.echo(dump_config(resolved), nl=False)
+
+
+@app.command()
+def encode(recipe: Recipe, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Encode all prompts of a recipe with model.text_encoders: cached, before anything is trained."""
+    from services.encoding import encode_prompts
+
+    result = encode_prompts(load_config(recipe, overrides or ()), screen)
+    screen.print(
+        f"{result['prompts']} prompts, {result['encoded']} of them encoded now, "
+        f"{result['bytes_a_prompt'] / 1e6:.2f} MB each, in {result['directory']}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if as_json:
+        _emit(result)
 
 
 @app.command()
@@ -249,6 +298,23 @@ def bench_ranks(as_json: Json = False) -> None:
     from benchmarks.ranks import run_ranks_bench
 
     _bench(run_ranks_bench(screen), as_json)
+
+
+@bench.command("gpu")
+def bench_gpu(
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="A functional check on the CPU, no measurement.")
+    ] = False,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """SD3.5-medium with random weights on this GPU: rollouts, updates, weights and whole steps."""
+    from benchmarks.gpu import run_gpu_bench
+
+    def say(line: str) -> None:
+        screen.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    _bench(run_gpu_bench(say, tiny=tiny, overrides=overrides or ()), as_json)
 
 
 @bench.command("compare")

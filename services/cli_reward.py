@@ -140,8 +140,11 @@ def score(
     threads: Threads = 1,
     url: Annotated[
         str | None,
-        typer.Option("--url", help="Or ask the server at this address, without /v1."),
+        typer.Option("--url", help="Or ask the server at this address."),
     ] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Wait up to --deadline for a server that is not there yet.")
+    ] = False,
     token_file: TokenFile = None,
     token_env: TokenEnv = None,
     deadline: Annotated[float, typer.Option("--deadline", help="Seconds for all scores.")] = 60.0,
@@ -154,11 +157,15 @@ def score(
         raise ConfigError(f"--deadline: expected seconds above 0, found {deadline}")
     if url is not None and (args != "{}" or threads != 1):
         raise ConfigError("--args and --threads are of --app; a server has its own, which serve takes")
-    if app is not None and (token_file is not None or token_env is not None):
-        raise ConfigError("--token-file and --token-env are of --url; --app scores in this process")
+    if app is not None and (token_file is not None or token_env is not None or wait):
+        raise ConfigError("--token-file, --token-env and --wait are of --url; --app scores in this process")
     from reward_servers.image_files import read_image, score_by_server, score_here
 
     extra = _object(metadata, "--metadata")
+
+    def waits(why: str) -> None:
+        screen.print(Text(f"{why}; asking again for up to {deadline:g} s"), soft_wrap=True)
+
     try:
         pixels = [read_image(path) for path in images]
         if app is not None:
@@ -167,7 +174,9 @@ def score(
         else:
             assert url is not None
             token = _token(token_file, token_env, url)
-            result, items = score_by_server(url, token, pixels, prompt, extra, deadline)
+            result, items = score_by_server(
+                *(url, token, pixels, prompt, extra, deadline), waits=waits if wait else None
+            )
     except ValueError as error:
         raise ConfigError(str(error)) from error
     Console(stderr=as_json).print(_scores_table(images, items))

@@ -14,7 +14,7 @@ import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types
 from pydantic import BaseModel
@@ -96,6 +96,9 @@ def _type(annotation: Any) -> str:
         return " or ".join(f"`{value}`" for value in arguments)
     if origin in (Union, types.UnionType):
         return " or ".join("null" if kind is type(None) else _type(kind) for kind in arguments)
+    if origin is Annotated:
+        limits = [text for part in arguments[1:] for item in part.metadata if (text := _limit(item))]
+        return ", ".join([_type(arguments[0]), *limits])
     if origin is tuple:
         if arguments[-1] is Ellipsis:
             return f"list of {_type(arguments[0])}"

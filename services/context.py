@@ -13,7 +13,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from services.config import Config
+from services.config import Config, QueuePart
 from services.config_file import ConfigError
 from services.group_queue import GroupQueue, connect
 from services.messages import Message
@@ -77,11 +77,20 @@ class RunContext(Message):
     def run_directory(self) -> RunDirectory:
         return RunDirectory(self.directory)
 
-    def open_queue(self) -> GroupQueue:
-        """A queue client of this process.
+    def open_queue(self, part: QueuePart) -> GroupQueue:
+        """A queue client of this process, with the login of its part.
 
         Raises:
+            ConfigError: this part has no login, or the variable of its password is not set here.
             QueueUnreachable: nobody there, or the password is refused.
         """
-        client = connect(self.queue_url, self.queue_password.read())
+        logins = self.config.queue.logins
+        login = logins.get(part)
+        if logins and login is None:
+            raise ConfigError(f"queue.logins has no {part}: name its user and password_env there")
+        if login is None:
+            client = connect(self.queue_url, self.queue_password.read())
+        else:
+            password = SecretPlace(env=login.password_env).read()
+            client = connect(self.queue_url, password, user=login.user or part)
         return GroupQueue(client, self.run, self.config.queue)

@@ -8,6 +8,7 @@ Promises
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import json
 import os
 import socket
@@ -35,6 +36,7 @@ from services.ray_runtime import (
     own_cpus,
     replicas_to_come,
     reserved,
+    whole_gpus,
 )
 
 REACH_DEADLINE_S = 5.0
@@ -53,6 +55,12 @@ class Finding(BaseModel, frozen=True):
     """The run can start, and something of it will not be as it is configured."""
 
 
+_PROMPTS_REMEDY = (
+    "make or mend the file, or set prompts.path and eval.path (`dgpo prompts` makes GenEval's); a dataset "
+    "comes from the hub, or from the cache in HF_HOME: see prompts.dataset and prompts.revision"
+)
+
+
 def examine(config: Config) -> list[Finding]:
     """All findings, in the order in which a run would stumble over them."""
     checks: list[Callable[[Config], list[Finding]]] = [
@@ -60,8 +68,10 @@ def examine(config: Config) -> list[Finding]:
         _model,
         _devices,
         _ranks,
+        _optimizer,
         _prompts,
         _timesteps,
+        _rollout,
         _queue,
         _rewards,
         _memory,
@@ -143,10 +153,11 @@ def _devices(config: Config) -> list[Finding]:
     import torch
 
     there = torch.cuda.device_count()
-    asked = reserved(config, "num_gpus")
+    asked, taken = reserved(config, "num_gpus"), whole_gpus(config)
     cuda = config.model.device.startswith("cuda")
-    ok = asked <= there and not (cuda and there == 0)
-    found = f"{there} GPUs here, {asked:g} reserved, model.device {config.model.device}"
+    ok = taken <= there and not (cuda and there == 0)
+    parts = f", in parts that take {taken} whole ones" if taken > asked else ""
+    found = f"{there} GPUs here, {asked:g} reserved{parts}, model.device {config.model.device}"
     remedy = (
         ""
         if ok
@@ -176,15 +187,23 @@ def _ranks(config: Config) -> list[Finding]:
     return [Finding(what="ranks", ok=ok, found=found, remedy=remedy)]
 
 
+def _optimizer(config: Config) -> list[Finding]:
+    """Of this machine: a cluster's may have other packages."""
+    if config.learner.optimizer == "adamw" or cluster_address(config) is not None:
+        return []
+    ok = importlib.util.find_spec("bitsandbytes") is not None
+    found = f"{config.learner.optimizer}: bitsandbytes is {'installed' if ok else 'not installed'}"
+    remedy = "" if ok else "pip install 'dgpo-cluster[8bit]', or set learner.optimizer to adamw"
+    return [Finding(what="optimizer", ok=ok, found=found, remedy=remedy)]
+
+
 def _prompts(config: Config) -> list[Finding]:
     if config.offline:
         return [_recording(config)]
     try:
         first = prompt_source(config).training(config.run.seed, 0).text
     except ConfigError as error:
-        return [
-            Finding(what="prompts", ok=False, found=str(error), remedy="mend the file or set prompts.path")
-        ]
+        return [Finding(what="prompts", ok=False, found=str(error), remedy=_PROMPTS_REMEDY)]
     return [Finding(what="prompts", ok=True, found=f"the first one: {first}")]
 
 
@@ -197,6 +216,27 @@ def _timesteps(config: Config) -> list[Finding]:
         return [Finding(what="timesteps", ok=False, found=str(error), remedy="see objective.timesteps")]
     found = f"training on solver steps {window.start + 1} to {window.stop} of {config.rollout.steps}"
     return [Finding(what="timesteps", ok=True, found=found)]
+
+
+def _rollout(config: Config) -> list[Finding]:
+    """Whether the model can be sampled so; of one that is not here, or not whole, nothing can be said."""
+    from policy.errors import PolicyError
+    from policy.registry import check_sampling
+
+    if not find(config.model.path).is_dir() or not all(finding.ok for finding in _model(config)):
+        return []
+    rollout, evaluation = config.rollout, config.evaluation_rollout
+    try:
+        check_sampling(config)
+    except PolicyError as error:
+        return [
+            Finding(what="rollout", ok=False, found=str(error), remedy="set rollout, or model, as it says")
+        ]
+    found = (
+        f"{rollout.solver} with {rollout.steps} steps, shift {rollout.shift:g}, guidance {rollout.guidance:g}"
+    )
+    beside = "" if evaluation.solver == rollout.solver else f"; evaluations with {evaluation.solver}"
+    return [Finding(what="rollout", ok=True, found=f"the model can be sampled so: {found}{beside}")]
 
 
 def _recording(config: Config) -> Finding:
@@ -227,23 +267,34 @@ def _scores_nothing(config: Config) -> bool:
 def _queue(config: Config) -> list[Finding]:
     if config.queue.url is None:
         return [Finding(what="queue", ok=True, found="an embedded Valkey server on loopback")]
+    url, logins = config.queue.url, config.queue.logins
+    if not logins:
+        return [_queue_login(url, "queue", None, config.queue.password_env)]
+    return [
+        _queue_login(url, f"queue {part}", login.user or part, login.password_env)
+        for part, login in logins.items()
+    ]
+
+
+def _queue_login(url: str, what: str, user: str | None, variable: str | None) -> Finding:
     from services.group_queue import QueueUnreachable, connect
 
-    variable = config.queue.password_env
     password = os.environ.get(variable) if variable else None
     if variable and not password:
-        remedy = f"export {variable}=... before starting"
-        return [Finding(what="queue", ok=False, found=f"{variable} is not set", remedy=remedy)]
+        remedy = f"export {variable}=... before starting, on every node where that part runs"
+        return Finding(what=what, ok=False, found=f"{variable} is not set", remedy=remedy)
     try:
-        client = connect(config.queue.url, password)
+        client = connect(url, password, user=user)
         policy = client.config_get("maxmemory-policy").get("maxmemory-policy", "unknown")
     except QueueUnreachable as error:
-        return [Finding(what="queue", ok=False, found=str(error), remedy="start it, or mend queue.url")]
+        return Finding(
+            what=what, ok=False, found=str(error), remedy="mend the server, queue.url or the login"
+        )
     except redis.ResponseError as error:  # CONFIG may be forbidden to this user: that is no fault
-        return [Finding(what="queue", ok=True, found=f"reachable; maxmemory-policy not readable: {error}")]
+        return Finding(what=what, ok=True, found=f"reachable; maxmemory-policy not readable: {error}")
     ok = policy == "noeviction"
     remedy = "" if ok else "set maxmemory-policy noeviction: an evicted group is a lost group"
-    return [Finding(what="queue", ok=ok, found=f"reachable, maxmemory-policy {policy}", remedy=remedy)]
+    return Finding(what=what, ok=ok, found=f"reachable, maxmemory-policy {policy}", remedy=remedy)
 
 
 def _rewards(config: Config) -> list[Finding]:
@@ -261,6 +312,8 @@ def _reward(reward: RewardConfig) -> Finding:
         valid = ", ".join(scorer_names())
         remedy = "" if ok else f"set rewards[].app to one of {valid}, or to package.module:create"
         found = f"served by this run: {reward.app}" if ok else f"no scorer {reward.app!r}"
+        if ok and (unlike := _on_another_device(reward)):
+            return Finding(what=what, ok=True, warning=True, found=f"{found}; {unlike[0]}", remedy=unlike[1])
         return Finding(what=what, ok=ok, found=found, remedy=remedy)
     token = os.environ.get(reward.token_env) if reward.token_env else None
     if reward.token_env and not token:
@@ -270,8 +323,10 @@ def _reward(reward: RewardConfig) -> Finding:
             found=f"{reward.token_env} is not set",
             remedy=f"export {reward.token_env}=... before starting",
         )
+    from reward_servers.protocol import INFO_PATH, server_address
+
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    address = f"{str(reward.url).rstrip('/')}/v1/info"
+    address = server_address(str(reward.url)) + INFO_PATH
     try:
         answer = httpx.get(address, headers=headers, timeout=REACH_DEADLINE_S)
         info = answer.json() if answer.status_code == 200 else None
@@ -284,6 +339,18 @@ def _reward(reward: RewardConfig) -> Finding:
         remedy = "set rewards[].token_env" if answer.status_code == 401 else "is this a reward server?"
         return Finding(what=what, ok=False, found=f"{address}: HTTP {answer.status_code}", remedy=remedy)
     return Finding(what=what, ok=True, found=f"{address}: {info}")
+
+
+def _on_another_device(reward: RewardConfig) -> tuple[str, str] | None:
+    """Where a scorer reserves a GPU and computes on the CPU, or the other way round: that, and what to do."""
+    device = str(reward.args.get("device", "cpu"))
+    if reward.num_gpus > 0 and device == "cpu":
+        remedy = "set args.device of the reward to cuda if its scorer has one, or num_gpus to 0"
+        return f"it reserves {reward.num_gpus:g} GPU, and args.device is cpu", remedy
+    if reward.num_gpus == 0 and device != "cpu":
+        remedy = "give the reward a share of a GPU in num_gpus, or args.device cpu"
+        return f"args.device is {device}, and it reserves no GPU", remedy
+    return None
 
 
 def _memory(config: Config) -> list[Finding]:
@@ -301,6 +368,7 @@ def _memory(config: Config) -> list[Finding]:
     free = psutil.virtual_memory().available
     ok, warning = free > needed, needed < free <= grown
     found = f"{free / 1024**3:.1f} GiB free, about {needed / 1024**3:.1f} GiB needed on one machine"
+    found += "" if place.is_dir() else ", without the model, whose size is not known here"
     remedy = "" if ok else "lower rollout.workers, or close other programs"
     return [
         Finding(

@@ -25,6 +25,8 @@ import redis
 
 from learner.checkpoint import newest_checkpoint
 from learner.ray_train import fit
+from policy.errors import PolicyError
+from policy.registry import check_sampling
 from reward_servers.client import RewardClient
 from reward_servers.launch import start_rewards, stop_rewards
 from rollout_workers.evaluator import Evaluator
@@ -42,6 +44,7 @@ from services.policy_store import PolicyStore
 from services.progress import Progress
 from services.prompts import evaluates
 from services.queue_connection import place
+from services.ray_metrics import RunMetrics
 from services.ray_runtime import NAMESPACE, ray_cluster
 from services.resuming import reconfigure
 from services.run_directory import RunDirectory
@@ -73,8 +76,13 @@ def train(
         PartFailed: a part kept failing; its last error is in the text.
     """
     configure_logging("driver", run.root, run=run.name, stream_level=None)
-    # Before anything is started: it refuses prompts and recordings that cannot be used.
+    # Before anything is started: these refuse prompts and recordings that cannot be used, and sampling that
+    # the model does not bear.
     evaluating = evaluates(config) and record is None
+    try:
+        check_sampling(config)
+    except PolicyError as error:
+        raise ConfigError(str(error)) from error
     with ExitStack() as stack:
         stack.enter_context(run.locked())
         if resume:
@@ -94,7 +102,7 @@ def train(
             queue_password=queue_password,
             record=record,
         )
-        queue = context.open_queue()
+        queue = context.open_queue("driver")
         queue.set_state("starting")
         stack.push(partial(_tell_failure, queue))
         store = _actor(PolicyStore, context, "policy-store", num_cpus=0).remote()
@@ -108,9 +116,13 @@ def train(
             places = stack.enter_context(reward_places(config, run, own_ray))
             context = context.model_copy(update={"rewards": places})
         signals.check()
+        metrics = RunMetrics(run.name, [reward.name for reward in config.rewards])
         telemetry = stack.enter_context(
             Telemetry(
-                run.root, tensorboard=config.telemetry.tensorboard, resumed_step=_resumed_step(run, resume)
+                run.root,
+                tensorboard=config.telemetry.tensorboard,
+                resumed_step=_resumed_step(run, resume),
+                beside=[metrics],
             )
         )
         text = context.model_dump_json()
@@ -124,14 +136,23 @@ def train(
             queue.release_worker(part, why)
             view.row(telemetry.event("worker died", f"{part}: {why}", level="warning"))
 
+        def worker_left(part: str) -> None:
+            queue.forget(part)
+            view.row(telemetry.event("worker left", part))
+
+        # The queue of a resumed run may remember another number.
+        queue.want_workers(config.rollout.workers)
         supervisor = Supervisor(
             spawn=lambda index: _spawn(context, text, index, store),
             count=1 if config.offline else config.rollout.workers,
             max_restarts=config.rollout.max_restarts,
             on_death=worker_died,
             part=_part(config),
+            on_leave=worker_left,
         )
-        monitor = Monitor(context, queue, telemetry, view, evaluator, supervisor, learner, signals)
+        monitor = Monitor(
+            *(context, queue, telemetry, metrics, view, evaluator), supervisor, learner, signals
+        )
         view.activity("loading the models")
         # Stopped in reverse order: the state first, so that workers end by themselves.
         stack.callback(supervisor.join, JOIN_DEADLINE_S)

@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from services.conditions import condition_cache
 from services.config import Config
 from services.config_file import ConfigError, find, load_config
 from services.run_directory import RunDirectory
@@ -62,7 +63,15 @@ def evaluate_model(
     if not prompts:
         raise ConfigError("eval.path: no held-out prompts; give a file of them (--set eval.path=FILE)")
     torch.set_num_threads(config.rollout.threads)
-    policy = load_policy(config.model, text_encoders=True, vae=True, base=False, seed=config.run.seed)
+    run = checkpoint.parent.parent if checkpoint is not None else None
+    policy = load_policy(
+        config.model,
+        text_encoders=True,
+        vae=True,
+        base=False,
+        seed=config.run.seed,
+        condition_cache=condition_cache(config, run),
+    )
     if checkpoint is not None:
         policy.install(_weights(checkpoint, weights))
     with tempfile.TemporaryDirectory() as folder, screen.status("starting the reward servers") as status:

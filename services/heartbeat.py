@@ -52,6 +52,7 @@ class Pulse:
         self.part = part
         self.groups = 0
         self.version: PolicyVersion | None = None
+        self.probe_error: float | None = None
         self._beat = beat
         self._renew = renew
         self._every_s = every_s
@@ -105,6 +106,7 @@ class Pulse:
                 ordinal=self._ordinal,
                 groups=self.groups,
                 rss_bytes=peak_rss_bytes(),
+                probe_error=self.probe_error,
                 pid=os.getpid(),
                 node=socket.gethostname(),
             )

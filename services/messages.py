@@ -117,6 +117,9 @@ class WeightsAnnouncement(Message):
     """How many tensors an install must bind."""
     bytes: int = Field(ge=1)
     """Size of the safetensors payload."""
+    probe: tuple[float, ...] | None = None
+    """The publisher's velocity with these weights (policy/probe.py), to be compared after the install; null:
+    nothing to compare."""
 
 
 class Heartbeat(Message):
@@ -135,6 +138,8 @@ class Heartbeat(Message):
     """Groups it has completed."""
     rss_bytes: int = Field(default=0, ge=0)
     """Peak resident memory of the process."""
+    probe_error: float | None = Field(default=None, ge=0)
+    """Relative error of its velocity to the learner's, when last compared."""
     pid: int = 0
     node: str = ""
 

@@ -98,6 +98,8 @@ class UpdateRow(Row):
     """Share of (sample, timestep) pairs whose DSM error was clipped."""
     kl: Number = None
     learning_rate: Number = None
+    micro_batch: int | None = None
+    """Samples in one forward-backward: what `learner.micro_batch` says, or `auto` found."""
     phases: dict[str, float] = Field(default_factory=dict)
     """Seconds of this update by phase of the learner: wait_s, codec_s, forward_backward_s, publish_s,
     commit_s, checkpoint_s."""
@@ -106,6 +108,9 @@ class UpdateRow(Row):
     ranks what rank 0 spent on each, and in ranks_s on waiting for the others and adding up gradients."""
     rollout: dict[str, float] = Field(default_factory=dict)
     """Mean seconds a group: sample_s, reward_s, overhead_s."""
+    probe_error: Number = None
+    """Largest relative error of a worker's velocity to the learner's with the same weights, as last compared
+    (`learner.probe_every`)."""
     rss_bytes: int = 0
     """Peak resident memory of the learner."""
 

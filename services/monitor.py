@@ -3,6 +3,7 @@
 Promises
 - A failure of any part ends `watch` with an exception that names it; the end of the work ends it normally.
 - Nothing is waited for in silence: a part without a heartbeat is named, with what it was doing last.
+- As many workers are kept as the queue is told (`dgpo scale`).
 - A guard that fires is an event; with `guard.action: stop` the run drains and says why.
 - Evaluations happen when services/evaluation_schedule.py says; a run that is done has the one after training.
 """
@@ -23,8 +24,9 @@ from services.group_queue import GroupQueue
 from services.guard import Guard
 from services.memory import peak_memory
 from services.messages import Heartbeat, PolicyVersion, WeightsAnnouncement
-from services.metrics import AnyRow, MemoryRow, row_of
+from services.metrics import AnyRow, MemoryRow, UpdateRow, row_of
 from services.progress import Progress
+from services.ray_metrics import RunMetrics
 from services.run_directory import RunDirectory
 from services.stop_signals import StopSignals
 from services.supervisor import PartFailed, Supervisor
@@ -81,6 +83,7 @@ class Monitor:
         context: RunContext,
         queue: GroupQueue,
         telemetry: Telemetry,
+        metrics: RunMetrics,
         view: Progress,
         evaluator: Any,
         supervisor: Supervisor,
@@ -90,6 +93,7 @@ class Monitor:
         self._context = context
         self._queue = queue
         self._telemetry = telemetry
+        self._metrics = metrics
         self._view = view
         self._supervisor = supervisor
         self._learner = learner
@@ -145,6 +149,10 @@ class Monitor:
             self._draining = True
             self._view.activity("stopping: what is under way is finished, then comes a checkpoint")
             self._queue.set_state("draining")
+        self._metrics.state("draining" if self._draining else "running")
+        wanted = self._queue.wanted_workers()
+        if wanted is not None and not self._draining and not self._context.config.offline:
+            self._supervisor.resize(wanted)
         self._supervisor.poll(POLL_S)
         self._move_metrics()
         self._watch_heartbeats()
@@ -155,8 +163,17 @@ class Monitor:
         while rows := self._queue.read_metrics(self._last_row_id):
             for row_id, row in rows:
                 self._last_row_id = row_id
-                self._write(row_of(row))
+                self._write(self._with_probe_error(row_of(row)))
             self._queue.metrics_written(self._last_row_id)
+
+    def _with_probe_error(self, row: AnyRow) -> AnyRow:
+        """Only heartbeats tell it: it belongs to weights that a worker has installed, not to groups."""
+        found = [beat.probe_error for beat in self._beats.values() if beat.probe_error is not None]
+        return (
+            row.model_copy(update={"probe_error": max(found)})
+            if isinstance(row, UpdateRow) and found
+            else row
+        )
 
     def _write(self, row: AnyRow) -> None:
         self._telemetry.write(row)
@@ -177,6 +194,8 @@ class Monitor:
 
     def _move_heartbeats(self) -> dict[str, Heartbeat]:
         alive = {part: beat for part, beat in self._queue.heartbeats().items() if beat is not None}
+        newest = self._queue.latest("policy")
+        self._metrics.beats(alive.values(), newest.version if newest is not None else None)
         self._view.heartbeats(list(alive.values()))
         self._beats |= alive
         return alive

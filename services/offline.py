@@ -90,7 +90,7 @@ def differences(config: Config, facts: Facts) -> list[str]:
     pairs = [("model.path", facts.model, config.model.path)]
     pairs += [
         (f"rollout.{key}", getattr(facts, key), getattr(rollout, key))
-        for key in ("solver", "steps", "shift", "guidance")
+        for key in ("solver", "steps", "shift", "guidance", *_told(facts))
     ]
     return [f"{key}: recorded with {was!r}, now {now!r}" for key, was, now in pairs if was != now]
 
@@ -103,6 +103,11 @@ def _contradictions(config: Config, recording: Recording) -> Iterator[str]:
         yield (
             f"model.height and width are {config.model.height} x {config.model.width}, its images "
             f"{facts.height} x {facts.width}: latents of shape {facts.latent_shape}"
+        )
+    if facts.sigmas is not None and facts.sigmas != rollout.sigmas:
+        yield (
+            f"rollout.sigmas is {rollout.sigmas!r}, its groups were sampled with {facts.sigmas!r}: those of "
+            "another family of models, or at noise levels that are not trained then"
         )
     channels = _latent_channels(config)
     if channels is not None and len(facts.latent_shape) == 3 and channels != facts.latent_shape[0]:
@@ -118,6 +123,11 @@ def _contradictions(config: Config, recording: Recording) -> Iterator[str]:
     yield from _missing_rewards(config, recording)
     if config.objective.needs_trajectory:
         yield from _untrainable_trajectories(config, facts)
+
+
+def _told(facts: Facts) -> tuple[str, ...]:
+    """What only newer recordings say; that sigmas differ is a contradiction of its own."""
+    return ("terminal",) if facts.sigmas is not None else ()
 
 
 def _missing_rewards(config: Config, recording: Recording) -> Iterator[str]:
@@ -144,7 +154,7 @@ def _untrainable_trajectories(config: Config, facts: Facts) -> Iterator[str]:
             f"({facts.solver!r}) have only their final latents: record with an objective that needs them"
         )
         return
-    for key in ("solver", "noise_level", "steps", "shift", "guidance"):
+    for key in ("solver", "noise_level", "steps", "shift", "guidance", *_told(facts)):
         was, now = getattr(facts, key), getattr(rollout, key)
         if was != now:
             yield f"rollout.{key} is {now!r}, the recorded likelihoods are those of {was!r}"

@@ -129,6 +129,7 @@ def publish(
     *,
     kind: str = "policy",
     dtype: torch.dtype | None = None,
+    probe: tuple[float, ...] | None = None,
 ) -> WeightsAnnouncement:
     """Make weights fetchable.
 
@@ -136,13 +137,14 @@ def publish(
         store: handle of the PolicyStore actor, or another WeightsTransport.
         tensors: name -> tensor on any device.
         dtype: in which they travel; None: their own.
+        probe: the velocity with these tensors (policy/probe.py).
 
     Returns:
         What to announce (GroupQueue.commit, GroupQueue.announce).
     """
     like = {name: torch.empty_like(tensor, dtype=dtype, device="meta") for name, tensor in tensors.items()}
     whole = ((name, [tensor]) for name, tensor in tensors.items())
-    return publish_rows(store, like, whole, version, kind=kind)
+    return publish_rows(store, like, whole, version, kind=kind, probe=probe)
 
 
 def publish_rows(
@@ -152,6 +154,7 @@ def publish_rows(
     version: PolicyVersion,
     *,
     kind: str,
+    probe: tuple[float, ...] | None = None,
 ) -> WeightsAnnouncement:
     """The same, of weights that come one after another, each in pieces of some rows (services/codec.py
     `WeightsEncoder`)."""
@@ -168,6 +171,7 @@ def publish_rows(
             "digest": digest,
             "tensors": len(like),
             "bytes": payload.size,
+            "probe": probe,
         }
     )
     _transport(store).send(announcement, payload)

@@ -82,12 +82,28 @@ class QueueBoard(QueueWorker):
         found = self._client.hget(self._keys.key("policy"), "state")
         return _state(found.decode() if found is not None else None)
 
+    def want_workers(self, count: int) -> None:
+        """Say how many rollout workers the run should have; those with a higher index end by themselves."""
+        self._client.hset(self._keys.key("policy"), "workers", count)
+
+    def wanted_workers(self) -> int | None:
+        """None before anybody said."""
+        found = self._client.hget(self._keys.key("policy"), "workers")
+        return int(found) if found is not None else None
+
     def beat(self, heartbeat: Heartbeat, ttl_s: float = HEARTBEAT_TTL_S) -> None:
         """Say that a part is alive; forgotten after `ttl_s`."""
         pipeline = self._client.pipeline(transaction=False)
         key = self._keys.key(f"hb:{heartbeat.part}")
         pipeline.set(key, heartbeat.model_dump_json(), px=max(1, int(ttl_s * 1000)))
         pipeline.sadd(self._keys.key("parts"), heartbeat.part)
+        pipeline.execute()
+
+    def forget(self, part: str) -> None:
+        """A part that has been taken away is no silent one."""
+        pipeline = self._client.pipeline(transaction=False)
+        pipeline.srem(self._keys.key("parts"), part)
+        pipeline.unlink(self._keys.key(f"hb:{part}"))
         pipeline.execute()
 
     def heartbeats(self) -> dict[str, Heartbeat | None]:

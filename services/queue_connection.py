@@ -42,12 +42,15 @@ def place(url: str) -> str:
     return f"{parts.hostname or 'localhost'}:{port or 6379}"
 
 
-def connect(url: str, password: str | None = None, *, deadline_s: float = 5.0) -> redis.Redis:
+def connect(
+    url: str, password: str | None = None, *, user: str | None = None, deadline_s: float = 5.0
+) -> redis.Redis:
     """A client that has logged in and been answered.
 
     Args:
         url: `redis[s]://[user@]host[:port][/db]`.
         password: of that user, or of the server; wins over one in the URL.
+        user: ACL user, where the URL names none.
         deadline_s: how long a server that does not answer yet is waited for. A refused login fails at once.
 
     Raises:
@@ -59,7 +62,9 @@ def connect(url: str, password: str | None = None, *, deadline_s: float = 5.0) -
         raise QueueUnreachable(f"queue address must begin with redis:// or rediss://, its scheme is {found}")
     where = place(url)
     try:
-        probe = _client(url, password, Retry(NoBackoff(), 0), timeout_s=min(deadline_s, SOCKET_TIMEOUT_S))
+        probe = _client(
+            url, user, password, Retry(NoBackoff(), 0), timeout_s=min(deadline_s, SOCKET_TIMEOUT_S)
+        )
     except (ValueError, TypeError, redis.RedisError) as error:
         raise QueueUnreachable(f"queue address for {where}: {error}") from None
     give_up = time.monotonic() + deadline_s
@@ -69,7 +74,7 @@ def connect(url: str, password: str | None = None, *, deadline_s: float = 5.0) -
         probe.close()
     # 0.05, 0.1, ... capped at 2 s: together about 20 s.
     retry = Retry(ExponentialWithJitterBackoff(base=0.05, cap=2.0), 16)
-    return _client(url, password, retry, timeout_s=SOCKET_TIMEOUT_S)
+    return _client(url, user, password, retry, timeout_s=SOCKET_TIMEOUT_S)
 
 
 class _WholeSends:
@@ -115,8 +120,11 @@ class _Unix(_WholeSends, redis.UnixDomainSocketConnection): ...
 _CONNECTIONS = {"redis": _Tcp, "rediss": _Tls, "unix": _Unix}
 
 
-def _client(url: str, password: str | None, retry: Retry, *, timeout_s: float) -> redis.Redis:
-    options: dict[str, Any] = {"password": password} if password is not None else {}
+def _client(
+    url: str, user: str | None, password: str | None, retry: Retry, *, timeout_s: float
+) -> redis.Redis:
+    login = {"username": user, "password": password}
+    options: dict[str, Any] = {name: value for name, value in login.items() if value is not None}
     if urlsplit(url).scheme != "unix":
         options["socket_keepalive"] = True
     client: redis.Redis = redis.Redis.from_url(
@@ -141,7 +149,7 @@ def _ping(client: redis.Redis, where: str, give_up: float) -> None:
         except (redis.AuthenticationError, redis.exceptions.NoPermissionError) as error:
             raise QueueUnreachable(
                 f"queue server at {where} refused the login: {_first_line(error)}; "
-                "check user and password (queue.password_env)"
+                "check user and password (queue.password_env, queue.logins)"
             ) from None
         except TypeError as error:
             # redis-py hands the options of an address on as they are, and only when it connects.

@@ -44,13 +44,36 @@ GROWTH_REMEDY = (
 def reserved(config: Config, resource: Resource) -> float:
     """Ray CPUs or GPUs that the parts of a run reserve together from its start; controllers reserve none."""
 
-    def of(section: Section) -> float:
-        return float(getattr(section, resource))
+    return sum(_pieces(config, resource))
 
-    rewards = sum(of(reward) * reward.replicas for reward in _served(config))
+
+def whole_gpus(config: Config) -> int:
+    """GPUs that a run takes from its start: a fraction of one is never spread over two.
+
+    Largest first, each where it fits; Ray, which places parts as they come, may need more if they are of many
+    sizes.
+    """
+    room: list[int] = []
+    # In ten-thousandths, as Ray counts: 0.8 + 0.1 + 0.1 is one.
+    for piece in sorted((round(piece * 10_000) for piece in _pieces(config, "num_gpus")), reverse=True):
+        place = next((place for place, left in enumerate(room) if piece <= left), None)
+        if place is not None:
+            room[place] -= piece
+        elif piece:
+            room += [0] * (piece // 10_000) + ([10_000 - piece % 10_000] if piece % 10_000 else [])
+    return len(room)
+
+
+def _pieces(config: Config, resource: Resource) -> list[float]:
+    """What each part reserves."""
+
+    def of(section: Section, count: int = 1) -> list[float]:
+        return [float(getattr(section, resource))] * count
+
     # A feeder reserves none, and an evaluation needs its rewards; whether there is one is not looked up here.
-    sampling = 0.0 if config.offline else of(config.rollout) * config.rollout.workers
-    return of(config.learner) * config.learner.ranks + sampling + of(config.eval) + rewards
+    sampling = [] if config.offline else of(config.rollout, config.rollout.workers)
+    rewards = [piece for reward in _served(config) for piece in of(reward, reward.replicas)]
+    return [*of(config.learner, config.learner.ranks), *sampling, *of(config.eval), *rewards]
 
 
 def replicas_to_come(config: Config) -> int:
@@ -146,11 +169,12 @@ def ray_cluster(config: Config) -> Iterator[bool]:
         # One machine is not taken away piece by piece; the watcher is a process more to start.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         _start(config)
-        here, gpus = ray.cluster_resources().get("GPU", 0.0), reserved(config, "num_gpus")
-        if gpus > here:
+        here, asked = ray.cluster_resources().get("GPU", 0.0), reserved(config, "num_gpus")
+        if (taken := whole_gpus(config)) > here:
             ray.shutdown()
+            parts = f" in parts that take {taken} whole ones" if taken > asked else ""
             raise ConfigError(
-                f"the run reserves {gpus:g} GPUs, this machine has {here:g}: lower num_gpus "
+                f"the run reserves {asked:g} GPUs{parts}, this machine has {here:g}: lower num_gpus "
                 "of rollout, learner, eval or rewards, or join a cluster (cluster.address)"
             )
     _tell_of_room(config)

@@ -30,7 +30,8 @@ from services.config_file import ConfigError
 from services.messages import GroupHeader, Message
 from services.safetensors_layout import pack
 
-FORMAT = 1
+FORMATS = (1, 2)
+"""Those that are read; the last is written. Format 1 says nothing of sigmas and terminal."""
 INDEX = "index.jsonl"
 SHARD_NAME = re.compile(r"shard-(\d{6,})\.safetensors")
 
@@ -42,7 +43,7 @@ class RecordingError(ConfigError):
 class Facts(Message):
     """How the groups were made: what an offline run must agree with, and what people want to know."""
 
-    format: Literal[1] = 1
+    format: Literal[1, 2] = 2
     run: str
     """The run that recorded them; with the ordinal it names a group."""
     seed: int
@@ -56,6 +57,10 @@ class Facts(Message):
     noise_level: float | None
     steps: int
     shift: float
+    sigmas: str | None = None
+    """`rollout.sigmas`; null in format 1, which does not say it."""
+    terminal: float | None = None
+    """`rollout.terminal`, where sigmas are told."""
     guidance: float
     rewards: tuple[str, ...]
     """Those that the run was configured with; a group may lack an optional or a held-out one."""
@@ -82,6 +87,8 @@ class Facts(Message):
             noise_level=rollout.noise_level,
             steps=rollout.steps,
             shift=rollout.shift,
+            sigmas=rollout.sigmas,
+            terminal=rollout.terminal,
             guidance=rollout.guidance,
             rewards=tuple(reward.name for reward in config.rewards),
             latent_shape=tuple(group.tensors["latents"].shape[1:]),
@@ -203,8 +210,9 @@ def _facts(path: Path, line: bytes) -> Facts:
     try:
         found = json.loads(line)
         version = found["format"]
-        if version != FORMAT:
-            raise RecordingError(f"{path}: format {version!r}, this version reads format {FORMAT}")
+        if version not in FORMATS:
+            valid = " and ".join(map(str, FORMATS))
+            raise RecordingError(f"{path}: format {version!r}, this version reads formats {valid}")
         return Facts.model_validate_json(line)
     except ValidationError as error:
         first = error.errors()[0]

@@ -18,6 +18,9 @@ from services.config_file import ConfigError, dump_config
 from services.run_directory import RunDirectory
 from services.telemetry import read_metrics
 
+OF_A_MACHINE = ("device", "text_encoders", "condition_cache")
+"""Keys of `model` that say where something is: another machine may have it elsewhere."""
+
 
 def reconfigure(run: RunDirectory, config: Config) -> None:
     """Make `config` that of a run; call it while holding the run (`RunDirectory.locked`).
@@ -65,7 +68,7 @@ def fixed_settings(config: Config) -> dict[str, Any]:
         # Names, prompts and noise follow from them.
         **_flat("run", raw["run"]),
         # The checkpoint's shapes and the base it belongs to; another machine may have another device.
-        **_flat("model", {key: value for key, value in raw["model"].items() if key != "device"}),
+        **_flat("model", {key: value for key, value in raw["model"].items() if key not in OF_A_MACHINE}),
         # What an ordinal means, and how the groups that still wait in the queue were made.
         **_flat("prompts", raw["prompts"]),
         **{
@@ -79,6 +82,7 @@ def fixed_settings(config: Config) -> dict[str, Any]:
             f"rewards[].{key}": [reward[key] for reward in raw["rewards"]]
             for key in ("name", "heldout", "required")
         },
+        "learner.optimizer": raw["learner"]["optimizer"],
         # Which references checkpoints hold.
         "objective.name": raw["objective"]["name"],
         "objective.reference_of": raw["objective"].get("reference_of"),

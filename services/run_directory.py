@@ -3,6 +3,7 @@
 Layout
     config.yaml        the resolved configuration; former ones of a resumed run: config.yaml.before-N
     environment.json   versions, git revision, machine
+    micro_batch.json   what `learner.micro_batch: auto` has found, and the run keeps to
     metrics.jsonl      one row an update, an evaluation, an event
     tensorboard/       the same as event files
     samples/           images of some groups, and of the evaluations before and after
@@ -143,6 +144,18 @@ class RunDirectory:
             file.write(str(os.getpid()))
             file.flush()
             yield
+
+    def driver(self) -> int | None:
+        """Process id of the driver that holds the run; None where none does on this machine."""
+        try:
+            with (self.root / "driver.lock").open("r") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return int(file.read())
+        except (OSError, ValueError):
+            pass
+        return None
 
 
 def environment() -> dict[str, object]:

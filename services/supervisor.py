@@ -6,7 +6,8 @@ Promises
 - A worker that dies more often than its budget ends the run with its last error; one that cannot even start,
   for a reason that no restart mends, does so at once. A worker that has been made anew keeps its budget: its
   new node may lack what the others have.
-- A worker that returns has seen the end of the run: it is not made anew.
+- A worker that returns has seen the end of the run, or that it is one too many: it is not made anew.
+- `resize` changes their number. Workers that are too many end by themselves, between two groups.
 
 Knows Ray only through `ray.wait` and `ray.get`; how a worker is made is handed in.
 """
@@ -56,6 +57,7 @@ class Supervisor:
         count: workers to keep.
         max_restarts: of one worker.
         on_death: told (part name, its error) when it is dead for certain.
+        on_leave: told (part name) when a worker that was one too many has ended.
         part: what a worker is called, before its index.
     """
 
@@ -64,10 +66,29 @@ class Supervisor:
     max_restarts: int
     on_death: Callable[[str, str], None]
     part: str = "rollout"
+    on_leave: Callable[[str], None] = lambda part: None
     _workers: list[_Worker] = field(default_factory=list)
 
     def start(self) -> None:
         self._workers = [_Worker(index, *self.spawn(index)) for index in range(self.count)]
+
+    def resize(self, count: int) -> None:
+        """Keep this many from now on: those that are missing are made, those that are too many not again."""
+        if count == self.count:
+            return
+        logger.info("%d workers wanted, %d before", count, self.count)
+        self.count = count
+        kept = {worker.index for worker in self._workers}
+        for worker in self._workers:
+            if worker.index >= count:
+                if worker.restart_at is not None:
+                    worker.restart_at = None
+                    self.on_leave(f"{self.part}-{worker.index}")
+            elif worker.done is None and worker.restart_at is None:
+                worker.actor, worker.done = self.spawn(worker.index)
+                worker.restarts = 0
+        missing = [index for index in range(count) if index not in kept]
+        self._workers += [_Worker(index, *self.spawn(index)) for index in missing]
 
     def poll(self, timeout_s: float) -> None:
         """See to dead workers; waits up to `timeout_s` for one to end.
@@ -106,7 +127,7 @@ class Supervisor:
             worker.last_error = _last_line(error)
             worker.lasting = not worker.restarts and isinstance(getattr(error, "cause", None), LASTING)
         else:
-            logger.info("%s has ended with the run", name)
+            self._left(worker, name)
             return
         ray.kill(worker.actor)
         self.on_death(name, worker.last_error)
@@ -118,10 +139,23 @@ class Supervisor:
                 f"{name} died {worker.restarts + 1} times (rollout.max_restarts {self.max_restarts}); "
                 f"last error: {worker.last_error}; {log}"
             )
+        if worker.index >= self.count:
+            self.on_leave(name)
+            return
         pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**worker.restarts)
         worker.restarts += 1
         worker.restart_at = time.monotonic() + pause
         logger.warning("%s died (%s); made anew in %.0f s", name, worker.last_error, pause)
+
+    def _left(self, worker: _Worker, name: str) -> None:
+        if worker.index < self.count:
+            logger.info("%s has ended with the run", name)
+            return
+        logger.info("%s was one too many, and has ended", name)
+        # Its place in the cluster is another's now.
+        ray.kill(worker.actor)
+        worker.actor = None
+        self.on_leave(name)
 
 
 def _last_line(error: Exception) -> str:

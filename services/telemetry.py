@@ -15,10 +15,11 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Literal
+from typing import IO, TYPE_CHECKING, Literal, Protocol
 
 from pydantic import ValidationError
 
@@ -33,6 +34,12 @@ log = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"
 
 
+class RowSink(Protocol):
+    """Somewhere else that rows go."""
+
+    def add(self, row: AnyRow) -> None: ...
+
+
 class Telemetry:
     """Appends rows to the run directory. One writer a run directory: the driver.
 
@@ -40,13 +47,21 @@ class Telemetry:
     ...     telemetry.write(EventRow(time=time.time(), what="resumed"))
     """
 
-    def __init__(self, run_dir: Path, *, tensorboard: bool = True, resumed_step: int | None = None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        tensorboard: bool = True,
+        resumed_step: int | None = None,
+        beside: Sequence[RowSink] = (),
+    ) -> None:
         """Open for appending.
 
         Args:
             run_dir: made if it is not there.
             tensorboard: also write scalars into `tensorboard/`.
             resumed_step: the step a resumed run goes on from; TensorBoard drops what lies after it.
+            beside: told every row too, once it is written.
         """
         run_dir.mkdir(parents=True, exist_ok=True)
         self._path = run_dir / METRICS_FILE
@@ -54,6 +69,7 @@ class Telemetry:
         self._file: IO[str] = self._path.open("a", encoding="utf-8")
         if torn:
             self._file.write("\n")
+        self._beside = tuple(beside)
         self._events: TensorboardEvents | None = None
         if tensorboard:
             from services.tensorboard_events import TensorboardEvents
@@ -66,6 +82,8 @@ class Telemetry:
             self._file.flush()
         if self._events is not None:
             self._events.add(row)
+        for sink in self._beside:
+            sink.add(row)
 
     def event(
         self,

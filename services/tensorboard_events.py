@@ -76,6 +76,7 @@ def scalars(row: UpdateRow | EvalRow) -> dict[str, float | None]:
         **{f"reward/{name}": value.mean for name, value in row.rewards.items()},
         **{f"reward/{name}_std": value.std for name, value in row.rewards.items()},
         **{f"time/{name}": value for name, value in row.phases.items()},
+        "rollout/probe_error": row.probe_error,
         **{f"time/update_{name}": value for name, value in row.update.items()},
         **{f"time/rollout_{name}": value for name, value in row.rollout.items()},
     }

@@ -96,12 +96,14 @@ def _report(directory: RunDirectory) -> str:
 
 
 def _refuse_unusable(config: Config) -> None:
-    """Prompts, recordings and timesteps, before there is a run directory to leave behind."""
+    """Prompts, recordings, timesteps and sampler, before there is a run directory to leave behind."""
     from learner.timesteps import configured_window
+    from policy.registry import check_sampling
 
     prompt_source(config)
     try:
         configured_window(config)
+        check_sampling(config)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

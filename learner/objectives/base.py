@@ -124,6 +124,21 @@ class Objective(ABC):
         self.config = config
         self.schedule = schedule
         self.phases = Phases()
+        chosen = config.learner.micro_batch
+        self.micro_batch: int | None = None if chosen == "auto" else chosen
+        """Samples in one forward-backward: a multiple or a divisor of the group size. None: `auto` is not
+        settled yet (learner/micro_batch.py)."""
+
+    @property
+    def at_once(self) -> int:
+        """The micro-batch.
+
+        Raises:
+            RuntimeError: it is not settled yet.
+        """
+        if self.micro_batch is None:
+            raise RuntimeError("learner.micro_batch auto is not settled: no update can be made yet")
+        return self.micro_batch
 
     @property
     def sharded(self) -> bool:
@@ -162,8 +177,8 @@ class Objective(ABC):
         """
         shared, measured = OptimizerStep(step, scale, reference), Measurements()
         for index in timesteps:
-            for start in range(0, len(groups), self._at_once):
-                self._add(groups[start : start + self._at_once], index, shared, measured)
+            for start in range(0, len(groups), self._groups_at_once):
+                self._add(groups[start : start + self._groups_at_once], index, shared, measured)
             for _ in range(idle.passes if idle is not None else 0):
                 assert idle is not None
                 self._add([idle.group], index, replace(shared, scale=0.0), Measurements())
@@ -172,11 +187,11 @@ class Objective(ABC):
     def passes(self, groups: int) -> int:
         """How often so many groups go through the model at each timestep, in a pattern that is always the
         same."""
-        return -(-groups // self._at_once)
+        return -(-groups // self._groups_at_once)
 
     @property
-    def _at_once(self) -> int:
-        return max(1, self.config.learner.micro_batch // self.config.rollout.group_size)
+    def _groups_at_once(self) -> int:
+        return max(1, self.at_once // self.config.rollout.group_size)
 
     @abstractmethod
     def _add(
@@ -213,7 +228,7 @@ class SamplewiseObjective(Objective, Generic[BatchT]):
         batch = self._batch(groups, index, shared.step)
         advantages = torch.cat([group.advantages for group in groups])
         sums: dict[str, Tensor] = {}
-        for samples in slices(len(advantages), self.config.learner.micro_batch):
+        for samples in slices(len(advantages), self.at_once):
             part = self._part(batch.part(samples), advantages[samples], shared)
             sums = {name: sums.get(name, 0) + value for name, value in part.items()}
         group_size = self.config.rollout.group_size

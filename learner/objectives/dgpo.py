@@ -68,12 +68,11 @@ class Dgpo(Objective):
         seed, one_noise = self.config.run.seed, self._objective.shared_noise
         batch = noised(groups, self.schedule, index, seed=seed, step=shared.step, shared=one_noise)
         advantages = torch.stack([group.advantages for group in groups])
-        learner = self.config.learner
         # The weight can come last only where it scales all of a gradient that is still here.
         deferrable = self._objective.kl == 0 and not self.sharded
         # A group in pieces has all its graphs at once only where the device need not hold them.
-        if learner.micro_batch >= self.config.rollout.group_size or (
-            learner.activation_offload and not deferrable
+        if self.at_once >= self.config.rollout.group_size or (
+            self.config.learner.activation_offload and not deferrable
         ):
             way = self._whole
         elif deferrable:
@@ -119,7 +118,7 @@ class Dgpo(Objective):
         group_size = advantages.shape[1]
         held = self._take_gradients()
         errors, cuts, references = [], [], []
-        for samples in slices(group_size, self.config.learner.micro_batch):
+        for samples in slices(group_size, self.at_once):
             piece, part = batch.part(samples), advantages[0, samples]
             compared = self._compare(piece, reference)
             _, dsm = self._forward(piece)
@@ -148,7 +147,7 @@ class Dgpo(Objective):
         for the scores alone makes it 4.
         """
         group_size = advantages.shape[1]
-        pieces = slices(group_size, self.config.learner.micro_batch)
+        pieces = slices(group_size, self.at_once)
         compared = [self._compare(batch.part(samples), reference) for samples in pieces]
         if compared[0].reference_dsm is None:
             scores = advantages.new_zeros(1)
@@ -209,7 +208,7 @@ class Dgpo(Objective):
 
     def _velocity(self, batch: NoisedBatch, guidance: float = 1.0) -> Tensor:
         """Of any batch, no more than a micro-batch at once."""
-        size, micro_batch = len(batch.x0), self.config.learner.micro_batch
+        size, micro_batch = len(batch.x0), self.at_once
         pieces = [batch] if size <= micro_batch else [batch.part(p) for p in slices(size, micro_batch)]
         negative = self.policy.negative() if guidance > 1 else None
         found = [

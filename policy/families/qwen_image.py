@@ -73,6 +73,10 @@ class QwenImagePolicy(PipelinePolicy):
             arguments["negative_prompt"] = NEGATIVE_PROMPT
         return arguments
 
+    def longest(self, condition: Condition) -> Condition:
+        tokens, wanted = condition["prompt_embeds"], self.config.max_sequence_length
+        return condition | {"prompt_embeds": tokens.repeat(-(-wanted // len(tokens)), 1)[:wanted]}
+
     def negative(self) -> Condition:
         return self.encode(NEGATIVE_PROMPT)
 

@@ -62,12 +62,15 @@ class SanaPolicy(PipelinePolicy):
         return self._kept(None, self._encode_negative)
 
     def _encode_negative(self) -> Condition:
-        with self._encoding() as device:
-            return self._on_device(self._encoded("", device, instruction=None))
+        return self._encoded_by(None, lambda device: self._encoded("", device, instruction=None))
 
     @classmethod
     def condition_widths(cls, denoiser: Mapping[str, Any]) -> dict[str, int]:
         return {"prompt_embeds": denoiser["caption_channels"]}
+
+    def random_condition(self, generator: torch.Generator) -> Condition:
+        condition = super().random_condition(generator)
+        return condition | {"mask": torch.ones(len(condition["prompt_embeds"]), dtype=torch.int64)}
 
     def _condition(self, prompt: str, device: torch.device) -> Condition:
         call = inspect.signature(type(self.pipeline).__call__)

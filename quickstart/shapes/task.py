@@ -56,10 +56,10 @@ class ShapeTask:
     patch = 2
     vae_steps = 1500
     vae_batch = 32
-    transformer_steps = 6000
+    transformer_steps = 12_000
     transformer_batch = 64
     noise_shift = FLOW_SHIFT
-    images = 32_000
+    images = 96_000
 
     def example(self, rng: random.Random) -> Request:
         return training_request(rng)

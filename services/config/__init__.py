@@ -31,6 +31,8 @@ from services.config.parts import (
     EvalConfig,
     GuardConfig,
     QueueConfig,
+    QueueLogin,
+    QueuePart,
     RewardConfig,
     RunConfig,
     TelemetryConfig,
@@ -66,6 +68,8 @@ __all__ = [
     "PromptSourceConfig",
     "PromptsConfig",
     "QueueConfig",
+    "QueueLogin",
+    "QueuePart",
     "RewardConfig",
     "RolloutConfig",
     "RunConfig",
@@ -149,6 +153,11 @@ class Config(Section):
                 f"rewards: range of {', '.join(ranged)} would do nothing with advantage.combine normalized: "
                 "that brings every reward to the same scale itself: leave it out"
             )
+        if self.rollout.probe_tolerance is not None and not self.learner.probe_every:
+            raise ValueError(
+                "rollout.probe_tolerance does nothing with learner.probe_every 0: leave it out, or set "
+                "probe_every to the updates between two comparisons"
+            )
         steps, picked = self.rollout.steps, self.objective.timesteps
         if picked.first is not None and picked.first > steps:
             raise ValueError(f"objective.timesteps.first {picked.first} exceeds rollout.steps {steps}")
@@ -158,7 +167,7 @@ class Config(Section):
                 f"objective.timesteps.per_update {picked.per_update}"
             )
         group, micro = self.rollout.group_size, self.learner.micro_batch
-        if micro % group and group % micro:
+        if micro != "auto" and micro % group and group % micro:
             raise ValueError(
                 f"learner.micro_batch {micro} must divide rollout.group_size {group} or be a multiple of it"
             )
@@ -217,6 +226,17 @@ class Config(Section):
             raise ValueError(
                 f"learner.sharding fsdp with learner.num_gpus {self.learner.num_gpus}: shards travel between "
                 "GPUs of their own: set it to 1, or to 0 for the CPU"
+            )
+        if self.learner.optimizer != "adamw":
+            raise ValueError(
+                f"learner.sharding fsdp with learner.optimizer {self.learner.optimizer}: its moments come in "
+                "blocks of 256, which do not follow the rows of a tensor, so that no other number of ranks "
+                "could go on from a checkpoint; set optimizer to adamw (the ranks share its moments)"
+            )
+        if self.learner.micro_batch == "auto":
+            raise ValueError(
+                "learner.sharding fsdp with learner.micro_batch auto: a rank that ran out of memory in a try "
+                "would leave the others waiting in the same pass; set micro_batch to a number"
             )
 
     def _check_objective(self) -> None:

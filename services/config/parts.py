@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import Field, StringConstraints, model_validator
@@ -35,7 +35,7 @@ class RewardConfig(Section):
     args: dict[str, Any] = Field(default_factory=dict)
     """Arguments of that scorer, for `app`."""
     url: str | None = None
-    """Or: the address of a running reward server, up to and without /v1."""
+    """Or: the address of a running reward server; what it has from /v1 on is left out."""
     token_env: str | None = None
     """Environment variable that holds the bearer token for `url`."""
     weight: float = 1.0
@@ -119,12 +119,27 @@ class RewardConfig(Section):
         return self
 
 
+QueuePart = Literal["driver", "learner", "worker", "observer"]
+"""Who talks to the queue; rollout workers, the feeder of recorded groups and the evaluator are `worker`, and
+`dgpo status` is `observer`."""
+
+
+class QueueLogin(Section):
+    user: str | None = Field(default=None, min_length=1)
+    """ACL user; null: the part's name, as in deploy/redis/users.acl."""
+    password_env: str = Field(min_length=1)
+    """Environment variable that holds this user's password, where this part runs."""
+
+
 class QueueConfig(Section):
     url: str | None = None
     """redis:// or rediss:// address, with an ACL user (`rediss://worker@host`) but never a password; null
     starts an embedded Valkey server on loopback."""
     password_env: str | None = None
     """Environment variable that holds the password for `url`."""
+    logins: dict[QueuePart, QueueLogin] = Field(default_factory=dict)
+    """A login of its own for each of `driver`, `learner` and `worker`, and for `dgpo status` the one of an
+    `observer`, in place of a user in `url` and of `password_env` (docs/cluster.md)."""
     max_staleness: int = Field(default=1, ge=0)
     """Updates a group may lag behind; 0 is synchronous and bit-reproducible."""
     lease_s: float = Field(default=120.0, gt=0)
@@ -149,6 +164,19 @@ class QueueConfig(Section):
                 "url holds a password, which config.yaml and logs would show; leave it out and name the "
                 "variable that holds it in password_env"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _one_login_a_part(self) -> QueueConfig:
+        if not self.logins:
+            return self
+        of_a_run = [part for part in get_args(QueuePart) if part != "observer"]
+        if missing := [part for part in of_a_run if part not in self.logins]:
+            raise ValueError(f"logins leaves out {', '.join(missing)}: name a login of each part, or none")
+        if self.url is None:
+            raise ValueError("logins are for url; leave them out: the embedded server has one password")
+        if self.password_env is not None or _login(self.url)[0]:
+            raise ValueError("logins take the place of password_env and of a user in url: leave those out")
         return self
 
 

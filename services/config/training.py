@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -31,9 +32,12 @@ class ModelConfig(Section):
     """Dtype of the frozen weights. Trained weights are float32."""
     device: str = "auto"
     """cpu, cuda, cuda:1; auto takes a GPU where there is one."""
-    text_encoders: Literal["device", "offload", "cpu"] = "device"
+    text_encoders: Literal["device", "offload", "cpu", "cached"] = "device"
     """Where text encoders are: on the device; on the CPU, but for the time of an encoding (`offload`, for
-    large ones); or always on the CPU."""
+    large ones); always on the CPU; or nowhere: encoded prompts are kept on disk (`cached`), and encoders are
+    loaded only for prompts that are not there (docs/memory.md)."""
+    condition_cache: Path | None = None
+    """Directory of encoded prompts, for all processes and nodes; null: `conditions` in run.directory."""
     embedded_guidance: float | None = Field(default=None, ge=1)
     """Guidance that a guidance-distilled model (FLUX.1-dev) is told, in rollouts and training; null: 3.5."""
     max_sequence_length: int = Field(default=256, ge=1, le=512)
@@ -42,6 +46,20 @@ class ModelConfig(Section):
     """Pixels."""
     width: int = Field(default=512, ge=8)
     """Pixels."""
+
+    @field_validator("condition_cache")
+    @classmethod
+    def _absolute(cls, place: Path | None) -> Path | None:
+        # Once, where the run is started: other processes have other working directories.
+        return None if place is None else place.absolute()
+
+    @model_validator(mode="after")
+    def _caching(self) -> ModelConfig:
+        if self.condition_cache is not None and self.text_encoders != "cached":
+            raise ValueError(
+                f"condition_cache is for text_encoders 'cached', not {self.text_encoders!r}: leave it out"
+            )
+        return self
 
 
 class RolloutConfig(Section):
@@ -69,6 +87,9 @@ class RolloutConfig(Section):
     """Classifier-free guidance scale of the rollout; 1 is CFG-free."""
     decode_batch: int = Field(default=16, ge=1)
     """Images the VAE decodes at once."""
+    probe_tolerance: float | None = Field(default=None, gt=0, lt=1)
+    """How far a worker's velocity may be from the learner's with the same weights, relative (see
+    `learner.probe_every`); null: 0.003 with dtype float32, 0.05 with bfloat16."""
     threads: int = Field(default=1, ge=1)
     """Torch threads of a worker."""
     num_cpus: float = Field(default=1.0, ge=0)
@@ -123,6 +144,9 @@ class LearnerConfig(Section):
     compare_every: int = Field(default=10, ge=1)
     """Updates between two comparisons of what all ranks hold, which must be the same bit for bit: the trained
     weights, or what is whole beside shards; before a checkpoint it is always compared."""
+    probe_every: int = Field(default=1, ge=0)
+    """Updates between two announcements of weights after whose install workers compare their velocity with
+    the learner's; 0: they never do. It costs either side one forward pass of one sample."""
     publish_dtype: Literal["float32", "bfloat16"] = "float32"
     """In which weights travel to rollout workers and the evaluator. bfloat16 halves the bytes; what samples
     is then the rounded policy. Checkpoints and exports keep float32."""
@@ -132,13 +156,21 @@ class LearnerConfig(Section):
     """Updates in all."""
     optimizer_steps: int = Field(default=1, ge=1)
     """Optimizer steps an update makes, over disjoint timesteps."""
-    micro_batch: int = Field(default=16, ge=1)
+    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = 16
     """Samples in one forward-backward. Smaller than a group is exact (deferred group weight; with `fsdp` a
-    forward pass of its own for the weight)."""
+    forward pass of its own for the weight). `auto` tries before the first update how many of a group fit the
+    GPU, halving from all of them, and keeps to what it found for the whole run (docs/memory.md); not with
+    `fsdp`."""
     activation_offload: bool = False
     """Keep activations in host memory between forward and backward. DGPO with a KL (or `fsdp`) and a
     micro-batch below the group size then needs no pass of its own for the group weight; host memory grows
     with the group."""
+    gradient_checkpointing: bool = False
+    """Keep only what enters each block of the model, and compute the rest again in the backward pass: far
+    less memory for one more forward pass, the same gradient bit for bit."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """AdamW with moments in float32, 8 bytes a trained weight; or in 8 bits (bitsandbytes), 2 bytes, not with
+    `fsdp`. Tensors below 4096 elements keep float32."""
     learning_rate: float = Field(default=3e-4, gt=0)
     """AdamW learning rate at its peak."""
     warmup_steps: int = Field(default=0, ge=0)

@@ -83,7 +83,9 @@ def _contents(run_dir: Path) -> dict[str, Any]:
         "engines": scores.engines(config, before, newest, told),
         "diversity": scores.diversity(before, after),
         "reward_charts": curves.reward_charts(metrics, heldout),
-        "flow_charts": curves.flow_charts(metrics.updates),
+        "flow_charts": curves.flow_charts(
+            metrics.updates, curriculum=config is not None and config.prompts.curriculum.after > 0
+        ),
         "learner_charts": curves.learner_charts(metrics.updates),
         "times": curves.time_breakdowns(metrics.updates),
         "pairs": pictures.pairs(run_dir, config),

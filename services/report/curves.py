@@ -87,12 +87,12 @@ def reward_charts(metrics: Metrics, heldout: Iterable[str]) -> list[Chart]:
     return charts
 
 
-def flow_charts(updates: Sequence[UpdateRow]) -> list[Chart]:
-    """Staleness, queue and pace."""
+def flow_charts(updates: Sequence[UpdateRow], *, curriculum: bool) -> list[Chart]:
+    """Staleness, queue and pace; with a curriculum the prompts that it leaves out."""
     if not updates:
         return []
     marks = resumes(updates)
-    return [
+    charts = [
         line_chart(
             "Staleness of the groups, in updates",
             [
@@ -131,6 +131,18 @@ def flow_charts(updates: Sequence[UpdateRow]) -> list[Chart]:
             digits=0,
         ),
     ]
+    if curriculum:
+        left_out = points((row.step, float(row.prompts_left_out), None) for row in updates)
+        charts.append(
+            line_chart(
+                "Prompts left out by the curriculum, by an update",
+                [Series("prompts", left_out)],
+                floor=0.0,
+                marks=marks,
+                digits=0,
+            )
+        )
+    return charts
 
 
 def learner_charts(updates: Sequence[UpdateRow]) -> list[Chart]:

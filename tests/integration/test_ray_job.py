@@ -6,7 +6,6 @@ import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from diffusers import StableDiffusion3Pipeline
 from test_cli import settings
 
 from services.run_directory import PROJECT_ROOT
+from tests.ports import free_ports
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(420)]
 
@@ -28,17 +28,12 @@ RAY = str(Path(sys.executable).with_name("ray"))
 class Cluster(NamedTuple):
     dashboard: str
     environment: dict[str, str]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
+    port: int
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    dashboard, port = free_port(), free_port()
+    dashboard, port = free_ports(2)
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -63,7 +58,7 @@ def cluster() -> Iterator[Cluster]:
         start_new_session=True,
     )
     try:
-        made = Cluster(f"http://127.0.0.1:{dashboard}", environment)
+        made = Cluster(f"http://127.0.0.1:{dashboard}", environment, port)
         give_up = time.monotonic() + 90
         while ray(made, "job", "list").returncode != 0:
             assert head.poll() is None and time.monotonic() < give_up, "the cluster did not start"

@@ -1,4 +1,7 @@
-"""Every shipped recipe trains: two updates of its own sampler, reward server, codec and objective."""
+"""Every shipped recipe trains: two updates of its own sampler, reward server, codec and objective.
+
+Those for models that are not shipped: tests/unit/policy/test_published_recipes.py.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +22,16 @@ from rollout_workers.policy_sampler import PolicySampler
 from rollout_workers.scoring import RewardServers
 from services.codec import decode_group, encode_group, weights_digest
 from services.config import RewardConfig
-from services.config_file import PROJECT_ROOT, load_config
+from services.config_file import PROJECT_ROOT, find, load_config
 from services.context import RewardPlace, SecretPlace
 from services.messages import GroupHeader, PolicyVersion
 from services.prompts import group_task, prompt_source
 
-RECIPES = sorted((PROJECT_ROOT / "recipes").glob("*.yaml"))
+RECIPES = [
+    path
+    for path in sorted((PROJECT_ROOT / "recipes").glob("*.yaml"))
+    if find(load_config(path).model.path).is_dir()
+]
 SMALLER = ("rollout.group_size=4", "learner.groups_per_step=2", "learner.micro_batch=4")
 
 

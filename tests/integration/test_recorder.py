@@ -70,7 +70,7 @@ def test_every_group_is_recorded_once_and_is_the_untrained_models(
         record=out,
     )
     prompts, sampler = prompt_source(own), PolicySampler(own, tmp_path, store)
-    queue = context.open_queue()
+    queue = context.open_queue("driver")
     worker = RolloutLoop(
         "rollout-0",
         queue,
@@ -85,7 +85,7 @@ def test_every_group_is_recorded_once_and_is_the_untrained_models(
         pass
 
     def learn(die_at: int | None) -> int:
-        own_queue = context.open_queue()
+        own_queue = context.open_queue("driver")
         trainer = UntrainedTrainer(context, store)
         start = trainer.restore()
 

@@ -112,6 +112,15 @@ def test_groups_come_whole_and_the_loop_ends_with_the_run(run: Run) -> None:
     assert sampler.installed == ["0.0", "0.1"]
 
 
+def test_a_worker_that_is_one_too_many_ends_behind_its_group(run: Run) -> None:
+    made = loop(run, Sampler(), Scorer())
+    made._dismissed = lambda: made._scoring is not None
+    assert made.run() == 1
+    (group,) = run.learner.take(1, deadline_s=20)
+    assert group.header.rewards == {"ocr": (0.0, 1.0)}
+    assert run.learner.status().leases == (), "it holds nothing that another could do"
+
+
 def test_a_failed_reward_is_tried_again_and_never_trained_as_a_number(run: Run) -> None:
     thread, _ = in_background(loop(run, Sampler(), Scorer([bad_answer()])))
     taken = run.learner.take(2, deadline_s=20)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +31,7 @@ from reward_servers.scorers import scorer_names
 from reward_servers.server_config import ServerConfig
 from reward_servers.wire import ScoreCall, encode_tensors
 from services.config_file import PROJECT_ROOT
+from tests.ports import free_ports
 
 TOKEN = "a-token-for-tests-only"
 DEADLINE_S = 240.0
@@ -127,8 +127,7 @@ def address(ray_local: None) -> Iterator[str]:
     """The OCR applications of the file, deployed as `serve deploy` does it; their common address."""
     from ray.serve.context import _get_global_client
 
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     raw = RAW | {
         "applications": [APPLICATIONS[name] for name in OCR],
         "http_options": RAW["http_options"] | {"port": port},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,3 +61,45 @@ def test_a_worker_that_was_made_anew_keeps_its_budget() -> None:
     made, said = supervise(RuntimeError("node lost"), PolicyError("no model here"), max_restarts=2)
     assert made == [0, 0, 0]
     assert "rollout-0 died 3 times" in said
+
+
+@ray.remote(num_cpus=0)
+class Wanted:
+    """Works for as long as the file says that there are more workers than its index."""
+
+    def run(self, index: int, wanted: Path) -> None:
+        while index < int(wanted.read_text()):
+            time.sleep(0.02)
+
+
+def test_workers_come_and_go_with_the_number_that_is_wanted(tmp_path: Path) -> None:
+    wanted, made, left = tmp_path / "wanted", list[int](), list[str]()
+
+    def spawn(index: int) -> tuple[Any, Any]:
+        worker = Wanted.remote()
+        made.append(index)
+        return worker, worker.run.remote(index, wanted)
+
+    def until(condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < deadline, (made, left)
+            supervisor.poll(0.05)
+
+    supervisor = Supervisor(
+        spawn, count=1, max_restarts=0, on_death=lambda part, why: None, on_leave=left.append
+    )
+    wanted.write_text("3")
+    supervisor.start()
+    supervisor.resize(3)
+    assert made == [0, 1, 2]
+    wanted.write_text("1")
+    supervisor.resize(1)
+    until(lambda: len(left) == 2)
+    assert sorted(left) == ["rollout-1", "rollout-2"]
+    wanted.write_text("2")
+    supervisor.resize(2)
+    assert made == [0, 1, 2, 1]
+    wanted.write_text("0")
+    supervisor.join(60)
+    assert len(left) == 2, "the others have ended with the run"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from small_runs import SMALL, Watching
 
 from learner.checkpoint import newest_checkpoint
@@ -88,7 +90,8 @@ def digest(recipe: Callable[..., Config], undisturbed: dict[str, str]) -> str:
 def test_the_weights_do_not_depend_on_the_number_of_workers(
     recipe: Callable[..., Config], digest: str
 ) -> None:
-    outcome = run(recipe("rollout.workers=3"))
+    # Without the velocity probe: it must not matter either.
+    outcome = run(recipe("rollout.workers=3", "learner.probe_every=0"))
     assert outcome.weights_digest == digest
     metrics = read_metrics(outcome.run.root)
     assert [row.step for row in metrics.updates] == list(range(1, STEPS + 1))
@@ -167,6 +170,7 @@ def test_a_queue_server_that_is_gone_fails_the_run_with_its_name(recipe: Callabl
 
 
 def test_a_killed_learner_goes_back_to_its_checkpoint(recipe: Callable[..., Config], digest: str) -> None:
+    """With all that saves memory and changes nothing of what is computed."""
     pids: list[int] = []
 
     def remember(beats: list[Heartbeat]) -> None:
@@ -179,10 +183,16 @@ def test_a_killed_learner_goes_back_to_its_checkpoint(recipe: Callable[..., Conf
             killed.append(pids[0])
             os.kill(pids[0], signal.SIGKILL)
 
-    outcome = run(recipe("learner.max_restarts=2"), Watching(at_row=kill, at_beats=remember))
+    saving = ("learner.gradient_checkpointing=true", "learner.micro_batch=auto", "model.text_encoders=cached")
+    config = recipe("learner.max_restarts=2", *saving)
+    outcome = run(config, Watching(at_row=kill, at_beats=remember))
     assert killed
     assert outcome.version.epoch >= 1
     assert outcome.weights_digest == digest
+    assert {row.micro_batch for row in read_metrics(outcome.run.root).updates} == {4}
+    assert json.loads((outcome.run.root / "micro_batch.json").read_text()) == {"micro_batch": 4}
+    # A prompt an ordinal, and the held-out ones.
+    assert len(list((config.run.directory / "conditions").rglob("*.safetensors"))) == STEPS * 2 + 4
 
 
 def test_a_reward_that_is_down_fails_the_run_with_its_name(recipe: Callable[..., Config]) -> None:
@@ -244,6 +254,37 @@ def test_the_guard_stops_a_run_whose_reward_is_gamed(recipe: Callable[..., Confi
     assert found is not None
     assert found.step == result["steps"]
     assert "guard fired" in {event.what for event in read_metrics(directory.root).events}
+
+
+@pytest.mark.slow
+def test_a_worker_with_another_base_model_ends_the_run(recipe: Callable[..., Config], tmp_path: Path) -> None:
+    """The node of a restarted worker has other frozen weights than the learner's had."""
+    model = shutil.copytree("quickstart/model", tmp_path / "model")
+    weights = model / "transformer" / "diffusion_pytorch_model.safetensors"
+    config = recipe(
+        *(f"model.path={model}", "model.train=lora", "model.lora.rank=4", "rollout.workers=1"),
+        *("rollout.max_restarts=1", "queue.lease_s=900", f"prompts.path={_prompts(tmp_path)}"),
+        *("prompts.source=file", "learner.max_steps=50"),
+    )
+    killed: list[int] = []
+
+    def kill(row: UpdateRow) -> None:
+        # Behind an update that tells that the worker had the learner's velocity.
+        if row.probe_error != 0.0 or killed:
+            return
+        killed.append(view.pids["rollout-0"])
+        changed = {name: tensor * 1.05 for name, tensor in load_file(weights).items()}
+        # Beside it and moved there: the learner may still read the old file.
+        save_file(changed, weights.with_suffix(".new"), metadata={"format": "pt"})
+        weights.with_suffix(".new").replace(weights)
+        os.kill(killed[0], signal.SIGKILL)
+
+    view = Watching(at_row=kill)
+    with pytest.raises(
+        PartFailed, match=r"rollout-0 died 2 times .*VelocityDrift: weights policy 0\.\d+: the"
+    ):
+        run(config, view)
+    assert killed
 
 
 def _prompts(folder: Path) -> Path:

@@ -18,7 +18,8 @@ def _pins() -> dict[str, str]:
 
 def test_every_direct_dependency_is_pinned_within_its_bounds() -> None:
     project = tomllib.loads((PROJECT_ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *(one for extra in extras.values() for one in extra)]
     pins = _pins()
     for requirement in map(Requirement, wanted):
         version = pins.get(canonicalize_name(requirement.name))

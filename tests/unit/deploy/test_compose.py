@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import secrets
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from reward_servers.deployment import autoscaling
 from reward_servers.server_config import ServerConfig
 from services.config_file import PROJECT_ROOT, load_config
 from services.queue_connection import connect
+from tests.ports import free_ports
 
 FOLDER = PROJECT_ROOT / "deploy" / "compose"
 ENVIRONMENT = {
@@ -210,7 +210,7 @@ def test_prometheus_scrapes_what_exports() -> None:
         name for name, entry in ENTRIES.items() if f"--metrics-export-port={found['port']}" in entry.command
     }
     assert exporting == set(found["names"])
-    source = yaml.safe_load((PROJECT_ROOT / "deploy" / "prometheus" / "grafana-datasource.yaml").read_text())
+    source = yaml.safe_load((PROJECT_ROOT / "deploy" / "grafana" / "datasource.yaml").read_text())
     assert source["datasources"][0]["url"] == ENTRIES["head"].environment["RAY_PROMETHEUS_HOST"]
 
 
@@ -235,8 +235,7 @@ def queue_server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tup
     for folder in ("data", "run", "bin"):
         (tmp_path / folder).mkdir()
     (tmp_path / "bin" / "valkey-server").symlink_to(get_binary_path())
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
+    (port,) = free_ports(1)
     shell, flag, line = queue_commands()[request.param]
     for place, here in (
         ("/etc/dgpo-queue", PROJECT_ROOT / "deploy" / "redis"),

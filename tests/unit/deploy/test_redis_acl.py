@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -13,8 +15,9 @@ import torch
 from acl_server import FOLDER, USERS, AclServer, rendered
 
 from services.codec import EncodedGroup, encode_group
-from services.config import QueueConfig
+from services.config import Config, QueueConfig
 from services.config_file import load_config
+from services.context import RunContext
 from services.doctor import examine
 from services.group_queue import Admitted, Failed, GroupQueue, Lease, QueueUnreachable, connect
 from services.messages import GroupHeader, Heartbeat, PolicyVersion, Prompt, WeightsAnnouncement
@@ -79,11 +82,9 @@ def beat(part: str) -> Heartbeat:
     )
 
 
-def whole_run(server: AclServer, run: str, user_of: dict[str, str]) -> None:
-    """Everything that worker, learner, driver and observer do with the queue, each as its user."""
-    worker, learner, driver, observer = (
-        queue(server, user_of[part], run) for part in ("worker", "learner", "driver", "observer")
-    )
+def whole_run(server: AclServer, run: str, opened: Callable[[str], GroupQueue]) -> None:
+    """Everything that worker, learner, driver and observer do with the queue, each with its login."""
+    worker, learner, driver, observer = map(opened, ("worker", "learner", "driver", "observer"))
     driver.set_state("starting")
     assert driver.last_written_metrics() == "0-0"
     assert worker.issue("rollout-0") is None and not worker.wait_for_work(0.01)
@@ -119,6 +120,10 @@ def whole_run(server: AclServer, run: str, user_of: dict[str, str]) -> None:
     held = worker.issue("rollout-1")
     assert held is not None
     driver.release_worker("rollout-1", "it died")
+    driver.want_workers(3)
+    assert worker.wanted_workers() == 3
+    worker.beat(beat("rollout-9"))
+    driver.forget("rollout-9")
     ((row, _),) = driver.read_metrics(driver.last_written_metrics())
     driver.metrics_written(row)
     ema = driver.latest("ema")
@@ -131,14 +136,14 @@ def whole_run(server: AclServer, run: str, user_of: dict[str, str]) -> None:
     assert kept is not None and worker.admit(group(run, kept, large=True)) is Admitted.OK
     with server.admin() as admin:
         admin.xadd(Keys(run).groups, {"ordinal": 77, "group": b"?"})
-    second = queue(server, user_of["learner"], run)
+    second = opened("learner")
     frontier = learner.frontier()
     version = second.begin_epoch(
         weights, limit=LIMIT, window=WINDOW, checkpoint=PolicyVersion(epoch=0, step=1), frontier=frontier
     )
     assert [found.header.ordinal for found in second.take(1, deadline_s=10)] == [kept.ordinal]
     # Back to before the first step: what was queued is dropped, payload and all.
-    third = queue(server, user_of["learner"], run)
+    third = opened("learner")
     third.begin_epoch(weights, limit=LIMIT, window=WINDOW)
     driver.set_state("draining", "asked to")
 
@@ -152,13 +157,41 @@ def whole_run(server: AclServer, run: str, user_of: dict[str, str]) -> None:
     observer.latest("ema")
 
 
-def test_each_part_can_do_its_work_as_its_own_user(server: AclServer, run: str) -> None:
-    whole_run(server, run, {part: part for part in USERS})
+def test_each_part_can_do_its_work_with_its_own_login(
+    server: AclServer, run: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As the processes of a run open the queue where `queue.logins` is set; an observer is none of them."""
+    config = own_logins(server, monkeypatch)
+    context = RunContext(run=run, directory=tmp_path, config=config, queue_url=str(config.queue.url))
+
+    def opened(part: str) -> GroupQueue:
+        if part == "observer":
+            return queue(server, part, run)
+        return context.open_queue(part)  # type: ignore[arg-type]
+
+    whole_run(server, run, opened)
     assert server.denied() == []
+    with pytest.raises(redis.ResponseError, match=r"ACL failure|NOPERM|can't run"):
+        opened("worker").begin_epoch(weights, limit=LIMIT, window=WINDOW)
+    server.denied()
+
+
+def own_logins(server: AclServer, monkeypatch: pytest.MonkeyPatch) -> Config:
+    parts = ("driver", "learner", "worker")
+    for part in parts:
+        monkeypatch.setenv(f"DGPO_QUEUE_PASSWORD_{part.upper()}", server.passwords[part])
+    logins = {part: {"password_env": f"DGPO_QUEUE_PASSWORD_{part.upper()}"} for part in parts}
+    return load_config(
+        "quickstart",
+        [
+            *("queue.max_staleness=0", "queue.max_attempts=2", f"queue.logins={json.dumps(logins)}"),
+            f"queue.url=redis://127.0.0.1:{server.port}/0",
+        ],
+    )
 
 
 def test_one_login_for_all_parts(server: AclServer, run: str) -> None:
-    whole_run(server, run, dict.fromkeys(USERS, "run"))
+    whole_run(server, run, lambda _: queue(server, "run", run))
     assert server.denied() == []
 
 
@@ -306,6 +339,16 @@ def test_doctor_takes_a_user_that_may_not_read_the_settings(
     )
     (finding,) = [found for found in examine(config) if found.what == "queue"]
     assert finding.ok, finding
+
+
+def test_doctor_tries_every_login(server: AclServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = own_logins(server, monkeypatch)
+    monkeypatch.setenv("DGPO_QUEUE_PASSWORD_LEARNER", server.passwords["worker"])
+    monkeypatch.delenv("DGPO_QUEUE_PASSWORD_WORKER")
+    found = {each.what: (each.ok, each.found) for each in examine(config) if each.what.startswith("queue")}
+    assert found["queue driver"][0]
+    assert not found["queue learner"][0] and "refused the login" in found["queue learner"][1]
+    assert found["queue worker"] == (False, "DGPO_QUEUE_PASSWORD_WORKER is not set")
 
 
 def test_the_file_as_it_is_lets_nobody_in() -> None:

@@ -8,7 +8,6 @@ import re
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ import httpx
 import pytest
 
 from services.config_file import PROJECT_ROOT
+from tests.ports import free_ports
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(900)]
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -56,19 +56,10 @@ class Cluster(NamedTuple):
     environment: dict[str, str]
 
 
-def free_port() -> int:
-    """Not of 10002 to 19999, which Ray keeps for its workers."""
-    while True:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port: int = probe.getsockname()[1]
-        if not 10_000 <= port < 20_000:
-            return port
-
-
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     logs = tmp_path_factory.mktemp("ray")
-    gcs, dashboard = free_port(), free_port()
+    gcs, dashboard = free_ports(2)
     environment = {
         **{n: v for n, v in os.environ.items() if not n.startswith(("RAY_", "DGPO_"))},
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",

@@ -20,8 +20,8 @@ from learner import sharded_checkpoint
 from learner.follower import begin_together, follow
 from learner.gathering import gathered
 from learner.objectives.base import TrainingGroup
+from learner.optimizer import STEPS
 from learner.ranks import Order
-from learner.trained import STEPS
 from learner.trainer import PolicyTrainer
 from services.config_file import load_config
 from services.context import RunContext
@@ -167,11 +167,12 @@ def publishes_and_writes(folder: Path, rank: int) -> None:
 
 
 def _on_two(folder: Path, pair: Any) -> None:
-    trainer = trainer_of(folder / "run", pair, "checkpoint.keep=5", "checkpoint.asynchronous=true")
+    settings = ("checkpoint.keep=5", "checkpoint.asynchronous=true", "learner.probe_every=5")
+    trainer = trainer_of(folder / "run", pair, *settings)
     found: dict[str, Any] = {}
 
     def lead() -> None:
-        found["start"] = trainer.publish(version(0), kind="policy").digest
+        found["start"] = trainer.publish(version(0), kind="policy")
         found["losses"] = train(trainer, range(2))
         tracemalloc.start()
         with Allocated() as allocated:
@@ -191,8 +192,9 @@ def _on_two(folder: Path, pair: Any) -> None:
     trainer.close()
     if trainer._ranks is not None and trainer._ranks.rank == 0:
         torch.save(found, folder / "on-2.pt")
-    # Another number of updates from the same files, and a checkpoint that is waited for.
-    again = trainer_of(folder / "run", pair, "learner.publish_dtype=bfloat16")
+    # Another number of updates from the same files, for less memory, and a checkpoint that is waited for.
+    saving = ("learner.publish_dtype=bfloat16", "learner.gradient_checkpointing=true")
+    again = trainer_of(folder / "run", pair, *saving)
     start = again.restore_rows()
     half: dict[str, Any] = {"start": start, "losses": []}
 

@@ -31,7 +31,7 @@ from tests.recorded_groups import group
 @pytest.fixture
 def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunContext:
     queue = SimpleNamespace(beat=lambda beat, ttl: None)
-    monkeypatch.setattr(RunContext, "open_queue", lambda self: queue)
+    monkeypatch.setattr(RunContext, "open_queue", lambda self, part: queue)
     config = load_config("quickstart", ["cluster.start_deadline_s=7"])
     return RunContext(run="test", directory=tmp_path, config=config, queue_url="redis://nowhere")
 
@@ -128,7 +128,7 @@ def test_a_full_disk_under_a_recording_ends_the_run(
 
 
 def test_a_secret_that_is_not_there_is_told(context: RunContext, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_secret(self: RunContext) -> None:
+    def no_secret(self: RunContext, part: str) -> None:
         raise ConfigError("the environment variable REDIS_PASSWORD is not set")
 
     monkeypatch.setattr(RunContext, "open_queue", no_secret)

@@ -20,6 +20,7 @@ from sharded_runs import (
 from torch import Tensor
 
 from learner.checkpoint import newest_checkpoint
+from policy.probe import probe, probe_error
 from services.codec import decode_weights, weights_digest
 from services.group_queue import Frontier
 from services.policy_store import fetch
@@ -65,10 +66,23 @@ def test_updates_of_a_model_in_blocks_are_those_of_one_rank(folder: Path, found:
 
 def test_what_is_published_is_whole_and_proven(found: Any) -> None:
     start, policy, ema = (decode_weights(payload.numpy()) for payload in found["payloads"])
-    assert weights_digest(start) == found["start"]
+    assert weights_digest(start) == found["start"].digest
     assert weights_digest(policy) == found["policy"].digest
     assert found["policy"].tensors == len(policy)
     assert weights_digest(ema) == found["ema"].digest != found["policy"].digest
+
+
+def test_the_velocity_that_is_announced_is_that_of_the_whole_model_as_it_is_published(
+    folder: Path, found: Any
+) -> None:
+    policy = trainer_of(folder / "alone", None).policy
+    start, behind, ema = (decode_weights(payload.numpy()) for payload in found["payloads"])
+    rounded = {name: tensor.to(torch.bfloat16) for name, tensor in behind.items()}
+    half = of(folder, "again-on-2")["loaded"]
+    for announced, tensors in ((found["start"], start), (found["ema"], ema), (half, rounded)):
+        assert probe_error(announced.probe, probe(policy, tensors)) < 1e-6
+    assert probe_error(half.probe, probe(policy, behind)) > 1e-5
+    assert found["policy"].probe is None
 
 
 def test_publishing_holds_one_wire_buffer_and_one_bucket(found: Any) -> None:
@@ -93,6 +107,7 @@ def test_weights_travel_in_the_dtype_that_was_asked_for(folder: Path, found: Any
 def test_two_ranks_go_on_bit_for_bit_from_a_checkpoint_written_behind_the_training(
     folder: Path, found: Any
 ) -> None:
+    """Those that go on keep less of a forward pass (learner.gradient_checkpointing)."""
     again = of(folder, "again-on-2")
     assert (again["start"].step, again["start"].frontier) == (2, Frontier(below=6))
     assert again["losses"] == found["losses"][2:]

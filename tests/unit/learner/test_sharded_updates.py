@@ -145,7 +145,7 @@ def one_is_lost(folder: Path) -> None:
     ranks = ranks_of(group)
     updater = Updater(policy, config, ranks)
     if ranks.rank == 3:
-        updater._objective.backward = lambda loss: os._exit(0)  # type: ignore[method-assign]
+        updater.objective.backward = lambda loss: os._exit(0)  # type: ignore[method-assign]
     try:
         lead_or_follow(ranks, updater)
     except RankLost as error:

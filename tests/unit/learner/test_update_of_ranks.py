@@ -303,7 +303,7 @@ def test_a_rank_that_fails_in_its_share_is_named_by_the_others() -> None:
         if ranks.rank == 0:
             updater.step(groups_of(0), 0)
         else:
-            updater._objective.accumulate = _runs_out  # type: ignore[method-assign]
+            updater.objective.accumulate = _runs_out  # type: ignore[method-assign]
             followed(ranks, updater)
 
     zero, one = together(2, body)

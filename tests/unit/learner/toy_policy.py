@@ -68,6 +68,9 @@ class ToyPolicy(Policy):
         generator = torch.Generator().manual_seed(len(prompt))
         return {"text": torch.randn(3, generator=generator)}
 
+    def random_condition(self, generator: torch.Generator) -> Condition:
+        return {"text": torch.randn(3, generator=generator)}
+
     def initial_latents(self, seeds: Sequence[int]) -> Tensor:
         raise AssertionError("an update never samples: this belongs to rollout workers")
 

@@ -20,8 +20,10 @@ from torch import Tensor
 
 from learner.objectives.base import TrainingGroup
 from learner.update import Updater
+from policy import load_policy
 from policy.export import export_lora, export_policy
 from policy.pipeline_policy import PipelinePolicy
+from policy.probe import TOLERANCE, VelocityDrift, check_probe, probe, probe_error
 from policy.registry import stock_rollout, supported
 from policy.schedule import make_schedule, pipeline_scheduler
 from rollout_workers.sampling import sample
@@ -235,13 +237,13 @@ def test_text_encoders_may_stay_on_the_cpu(
     case: Case, policy: PipelinePolicy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = policy.encode(PROMPT)
-    for placement in ("cpu", "offload"):
+    for placement in ("cpu", "offload", "cached"):
         other = case.load(text_encoders=placement)
         moves: list[str] = []
         encoder = other.pipeline.text_encoder
         monkeypatch.setattr(encoder, "to", lambda device, moves=moves: moves.append(str(device)))
         found = other.encode(PROMPT)
-        assert moves == (["cpu", "cpu"] if placement == "offload" else [])
+        assert moves == ([] if placement == "cpu" else ["cpu", "cpu"])
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
@@ -271,3 +273,35 @@ def test_a_model_of_other_weights_is_another(case: Case, policy: PipelinePolicy)
         other_policy = case.load()
         disturbed(other_policy.transformer, 9)
         assert not torch.equal(other_policy.velocity(x, time, condition), velocity)
+
+
+def test_the_velocity_probe_tells_another_model(case: Case, policy: PipelinePolicy) -> None:
+    def check(other: PipelinePolicy, expected: tuple[float, ...], tolerance: float | None = None) -> float:
+        return check_probe(other, expected, tolerance=tolerance, weights="weights policy 0.1", here="a node")
+
+    drawn = torch.get_rng_state()
+    untrained = probe(policy)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    generator = torch.Generator().manual_seed(5)
+    published = {
+        name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in policy.tensors().items()
+    }
+    expected = probe(policy, published)
+    assert probe(policy) == untrained != expected
+
+    def worker(**changes: Any) -> PipelinePolicy:
+        loaded = load_policy(case.config(**changes), text_encoders=False, vae=False)
+        loaded.install(published)
+        return loaded
+
+    other = worker()
+    assert check(other, expected) == 0.0
+    disturbed(other.transformer, 9)
+    scaled = worker(lora=case.config().lora.model_copy(update={"alpha": 9.0}))
+    for wrong in (other, scaled, worker(width=32)):
+        with pytest.raises(VelocityDrift, match=r"weights policy 0\.1: the velocity on a node .*model\.path"):
+            check(wrong, expected)
+    with pytest.raises(VelocityDrift):
+        check(worker(dtype="bfloat16"), expected, TOLERANCE[torch.float32])
+    assert probe_error(expected, expected[:-1]) == probe_error(expected, (math.nan, *expected[1:])) == 2.0

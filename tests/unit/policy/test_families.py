@@ -15,7 +15,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from pydantic import ValidationError
 from tiny_pipelines import TINY
 
-from policy import PolicyError, load_policy
+from policy import PolicyError, load_encoders, load_policy
 from policy.__main__ import main
 from policy.packing import pack, unpack
 from policy.registry import stock_rollout
@@ -52,6 +52,9 @@ def test_a_hub_id_and_its_revision_load_from_the_cache(
     assert stock_rollout(config)["sigmas"] == "fractions"
     policy = load_policy(config, text_encoders=True, vae=True)
     assert policy.encode("a cat")["prompt_embeds"].shape == (12, 32)
+    load_encoders(config, tmp_path / "conditions").prepare(["a cat"])
+    (told,) = (tmp_path / "conditions").rglob("model.json")
+    assert json.loads(told.read_text())["weights"] == {"hub": "acme/tiny", "commit": commit}
     with pytest.raises(PolicyError, match=r"'acme/tiny' \(revision v2\).*the model hub has no usable"):
         load_policy(config.model_copy(update={"revision": "v2"}), text_encoders=True, vae=True)
 
@@ -62,6 +65,8 @@ def test_prompts_of_qwen_image_are_as_long_as_they_are(tmp_path: Path) -> None:
     policy = load_policy(TINY["qwen-image"].config(directory), text_encoders=True, vae=False)
     lengths = [len(policy.encode(prompt)["prompt_embeds"]) for prompt in (" ", "a cat", "a red cube")]
     assert lengths == [6, 10, 12]
+    longest = policy.longest(policy.encode("a cat"))["prompt_embeds"]
+    assert longest.shape == (12, 16)
 
 
 def test_flux_is_told_the_configured_guidance(tmp_path: Path) -> None:

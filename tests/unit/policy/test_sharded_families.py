@@ -66,6 +66,10 @@ def compared(folder: Path, rank: int) -> None:
             width = float(slopes[key].abs().max())
             limit = {"rtol": 1e-4, "atol": 1e-5 * width} if exact else {"rtol": 0.2, "atol": 0.1 * width}
             torch.testing.assert_close(rows, wanted, **limit)
+        policy.checkpoint_gradients()
+        again = gradient(policy, x, 0.5)
+        assert again.keys() == own.keys()
+        assert all(torch.equal(again[key], rows) for key, rows in own.items()), name
 
 
 @pytest.mark.slow

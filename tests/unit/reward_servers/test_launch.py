@@ -17,4 +17,19 @@ def test_a_serve_that_does_not_start_is_told(monkeypatch: pytest.MonkeyPatch, er
     monkeypatch.setattr(launch, "_running_options", lambda: None)
     monkeypatch.setattr("reward_servers.launch.serve.start", start)
     with pytest.raises(launch.RewardsNotReady, match=f"did not start on .*{error}"):
-        launch.start_serve("127.0.0.1", 0, deadline_s=5, request_timeout_s=5)
+        launch.start_serve("127.0.0.1", 0, deadline_s=0, request_timeout_s=5)
+
+
+def test_a_proxy_that_takes_longer_than_serve_waits_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+
+    def start(**options: object) -> None:
+        calls.append(options)
+        if len(calls) == 1:
+            raise TimeoutError("HTTP proxies not available after 60s.")
+
+    monkeypatch.setattr(launch, "_owns_serve", False)
+    monkeypatch.setattr(launch, "_running_options", lambda: None)
+    monkeypatch.setattr("reward_servers.launch.serve.start", start)
+    assert launch.start_serve("127.0.0.1", 4711, deadline_s=60, request_timeout_s=5).endswith(":4711")
+    assert len(calls) == 2

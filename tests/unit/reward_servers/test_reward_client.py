@@ -51,6 +51,20 @@ def test_what_passes_is_tried_again(scripted: Any, images: Images, ask: Any, bad
     assert (scored.scores, scored.attempts, len(script.requests)) == ((0.5,) * 5, 3, 3)
 
 
+def test_a_server_that_has_scored_may_lose_its_paths_for_a_while(
+    scripted: Any, images: Images, ask: Any
+) -> None:
+    """As Serve's proxy does that comes up again."""
+    gone = Reply(404, b'{"error": "not_found", "detail": "no such path"}')
+    url, _ = scripted(Reply(), gone, gone, Reply(), gone)
+    client = client_of(url, deadline_s=3.0)
+    client.score(images, "p")
+    assert client.score(images, "p").attempts == 3
+    with pytest.raises(RewardUnavailable, match="it has scored before"):
+        client.score(images, "p")
+    client.close()
+
+
 def test_a_hang_is_asked_again_within_the_deadline(scripted: Any, images: Images, ask: Any) -> None:
     url, _ = scripted(Reply(hang=True), Reply())
     assert ask(client_of(url, attempt_s=0.2), images).attempts == 2

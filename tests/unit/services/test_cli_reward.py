@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import socket
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -108,13 +109,27 @@ def test_the_token_of_this_machine_goes_to_no_other(
     dgpo("serve", "ocr", "--args", '{"x": 1}')
     sent: list[str | None] = []
 
-    def refuse(url: str, token: str | None, *more: object) -> None:
+    def refuse(url: str, token: str | None, *more: object, **settings: object) -> None:
         sent.append(token)
         raise ValueError("asked")
 
     monkeypatch.setattr("reward_servers.image_files.score_by_server", refuse)
     assert dgpo("score", "MOON.png", "--prompt", '"A"', "--url", url)[0] == 2
     assert sent == [default_token_file().read_text().strip() if told else None]
+
+
+def test_a_server_that_is_not_there_is_waited_for_only_if_asked(dgpo: Dgpo) -> None:
+    with socket.socket() as bound:  # and not listening: a connection is refused
+        bound.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{bound.getsockname()[1]}"
+        asked = ["score", "MOON.png", "--prompt", '"A"', "--url", f"{url}/v1/score", "--deadline"]
+        code, _, shown = dgpo(*asked, "3600")
+        assert code == 1
+        assert f"at {url}: nothing answers there (ConnectError" in shown and "--wait" in shown
+        code, _, shown = dgpo(*asked, "0.5", "--wait")
+    assert code == 1
+    assert f"nothing answers at {url} (ConnectError" in shown and "asking again for up to 0.5 s" in shown
+    assert "no scores within 0.5 s" in shown
 
 
 @pytest.mark.parametrize(
@@ -142,7 +157,10 @@ def test_the_token_of_this_machine_goes_to_no_other(
         (["score", "MOON.png", "--prompt", '"A"'], "either --app"),
         (["score", "MOON.png", "--prompt", '"A"', "--app", "ocr", "--metadata", "[1]"], "--metadata"),
         (["score", "MOON.png", "--prompt", '"A"', "--app", "ocr", "--args", "{"], "--args: not JSON"),
-        (["score", "MOON.png", "--prompt", '"A"', "--app", "ocr", "--args", '{"x": 1}'], "args: x"),
+        (
+            ["score", "MOON.png", "--prompt", '"A"', "--app", "ocr", "--args", '{"x": 1}'],
+            "no such argument: x",
+        ),
         (["score", "MOON.png", "--prompt", '"A"', "--url", "nowhere"], "no http://"),
         (["score", "MOON.png", "--prompt", '"A"', "--url", "http://h", "--args", '{"x": 1}'], "of --app"),
         (["score", "MOON.png", "--prompt", '"A"', "--app", "jpeg", "--token-env", "T"], "of --url"),
@@ -150,7 +168,7 @@ def test_the_token_of_this_machine_goes_to_no_other(
         (["serve", "ocr", "--token-env", "NO_SUCH_TOKEN"], "NO_SUCH_TOKEN"),
         (["serve", "ocr", "--token-file", "absent"], "absent"),
         (["serve", "ocr", "--batching", "never"], "batching"),
-        (["serve", "ocr", "--args", '{"x": 1}'], "args: x"),
+        (["serve", "ocr", "--args", '{"x": 1}'], "no such argument: x"),
         (["bench", "nothing"], "throughput"),
     ],
 )

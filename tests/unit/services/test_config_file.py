@@ -39,6 +39,8 @@ def test_every_shipped_recipe_is_valid_and_round_trips(recipe: Path) -> None:
         ("learner.sharding=fsdp", ["sharding fsdp divides the weights of several ranks: set learner.ranks"]),
         ("model.train=lora", ["sharding fsdp is for full fine-tuning: set model.train to full"]),
         ("learner.num_gpus=0.5", ["sharding fsdp with learner.num_gpus 0.5", "set it to 1"]),
+        ("learner.optimizer=adamw8bit", ["sharding fsdp with learner.optimizer adamw8bit", "to adamw"]),
+        ("learner.micro_batch=auto", ["sharding fsdp with learner.micro_batch auto", "to a number"]),
         ("learner.ranks=0", ["learner.ranks", "greater than or equal to 1"]),
         ("objective.switch_step=5", ["objective"]),
         ("rewards.0.heldout=true", ["every reward is held out"]),
@@ -61,7 +63,7 @@ def test_every_shipped_recipe_is_valid_and_round_trips(recipe: Path) -> None:
 def test_an_unusable_value_is_named(override: str, named: list[str]) -> None:
     if override == "model.device=cuda:1":
         overrides = [override, "learner.ranks=2"]
-    elif override in ("model.train=lora", "learner.num_gpus=0.5"):
+    elif "fsdp with" in named[0] or override == "model.train=lora":
         overrides = [override, "learner.ranks=2", "learner.sharding=fsdp"]
     elif override == "objective.switch_step=5":
         overrides = [override, "objective.reference=frozen"]
@@ -110,11 +112,18 @@ def test_a_reward_that_is_elsewhere_round_trips_through_the_run_directory() -> N
     assert parse_config(yaml.safe_load(dump_config(config)), source="dump") == config
 
 
+LOGINS = "{driver: {password_env: P}, learner: {password_env: P}, worker: {password_env: P}}"
+
+
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
         (["rewards.0.token_env=TOKEN"], "token_env is for url"),
         (["queue.password_env=PASSWORD"], "password_env is for url"),
+        ([f"queue.logins={LOGINS}"], "logins are for url"),
+        (["queue.logins={driver: {password_env: P}}", "queue.url=redis://db"], "leaves out learner, worker"),
+        ([f"queue.logins={LOGINS}", "queue.url=redis://run@db"], "and of a user in url"),
+        ([f"queue.logins={LOGINS}", "queue.url=redis://db", "queue.password_env=P"], "place of password_env"),
     ],
 )
 def test_a_secret_that_nobody_asks_for_is_refused(overrides: list[str], named: str) -> None:

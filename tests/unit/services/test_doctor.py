@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import psutil
@@ -19,7 +20,9 @@ from services.doctor import Finding, examine
         ("model.path=./nowhere", "model", "set model.path to a directory"),
         ("model.device=cuda", "devices", "set model.device to cpu or auto"),
         ("rollout.num_gpus=100", "devices", "lower num_gpus"),
+        ("prompts={source: file, path: nowhere.jsonl}", "prompts", "set prompts.path and eval.path"),
         ("objective.timesteps={first: null, t_min: 0.9}", "timesteps", "see objective.timesteps"),
+        ("rollout={solver: euler, sigmas: fractions}", "rollout", "set rollout"),
     ],
 )
 def test_what_cannot_run_is_found(
@@ -42,6 +45,20 @@ def test_ranks_are_told_with_what_they_reserve(monkeypatch: pytest.MonkeyPatch) 
         assert "3 ranks share 8 groups an update, 3 at most each" in found.found
         assert f"0.5 CPU and 0 GPU, and holds {held}; gradients are added by gloo" in found.found
     assert not [f for f in examine(load_config("quickstart")) if f.what == "ranks"]
+
+
+def test_an_optimizer_without_its_package_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    found = importlib.util.find_spec
+
+    def without(name: str, package: str | None = None) -> object:
+        return None if name == "bitsandbytes" else found(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+    config = load_config("quickstart", ["learner.optimizer=adamw8bit"])
+    (finding,) = [finding for finding in examine(config) if finding.what == "optimizer"]
+    assert not finding.ok
+    assert "pip install 'dgpo-cluster[8bit]'" in finding.remedy
 
 
 def test_a_hub_id_is_no_mistyped_directory() -> None:
@@ -88,3 +105,39 @@ def test_memory_of_replicas_to_come_is_a_warning(monkeypatch: pytest.MonkeyPatch
     assert "max_replicas" in grown.remedy
     (fixed,) = found_of("memory")
     assert fixed.ok and not fixed.warning
+
+
+@pytest.mark.parametrize(
+    ("override", "there", "told"),
+    [
+        (
+            "rollout={workers: 3, num_gpus: 0.6}",
+            2,
+            "1.8 reserved, in parts that take 3 whole ones",
+        ),
+        ("rollout={workers: 2, num_gpus: 0.5}", 1, "1 reserved"),
+    ],
+)
+def test_gpus_are_counted_as_they_are_taken(
+    override: str, there: int, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    (finding,) = found_of("devices", override)
+    assert told in finding.found
+    assert finding.ok == ("take" not in told)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ("num_gpus: 0.1", "reserves 0.1 GPU, and args.device is cpu"),
+        ("args: {device: cuda}", "args.device is cuda, and it reserves no GPU"),
+        ("args: {device: cuda}, num_gpus: 0.1", ""),
+    ],
+)
+def test_a_scorer_computes_where_it_reserves(settings: str, told: str) -> None:
+    (finding,) = found_of("reward judge", f"rewards=[{{name: judge, app: pickscore, {settings}}}]")
+    assert finding.ok
+    assert finding.warning == bool(told)
+    assert told in finding.found

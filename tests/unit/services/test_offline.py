@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,11 @@ import torch
 from services.codec import Group
 from services.config_file import ConfigError
 from services.doctor import examine
-from services.offline import open_recording, place_of
+from services.offline import differences, open_recording, place_of
 from services.prompts import evaluates, prompt_source
 from services.ray_runtime import loopback_parts, reserved
 from services.record import record_groups, recorder_config
-from services.recording import RecordingError
+from services.recording import INDEX, RecordingError
 from tests.recorded_groups import config, group, record
 
 
@@ -65,6 +66,10 @@ def test_a_recording_of_a_file_is_evaluated_on_eval_path_or_not_at_all(tmp_path:
         (["model.height=64"], r"64 x 64, its images 32 x 64: latents of shape \(4, 8, 16\)"),
         (["learner.groups_per_step=7"], "groups_per_step is 7, it has 6 groups"),
         (
+            ["rollout.solver=euler", "rollout.sigmas=fractions"],
+            "rollout.sigmas is 'fractions', its groups were sampled with 'scheduler'",
+        ),
+        (
             ["rewards=[{name: ocr, app: ocr}, {name: aesthetic, app: ocr}]"],
             "reward 'aesthetic' is missing from 6 of 6 groups, first ordinal 0; recorded: ocr",
         ),
@@ -108,6 +113,21 @@ def test_trajectories_of_other_steps_are_refused(tmp_path: Path) -> None:
     assert len(open_recording(offline(recorded, *objective, "rollout.steps=5"))) == 2
     with pytest.raises(RecordingError, match=r"rollout\.steps is 6, the recorded likelihoods are those of 5"):
         open_recording(offline(recorded, *objective, "rollout.steps=6"))
+    with pytest.raises(RecordingError, match=r"rollout\.terminal is 0\.02, the recorded .* those of None"):
+        open_recording(offline(recorded, *objective, "rollout.steps=5", "rollout.terminal=0.02"))
+
+
+def test_a_recording_of_format_1_is_read_and_says_nothing_of_sigmas(recorded: Path) -> None:
+    index = recorded / INDEX
+    first, rest = index.read_text().split("\n", 1)
+    facts = json.loads(first) | {"format": 1}
+    index.write_text(
+        json.dumps({k: v for k, v in facts.items() if k not in ("sigmas", "terminal")}) + "\n" + rest
+    )
+    of_flux = offline(recorded, "rollout.solver=euler", "rollout.sigmas=fractions", "rollout.terminal=0.02")
+    found = open_recording(of_flux)
+    assert len(found) == 6
+    assert [told.split(":")[0] for told in differences(of_flux, found.facts)] == ["rollout.solver"]
 
 
 def test_an_optional_reward_may_be_absent_from_some_groups(tmp_path: Path) -> None:

@@ -6,7 +6,14 @@ import pytest
 import ray
 
 from services.config_file import ConfigError, load_config
-from services.ray_runtime import at_max_replicas, no_room_to_grow, ray_cluster, replicas_to_come, reserved
+from services.ray_runtime import (
+    at_max_replicas,
+    no_room_to_grow,
+    ray_cluster,
+    replicas_to_come,
+    reserved,
+    whole_gpus,
+)
 
 
 def test_every_part_that_reserves_cpus_is_counted() -> None:
@@ -19,6 +26,24 @@ def test_every_part_that_reserves_cpus_is_counted() -> None:
         ("eval.num_cpus=2", 2.0),
     ):
         assert reserved(load_config("quickstart", [key]), "num_cpus") == pytest.approx(base + more), key
+
+
+@pytest.mark.parametrize(
+    ("workers", "worker", "rank", "small", "whole"),
+    [(2, 0.8, 1, 0.1, 4), (2, 0.8, 1, 0.3, 5), (3, 0.6, 0, 0, 3), (1, 0.4, 0.4, 0.1, 1), (2, 0, 2, 0, 4)],
+)
+def test_a_part_of_a_gpu_is_not_spread_over_two(
+    workers: int, worker: float, rank: float, small: float, whole: int
+) -> None:
+    """Two ranks, an evaluator and a reward beside the workers; of one worker, one rank."""
+    config = load_config(
+        "quickstart",
+        [
+            *(f"rollout.workers={workers}", f"rollout.num_gpus={worker}", f"learner.num_gpus={rank}"),
+            *(f"learner.ranks={min(workers, 2)}", f"eval.num_gpus={small}", f"rewards.0.num_gpus={small}"),
+        ],
+    )
+    assert whole_gpus(config) == whole
 
 
 GROWING = [
@@ -105,7 +130,12 @@ def test_gpus_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(ray, "shutdown", lambda: ended.append(True))
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0, "GPU": 1.0})
     refused = load_config("quickstart", ["rollout.num_gpus=0.5", "learner.num_gpus=0.25"])
-    with pytest.raises(ConfigError, match=r"reserves 1\.25 GPUs, this machine has 1"), ray_cluster(refused):
+    with (
+        pytest.raises(
+            ConfigError, match=r"reserves 1\.25 GPUs in parts that take 2 whole ones, this machine has 1:"
+        ),
+        ray_cluster(refused),
+    ):
         pytest.fail("a run started that could never be placed")
     assert ended == [True]
     with ray_cluster(load_config("quickstart", ["rollout.num_gpus=0.5"])) as own:

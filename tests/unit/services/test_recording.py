@@ -191,8 +191,11 @@ def test_a_group_of_another_run_is_refused(tmp_path: Path) -> None:
             lambda place: (place / "shard-000002.safetensors").write_bytes(b"short"),
             r"shard-000002.safetensors: 5 bytes, recorded as \d+: truncated",
         ),
-        (lambda place: edit(place, '"format":1', '"format":2'), "format 2, this version reads format 1"),
-        (lambda place: edit(place, '"format":1', '"formats":1'), "line 1: says nothing"),
+        (
+            lambda place: edit(place, '"format":2', '"format":3'),
+            "format 3, this version reads formats 1 and 2",
+        ),
+        (lambda place: edit(place, '"format":2', '"formats":2'), "line 1: says nothing"),
         (lambda place: edit(place, '"seed":0', '"seed":"x"'), "line 1: seed"),
         (lambda place: edit(place, '{"ordinal":2', '{"ordinary":2'), "line 4: not a recorded group"),
         (lambda place: edit(place, '{"ordinal":2', '{"ordinal":1'), "line 4: ordinal 1 is recorded twice"),

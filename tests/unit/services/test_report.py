@@ -155,6 +155,17 @@ def test_the_report_tells_the_whole_run(run_dir: Path) -> None:
     assert text.count('class="group"') == 2
 
 
+def test_what_a_curriculum_leaves_out_is_drawn_where_there_is_one(run_dir: Path) -> None:
+    title = "Prompts left out by the curriculum"
+    write_rows(run_dir, [update(41).model_copy(update={"prompts_left_out": 17})])
+    assert title not in read(run_dir)
+    (run_dir / "config.yaml").write_text(
+        dump_config(load_config("quickstart", ["prompts.curriculum.after=3"]))
+    )
+    figure = read(run_dir).partition(title)[2].partition("</figure>")[0]
+    assert "<svg" in figure and ">20<" in figure
+
+
 def test_it_opens_offline_and_is_well_formed(run_dir: Path) -> None:
     text = read(run_dir)
     assert not re.search(r"""(?:src|href)\s*=\s*(?!"data:)""", text), "nothing may be loaded"

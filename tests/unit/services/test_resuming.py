@@ -58,6 +58,7 @@ def test_nothing_is_written_where_nothing_changes(run: RunDirectory) -> None:
         "rollout.guidance=2.0",
         "rewards.0.name=other",
         "rewards.1.required=false",
+        "learner.optimizer=adamw8bit",
         "objective.reference=frozen",
         "objective.reference_of=rollout",
         "objective.clip_range=null",
@@ -83,6 +84,8 @@ def test_what_the_run_depends_on_is_refused_by_name(run: RunDirectory, override:
     "override",
     [
         "model.device=cpu",
+        "model.text_encoders=cached",
+        "learner.micro_batch=auto",
         "rewards.0.weight=2",
         "objective.clip_range=1e-3",
         "queue.max_staleness=0",

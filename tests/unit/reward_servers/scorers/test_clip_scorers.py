@@ -353,7 +353,7 @@ def test_another_head_is_refused(
         ({"scale": 0}, "scale"),
         ({"dtype": "int8"}, "dtype"),
         ({"max_batch": 0}, "max_batch"),
-        ({"gpu": 1}, "gpu"),
+        ({"gpu": 1}, "no such argument: gpu"),
     ],
 )
 @pytest.mark.parametrize("name", NAMES)

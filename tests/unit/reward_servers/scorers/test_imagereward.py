@@ -325,7 +325,7 @@ def one_layer_more(state: dict[str, Tensor]) -> None:
         (len, CONFIG, {"path": "/nowhere/at/all"}, "/nowhere/at/all"),
         (len, CONFIG, {"tokenizer": "/nowhere/at/all"}, "/nowhere/at/all"),
         (len, CONFIG, {"device": "cuda:99"}, "cuda:99"),
-        (len, CONFIG, {"batch": 3}, "args: batch"),
+        (len, CONFIG, {"batch": 3}, "no such argument: batch"),
     ],
 )
 def test_what_cannot_be_loaded_says_why(

@@ -1,0 +1,207 @@
+"""The architectures of published models without their weights: what a pass costs, and random weights to time.
+
+Promises
+- Sizes are those of the published configurations (published_models.json beside this file).
+- FLOPs, parameters and activations are counted on the meta device: no memory, no GPU, any machine.
+- Weights are random and so are conditions, of the real shapes: neither text encoder nor tokenizer is made.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from policy.adapters import add_lora
+from policy.base import Condition
+from policy.families.sd3 import StableDiffusion3Policy
+from policy.loading import Configs, quiet
+from policy.pipeline_policy import PipelinePolicy
+from policy.registry import supported
+from services.config import Config, DgpoConfig, LoraConfig, ModelConfig
+
+MODELS: dict[str, Any] = json.loads((Path(__file__).parent / "published_models.json").read_text())
+COMPRESSION = 8
+"""Pixels of a side that are one latent, of every published model in the file."""
+GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class Published:
+    """A model of the file."""
+
+    name: str
+    hub: str
+    denoiser: str
+    """Class in diffusers."""
+    config: dict[str, Any]
+    text_tokens: int
+    """Of a condition; of Qwen-Image, whose conditions are as long as their prompts, of a usual prompt."""
+    text_billions: float
+    """Parameters of its text encoders."""
+    vae: dict[str, Any] | None = None
+
+    @classmethod
+    def named(cls, name: str) -> Published:
+        return cls(name=name, **MODELS[name])
+
+    def make(self) -> Any:
+        """The denoiser with random weights, on torch's default device and in its default dtype."""
+        classes: Any = diffusers
+        return getattr(classes, self.denoiser)(**self.config)
+
+    @property
+    def family(self) -> type[PipelinePolicy]:
+        return next(one for one in supported().values() if one.parts.denoiser_class == self.denoiser)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """(h, w) of the latents of an image."""
+        compression = COMPRESSION if self.vae is None else 2 ** (len(self.vae["block_out_channels"]) - 1)
+        return height // compression, width // compression
+
+    def inputs(self, height: int, width: int, samples: int = 1) -> dict[str, Any]:
+        """Arguments of the denoiser for images of some size, on torch's default device."""
+        rows, columns = self.grid(height, width)
+        widths = self.family.condition_widths(self.config)
+        text = torch.randn(samples, self.text_tokens, widths["prompt_embeds"])
+        pooled = torch.randn(samples, widths["pooled"]) if "pooled" in widths else None
+        time = torch.full((samples,), 0.5)
+        packed = torch.randn(samples, rows * columns // 4, self.config["in_channels"])
+        latents = torch.randn(samples, self.config["in_channels"], rows, columns)
+        common = {"timestep": time, "encoder_hidden_states": text}
+        if self.denoiser == "FluxTransformer2DModel":
+            places = {
+                "txt_ids": torch.zeros(self.text_tokens, 3),
+                "img_ids": torch.zeros(packed.shape[1], 3),
+            }
+            return {
+                "hidden_states": packed,
+                "guidance": time,
+                "pooled_projections": pooled,
+                **places,
+                **common,
+            }
+        if self.denoiser == "QwenImageTransformer2DModel":
+            return {
+                "hidden_states": packed,
+                "img_shapes": [[(1, rows // 2, columns // 2)]] * samples,
+                **common,
+            }
+        if self.denoiser == "UNet2DConditionModel":
+            added = {"text_embeds": pooled, "time_ids": torch.zeros(samples, 6)}
+            return {"sample": latents, "added_cond_kwargs": added, **common}
+        return {"hidden_states": latents, "pooled_projections": pooled, **common}
+
+
+@dataclass(frozen=True)
+class PassCost:
+    """What one sample costs."""
+
+    parameters: int
+    """Of the denoiser, adapters not counted."""
+    trained: int
+    forward: int
+    """FLOPs of a forward pass; a multiply-add is two."""
+    train: int
+    """FLOPs of a forward and a backward pass; nothing is computed twice."""
+    activations: int
+    """Bytes that the graph of one sample holds between them, in the dtypes of a bfloat16 model."""
+
+
+def pass_cost(model: Published, height: int, width: int, lora: LoraConfig | None) -> PassCost:
+    """Count one sample's passes.
+
+    Args:
+        lora: adapters on the family's attention projections; None: every weight is trained.
+    """
+    with quiet(), torch.device("meta"):
+        denoiser = model.make().to(torch.bfloat16)
+        parameters = sum(parameter.numel() for parameter in denoiser.parameters())
+        if lora is not None:
+            add_lora(denoiser, lora, seed=0, targets=lora.targets or model.family.lora_targets)
+        inputs = _lowered(model.inputs(height, width))
+        with torch.no_grad(), FlopCounterMode(display=False) as forward:
+            denoiser(**inputs, return_dict=False)
+        kept: dict[Any, int] = {}
+        weights = {id(weight) for weight in denoiser.parameters()}
+
+        def keep(saved: Tensor) -> Tensor:
+            # On the meta device attention keeps its matrix, which the kernels of a GPU compute again.
+            matrix = saved.dim() >= 3 and saved.shape[-1] == saved.shape[-2]
+            if id(saved) not in weights and id(saved._base) not in weights and not matrix:
+                storage = saved.untyped_storage()
+                kept[storage._cdata] = storage.nbytes()
+            return saved
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved)
+        with FlopCounterMode(display=False) as train:
+            with hooks:
+                prediction = denoiser(**inputs, return_dict=False)[0]
+                loss = prediction.float().square().mean()
+            loss.backward()
+    return PassCost(
+        parameters=parameters,
+        trained=sum(p.numel() for p in denoiser.parameters() if p.requires_grad),
+        forward=forward.get_total_flops(),
+        train=train.get_total_flops(),
+        activations=sum(kept.values()),
+    )
+
+
+def _lowered(inputs: dict[str, Any]) -> dict[str, Any]:
+    def lower(value: Any) -> Any:
+        if isinstance(value, dict):
+            return _lowered(value)
+        return value.to(torch.bfloat16) if isinstance(value, Tensor) else value
+
+    return {name: lower(value) for name, value in inputs.items()}
+
+
+def needed_passes(config: Config) -> dict[str, int]:
+    """Passes of an update for each sample: forward and backward (`train`), and `forward` alone."""
+    objective = config.objective
+    assert isinstance(objective, DgpoConfig)
+    relative = objective.reference == "ema" or objective.clip_range is not None
+    compared = int(relative and objective.reference_decay > 0) + int(objective.needs_base)
+    timesteps = objective.timesteps.per_update
+    return {"train": timesteps, "forward": timesteps * compared}
+
+
+def random_pipeline(model: Published, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Any:
+    """A stock SD3 pipeline without text encoders, its transformer and VAE of random weights on a device."""
+    classes: Any = diffusers
+    torch.manual_seed(seed)
+    # Modules fill their own weights, which is quick only where the device is.
+    with quiet(), torch.device(device):
+        transformer, vae = model.make().to(dtype), classes.AutoencoderKL(**(model.vae or {})).to(dtype)
+    pipeline = classes.StableDiffusion3Pipeline(
+        transformer=transformer.eval(),
+        vae=vae.eval(),
+        scheduler=classes.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        **dict.fromkeys(StableDiffusion3Policy.parts.text),
+    )
+    pipeline.to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def random_policy(model: Published, config: ModelConfig, *, base: bool = True) -> StableDiffusion3Policy:
+    """The project's own policy around `random_pipeline`, on the device and in the dtype of `config`."""
+    device = torch.device("cuda" if config.device == "auto" and torch.cuda.is_available() else config.device)
+    pipeline = random_pipeline(model, device, getattr(torch, config.dtype))
+    configs = Configs(denoiser=dict(pipeline.transformer.config), vae=dict(pipeline.vae.config), scheduler={})
+    return StableDiffusion3Policy.around(pipeline, config, configs, base=base)
+
+
+def random_condition(model: Published, device: torch.device, dtype: torch.dtype, seed: int) -> Condition:
+    """Of one prompt, in the real shapes: `prompt_embeds` (tokens, width) and `pooled` (width,)."""
+    source = torch.Generator().manual_seed(seed)
+    widths = model.family.condition_widths(model.config)
+    shapes = {"prompt_embeds": (model.text_tokens, widths["prompt_embeds"]), "pooled": (widths["pooled"],)}
+    return {name: torch.randn(shape, generator=source).to(device, dtype) for name, shape in shapes.items()}

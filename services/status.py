@@ -1,0 +1,244 @@
+"""`dgpo status` and `dgpo scale`: how a run is, asked of its queue and directory from beside it.
+
+Promises
+- Status reads only: a run that is looked at does not change, and goes on when this fails.
+- Says of a part that waits what it waits for and since when, and names the parts that have gone silent.
+- A run whose queue is gone is told by what its directory has: how far it came, and how to go on.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import redis
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from services.config import Config, QueuePart
+from services.config_file import ConfigError
+from services.context import RunContext, SecretPlace
+from services.embedded import EmbeddedServerError, EmbeddedValkey
+from services.formatting import duration, number, size
+from services.group_queue import GroupQueue, QueueUnreachable
+from services.messages import DeadLetter, Heartbeat, Message, PolicyVersion
+from services.metrics import EvalRow, UpdateRow
+from services.queue_types import QueueStatus
+from services.run_directory import RunDirectory
+from services.telemetry import read_metrics
+
+SHOWN_LETTERS = 5
+WATCH_S = 2.0
+
+
+class Flow(Message):
+    """The group queue, at one moment."""
+
+    depth: int
+    """Groups that wait to be trained."""
+    bytes: int
+    issued: int
+    """Ordinals that workers hold."""
+    window: int
+    """Ordinals that may be issued or waiting at once; 0 before the learner has begun."""
+    trained: int
+    of: int
+    dead: int
+
+
+class RunStatus(Message):
+    """How a run is."""
+
+    run: str
+    state: str
+    """starting, running, degraded, draining, done, failed; with its queue gone: done, stopped, or, while its
+    driver is still there, ending."""
+    reason: str
+    """Why it is in that state; may be empty."""
+    driver: int | None
+    """Process that holds the run directory; None where it is not on this machine."""
+    step: int
+    max_steps: int
+    version: PolicyVersion | None
+    flow: Flow | None
+    parts: tuple[Heartbeat, ...]
+    silent: tuple[str, ...]
+    """Parts whose heartbeat has stopped."""
+    dead_letters: tuple[DeadLetter, ...]
+    update: UpdateRow | None
+    """The last one that is written down."""
+    evaluation: EvalRow | None
+
+
+def run_status(run: RunDirectory) -> RunStatus:
+    """Ask once.
+
+    Raises:
+        ConfigError: the configuration of the run cannot be read, or the secret of its queue.
+        QueueUnreachable: a queue server that is not the run's own does not answer.
+    """
+    config, written = run.config(), read_metrics(run.root)
+    update = written.updates[-1] if written.updates else None
+    found = _ask(run, config)
+    told: dict[str, Any] = {
+        "run": run.name,
+        "driver": run.driver(),
+        "step": update.step if update is not None else 0,
+        "max_steps": config.learner.max_steps,
+        "update": update,
+        "evaluation": written.evals[-1] if written.evals else None,
+    }
+    if found is None:
+        state = "done" if told["step"] >= config.learner.max_steps else "stopped"
+        reason = f"go on with: dgpo train --resume {run.root}" if state == "stopped" else ""
+        if told["driver"] is not None:
+            state, reason = ("ending" if update is not None else "starting"), ""
+        none: dict[str, Any] = {"version": None, "flow": None, "parts": (), "silent": (), "dead_letters": ()}
+        return RunStatus(state=state, reason=reason, **told, **none)
+    queue, beats, letters = found
+    silent = tuple(sorted(part for part, beat in beats.items() if beat is None))
+    running = queue.state in ("starting", "running")
+    degraded = running and bool(silent)
+    return RunStatus(
+        state="degraded" if degraded else (queue.state or "starting"),
+        reason=f"no heartbeat of {', '.join(silent)}" if degraded else queue.reason,
+        version=queue.version,
+        flow=Flow(
+            depth=queue.depth,
+            bytes=queue.bytes,
+            issued=len(queue.leases),
+            window=queue.window,
+            trained=queue.trained,
+            of=queue.limit,
+            dead=queue.dead,
+        ),
+        parts=tuple(beat for _, beat in sorted(beats.items()) if beat is not None),
+        silent=silent,
+        dead_letters=tuple(letters),
+        **told,
+    )
+
+
+def _ask(
+    run: RunDirectory, config: Config
+) -> tuple[QueueStatus, dict[str, Heartbeat | None], list[DeadLetter]] | None:
+    """What the queue says; None where the server was the run's own and has ended with it."""
+    try:
+        queue = _open(run, config, "observer")
+        return queue.status(), queue.heartbeats(), queue.dead_letters()
+    except (EmbeddedServerError, QueueUnreachable, redis.RedisError):
+        if config.queue.url is not None:
+            raise
+        return None
+
+
+def scale_run(run: RunDirectory, workers: int) -> None:
+    """Tell the driver of a run how many rollout workers it shall keep.
+
+    Raises:
+        ConfigError: it is not running, or has no rollout workers.
+        QueueUnreachable: its queue server does not answer.
+    """
+    config = run.config()
+    if config.offline:
+        raise ConfigError(f"{run.root}: it trains from a recording, by one feeder; there is nothing to scale")
+    try:
+        queue = _open(run, config, "driver")
+    except (EmbeddedServerError, QueueUnreachable) as error:
+        if config.queue.url is not None:
+            raise
+        raise ConfigError(f"{run.root}: the run is not going on: {error}") from error
+    state = queue.state()
+    if state not in ("starting", "running"):
+        raise ConfigError(f"{run.root}: the run is {state or 'not there'}; only one that goes on is scaled")
+    queue.want_workers(workers)
+
+
+def _open(run: RunDirectory, config: Config, part: QueuePart) -> GroupQueue:
+    url, password = config.queue.url, SecretPlace(env=config.queue.password_env)
+    if url is None:
+        url, _ = EmbeddedValkey.join(run.queue)
+        password = SecretPlace(file=run.queue / "password")
+    context = RunContext(
+        run=run.name, directory=run.root, config=config, queue_url=url, queue_password=password
+    )
+    return context.open_queue(part)
+
+
+def drawn(status: RunStatus, now: float | None = None) -> RenderableType:
+    """For a terminal; text from elsewhere is shown as text."""
+    now = time.time() if now is None else now
+    shown: list[RenderableType] = [_head(status)]
+    if status.reason:
+        shown.append(Text(status.reason, style="yellow"))
+    if status.flow is not None and status.flow.window:
+        shown.append(Text(_flow(status.flow)))
+    if status.update is not None:
+        shown.append(Text(_update(status.update, now)))
+    if status.evaluation is not None:
+        scores = status.evaluation.rewards.items()
+        means = "  ".join(f"{name} {number(score.mean)} ± {number(score.se)}" for name, score in scores)
+        shown.append(Text(f"evaluated at step {status.evaluation.step}: {means}"))
+    if status.parts:
+        shown.append(_parts(status, now))
+    for letter in status.dead_letters[-SHOWN_LETTERS:]:
+        shown.append(Text(f"given up: ordinal {letter.ordinal}: {letter.reason}", style="yellow"))
+    return Group(*shown)
+
+
+def watched(run: RunDirectory, screen: Console) -> None:
+    """Draw it again and again, until Ctrl-C or the end of the run."""
+    with Live(console=screen, auto_refresh=False) as live:
+        while True:
+            found = run_status(run)
+            live.update(drawn(found), refresh=True)
+            if found.state in ("done", "failed", "stopped"):
+                return
+            time.sleep(WATCH_S)
+
+
+_STYLES = {"running": "green", "done": "green", "failed": "red", "degraded": "yellow"}
+
+
+def _head(status: RunStatus) -> Text:
+    head = Text(f"{status.run}  ", style="bold")
+    head.append(status.state, style=_STYLES.get(status.state, "cyan"))
+    head.append(f"  {status.step}/{status.max_steps} updates", style="not bold")
+    if status.version is not None:
+        head.append(f"  version {status.version}", style="not bold")
+    return head
+
+
+def _flow(flow: Flow) -> str:
+    return (
+        f"{flow.trained}/{flow.of} groups trained, {flow.depth} waiting ({size(flow.bytes)}), "
+        f"{flow.issued} being sampled, {flow.window} at most; {flow.dead} given up"
+    )
+
+
+def _update(row: UpdateRow, now: float) -> str:
+    return (
+        f"last update {row.step}, {duration(max(0.0, now - row.time))} ago: reward {number(row.reward_mean)} "
+        f"± {number(row.reward_std)}, {row.seconds:.1f} s"
+    )
+
+
+def _parts(status: RunStatus, now: float) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for title in ("part", "doing", "for", "version", "groups", "memory", "node, pid"):
+        table.add_column(title, justify="right" if title in ("for", "groups", "memory") else "left")
+    for beat in status.parts:
+        table.add_row(
+            Text(beat.part),
+            Text(beat.state if beat.ordinal is None else f"{beat.state} (ordinal {beat.ordinal})"),
+            duration(max(0.0, now - beat.since)),
+            "-" if beat.version is None else str(beat.version),
+            str(beat.groups),
+            size(beat.rss_bytes),
+            Text(f"{beat.node}, {beat.pid}"),
+        )
+    for part in status.silent:
+        table.add_row(Text(part, style="yellow"), Text("silent", style="yellow"), *["-"] * 5)
+    return table

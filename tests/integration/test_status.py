@@ -1,0 +1,88 @@
+"""`dgpo status`: of a live queue server of a run directory, and when it is gone."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from services.cli import app
+from services.config_file import load_config
+from services.embedded import EmbeddedValkey
+from services.group_queue import GroupQueue, connect
+from services.messages import Heartbeat, PolicyVersion, WeightsAnnouncement
+from services.run_directory import RunDirectory
+from services.status import drawn, run_status
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    return RunDirectory.create(load_config("quickstart", [f"run.directory={tmp_path}"]))
+
+
+@pytest.fixture
+def queue(run: RunDirectory) -> Iterator[GroupQueue]:
+    with EmbeddedValkey(run.queue) as server:
+        yield GroupQueue(connect(server.url, server.password), run.name, run.config().queue)
+
+
+def beat(part: str, state: str) -> Heartbeat:
+    return Heartbeat(part=part, state=state, since=1000.0, ordinal=3, groups=2, pid=7, node="here")
+
+
+def weights(version: PolicyVersion) -> WeightsAnnouncement:
+    return WeightsAnnouncement(version=version, digest="d", tensors=1, bytes=1)
+
+
+def text_of(run: RunDirectory) -> str:
+    console = Console(width=100, file=io.StringIO())
+    console.print(drawn(run_status(run), now=1065.0))
+    return str(console.file.getvalue())  # type: ignore[attr-defined]
+
+
+def test_what_every_part_does_is_told_and_who_is_silent(run: RunDirectory, queue: GroupQueue) -> None:
+    queue.set_state("running")
+    queue.begin_epoch(weights, limit=64, window=16)
+    assert queue.issue("rollout-0") is not None
+    queue.beat(beat("learner-0", "waiting for groups"), 60)
+    queue.beat(beat("rollout-0", "[red]sampling"), 60)
+    found = run_status(run)
+    assert (found.state, found.silent, found.version) == ("running", (), PolicyVersion(epoch=0, step=0))
+    assert found.flow is not None
+    assert (found.flow.issued, found.flow.depth, found.flow.window, found.flow.of) == (1, 0, 16, 64)
+    shown = text_of(run)
+    assert "waiting for groups (ordinal 3)  1:05" in shown
+    assert "[red]sampling" in shown, "text of a part is no markup"
+
+    queue.beat(beat("rollout-1", "installing"), 0.001)
+    give_up = time.monotonic() + 10
+    while queue.heartbeats()["rollout-1"] is not None:
+        assert time.monotonic() < give_up
+    assert (run_status(run).state, run_status(run).silent) == ("degraded", ("rollout-1",))
+    assert "no heartbeat of rollout-1" in text_of(run)
+    queue.set_state("failed", "rollout-1 died 5 times")
+    assert "rollout-1 died 5 times" in text_of(run)
+
+
+def test_looking_changes_nothing_and_a_driver_is_told(run: RunDirectory, queue: GroupQueue) -> None:
+    assert run_status(run).driver is None
+    with run.locked():
+        assert run_status(run).driver is not None
+    with run.locked():
+        pass  # looking has not kept the lock
+
+
+def test_a_run_that_has_stopped_says_how_to_go_on(run: RunDirectory) -> None:
+    said = CliRunner().invoke(app, ["status", str(run.root), "--json"])
+    assert said.exit_code == 0
+    told = json.loads(said.stdout.splitlines()[-1])
+    assert (told["state"], told["step"], told["parts"]) == ("stopped", 0, [])
+    assert f"dgpo train --resume {run.root}" in told["reason"]

@@ -1,0 +1,35 @@
+"""A sampler that the model does not bear is refused before anything is started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from services import driver
+from services.config import Config
+from services.config_file import ConfigError, load_config
+from services.progress import Progress
+from services.run_directory import RunDirectory
+from services.train import _refuse_unusable
+
+
+def test_other_sigmas_are_refused_before_there_is_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def started(config: Config) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(driver, "ray_cluster", started)
+    overrides = [f"run.directory={tmp_path}", "rollout.solver=euler", "rollout.sigmas=fractions"]
+    config = load_config("quickstart", overrides)
+    refused = "a stock StableDiffusion3Pipeline .* set rollout.sigmas to scheduler"
+    with pytest.raises(ConfigError, match=refused):
+        _refuse_unusable(config)
+    # What records or compares starts a driver by itself.
+    with pytest.raises(ConfigError, match=refused):
+        driver.train(config, RunDirectory.create(config), Progress("test", 1, quiet=True))
+    # Of a hub id nothing is known before it is loaded.
+    _refuse_unusable(
+        config.model_copy(update={"model": config.model.model_copy(update={"path": "a/hub-id"})})
+    )
