@@ -143,8 +143,8 @@ class Config(Section):
             )
         if self.learner.micro_batch == "auto" and self.learner.activation_offload:
             raise ValueError(
-                "learner.micro_batch: auto tries what fits on the GPU; with activation_offload it is host memory "
-                "that may run out, which ends the process untold: give a number"
+                "learner.micro_batch: auto tries what fits on the GPU; with activation_offload it is host "
+                "memory that may run out, which ends the process untold: give a number"
             )
         heldout = [reward.name for reward in self.rewards if reward.heldout]
         unknown = sorted(set(self.guard.drop) - set(heldout))
