@@ -21,10 +21,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from policy.adapters import add_lora
 from policy.base import Condition
 from policy.families.sd3 import StableDiffusion3Policy
-from policy.loading import Configs, quiet
+from policy.loading import Configs, find_device, quiet
 from policy.pipeline_policy import PipelinePolicy
 from policy.registry import supported
 from services.config import Config, DgpoConfig, LoraConfig, ModelConfig
+from services.config_file import ConfigError
 
 MODELS: dict[str, Any] = json.loads((Path(__file__).parent / "published_models.json").read_text())
 COMPRESSION = 8
@@ -166,7 +167,8 @@ def _lowered(inputs: dict[str, Any]) -> dict[str, Any]:
 def needed_passes(config: Config) -> dict[str, int]:
     """Passes of an update for each sample: forward and backward (`train`), and `forward` alone."""
     objective = config.objective
-    assert isinstance(objective, DgpoConfig)
+    if not isinstance(objective, DgpoConfig):
+        raise ConfigError(f"objective.name {objective.name!r}: passes are counted for 'dgpo' alone")
     relative = objective.reference == "ema" or objective.clip_range is not None
     compared = int(relative and objective.reference_decay > 0) + int(objective.needs_base)
     timesteps = objective.timesteps.per_update
@@ -193,7 +195,7 @@ def random_pipeline(model: Published, device: torch.device, dtype: torch.dtype, 
 
 def random_policy(model: Published, config: ModelConfig, *, base: bool = True) -> StableDiffusion3Policy:
     """The project's own policy around `random_pipeline`, on the device and in the dtype of `config`."""
-    device = torch.device("cuda" if config.device == "auto" and torch.cuda.is_available() else config.device)
+    device = find_device(config.device)
     pipeline = random_pipeline(model, device, getattr(torch, config.dtype))
     configs = Configs(denoiser=dict(pipeline.transformer.config), vae=dict(pipeline.vae.config), scheduler={})
     return StableDiffusion3Policy.around(pipeline, config, configs, base=base)

@@ -29,6 +29,7 @@ import torch
 from safetensors.torch import load, save
 
 from policy.base import Condition
+from policy.errors import PolicyError
 from policy.loading import Parts
 from services.config import ModelConfig
 from services.full_disk import naming
@@ -36,9 +37,6 @@ from services.full_disk import naming
 logger = logging.getLogger(__name__)
 
 FORMAT: Final = 1
-WHOLE_FILE_BYTES: Final = 64 * 1024**2
-"""Larger files are told apart by their size and three pieces: training changes all of a weight file."""
-PIECE_BYTES: Final = 1024**2
 
 
 class ConditionCache:
@@ -93,7 +91,11 @@ class ConditionCache:
 
 
 def model_of(parts: Parts, config: ModelConfig, location: str, index: Mapping[str, Any]) -> dict[str, Any]:
-    """What the conditions of a model depend on."""
+    """What the conditions of a model depend on. Reads all of its text encoders, once a process.
+
+    Raises:
+        PolicyError: it is of a hub, and its commit is not known.
+    """
     return {
         "format": FORMAT,
         "pipeline": parts.pipeline,
@@ -110,8 +112,12 @@ def _weights(parts: Parts, config: ModelConfig, location: str) -> Any:
         from huggingface_hub import try_to_load_from_cache
 
         found = try_to_load_from_cache(location, "model_index.json", revision=config.revision)
-        commit = Path(found).parent.name if isinstance(found, str) else config.revision
-        return {"hub": location, "commit": commit}
+        if not isinstance(found, str):
+            raise PolicyError(
+                f"model.path {location}: the hub's own cache does not say which commit it is of, so encoded "
+                "prompts could be another's; set model.text_encoders to offload, or model.path to a directory"
+            )
+        return {"hub": location, "commit": Path(found).parent.name}
     files = sorted(
         path for name in parts.text for path in (Path(location) / name).rglob("*") if path.is_file()
     )
@@ -120,16 +126,8 @@ def _weights(parts: Parts, config: ModelConfig, location: str) -> Any:
 
 @cache
 def _file_digest(path: Path, changed: int) -> str:
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
-        if size <= WHOLE_FILE_BYTES:
-            digest.update(file.read())
-        else:
-            for start in (0, size // 2, size - PIECE_BYTES):
-                file.seek(start)
-                digest.update(file.read(PIECE_BYTES))
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _checked(raw: bytes, prompt: str | None) -> Condition:

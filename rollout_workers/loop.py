@@ -94,7 +94,7 @@ class RolloutLoop:
         *,
         poll_s: float = 1.0,
         keep_images: KeepImages | None = None,
-        dismissed: Callable[[], bool] = lambda: False,
+        unwanted: Callable[[], bool] = lambda: False,
     ) -> None:
         self.worker = worker
         self._queue = queue
@@ -104,7 +104,9 @@ class RolloutLoop:
         self._pulse = pulse
         self._poll_s = poll_s
         self._keep_images = keep_images
-        self._dismissed = dismissed
+        self._unwanted = unwanted
+        self.dismissed = False
+        """Whether `run` has ended because nobody wanted this worker any more."""
         self._installed: PolicyVersion | None = None
         self._overhead_s = 0.0
         self._scoring: Future[None] | None = None
@@ -120,8 +122,9 @@ class RolloutLoop:
             WeightsMismatch, VelocityDrift, QueueUnreachable, ...: whatever the loop cannot go on from.
         """
         try:
-            while not self._dismissed():
+            while not self._unwanted():
                 self._turn()
+            self.dismissed = True
             self._settle()
             logger.info("one worker too many: ends after %d groups", self._pulse.groups)
             return self._pulse.groups

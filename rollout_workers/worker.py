@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -38,8 +38,8 @@ class RolloutWorker:
         self._store = store
         torch.set_num_threads(self._context.config.rollout.threads)
 
-    def run(self) -> int:
-        """Work until the run ends; returns the groups admitted."""
+    def run(self) -> Literal["ended", "dismissed"]:
+        """Work until the run ends, or this worker is one too many."""
         context, config = self._context, self._context.config
         queue = context.open_queue("worker")
         with worker_pulse(self._name, queue, config) as pulse:
@@ -57,10 +57,11 @@ class RolloutWorker:
             loop = RolloutLoop(
                 *(self._name, queue, sampler, scorer, task_of, pulse),
                 keep_images=sample_keeper(context),
-                dismissed=lambda: self._index >= (queue.wanted_workers() or config.rollout.workers),
+                unwanted=lambda: self._index >= (queue.wanted_workers() or config.rollout.workers),
             )
             try:
-                return loop.run()
+                loop.run()
+                return "dismissed" if loop.dismissed else "ended"
             except Exception:
                 logger.exception("%s failed", self._name)
                 raise

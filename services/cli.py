@@ -133,6 +133,8 @@ def status(
     from services.run_directory import RunDirectory
     from services.status import drawn, run_status, watched
 
+    if watch and as_json:
+        raise ConfigError("--watch draws, --json prints one object: give one of them")
     run = RunDirectory.open(run_dir)
     if watch:
         watched(run, screen)

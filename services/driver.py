@@ -103,6 +103,10 @@ def train(
             record=record,
         )
         queue = context.open_queue("driver")
+        # The queue of a resumed run remembers the parts of the run before.
+        for part in queue.heartbeats():
+            queue.forget(part)
+        queue.want_workers(config.rollout.workers)
         queue.set_state("starting")
         stack.push(partial(_tell_failure, queue))
         store = _actor(PolicyStore, context, "policy-store", num_cpus=0).remote()
@@ -137,14 +141,12 @@ def train(
             view.row(telemetry.event("worker died", f"{part}: {why}", level="warning"))
 
         def worker_left(part: str) -> None:
-            queue.forget(part)
+            monitor.forget(part)
             view.row(telemetry.event("worker left", part))
 
-        # The queue of a resumed run may remember another number.
-        queue.want_workers(config.rollout.workers)
         supervisor = Supervisor(
             spawn=lambda index: _spawn(context, text, index, store),
-            count=1 if config.offline else config.rollout.workers,
+            count=1 if config.offline else queue.wanted_workers() or config.rollout.workers,
             max_restarts=config.rollout.max_restarts,
             on_death=worker_died,
             part=_part(config),

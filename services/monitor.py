@@ -152,7 +152,7 @@ class Monitor:
         self._metrics.state("draining" if self._draining else "running")
         wanted = self._queue.wanted_workers()
         if wanted is not None and not self._draining and not self._context.config.offline:
-            self._supervisor.resize(wanted)
+            self._supervisor.resize(wanted, self._beats)
         self._supervisor.poll(POLL_S)
         self._move_metrics()
         self._watch_heartbeats()
@@ -199,6 +199,13 @@ class Monitor:
         self._view.heartbeats(list(alive.values()))
         self._beats |= alive
         return alive
+
+    def forget(self, part: str) -> None:
+        """A part that has been taken away is no silent one."""
+        self._queue.forget(part)
+        self._metrics.forget(part)
+        self._beats.pop(part, None)
+        self._silent.discard(part)
 
     def _count_dead_letters(self) -> None:
         letters = self._queue.dead_letters()

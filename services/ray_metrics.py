@@ -12,10 +12,11 @@ Knows the rows (services/metrics.py) and Ray, not the queue.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final, get_args
+from typing import Final, Literal, get_args
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
@@ -30,13 +31,14 @@ class Described:
 
     text: str
     labels: tuple[str, ...] = ()
+    kind: Literal["gauge", "counter", "histogram"] = "gauge"
 
 
 METRICS: Final[Mapping[str, Described]] = {
-    "dgpo_state": Described("1 for the state that the run is in, 0 for the others.", ("state",)),
+    "dgpo_state": Described("1 for the state of a run that goes on, 0 for the others.", ("state",)),
     "dgpo_step": Described("Updates made."),
     "dgpo_max_steps": Described("Updates in all."),
-    "dgpo_updated_timestamp_seconds": Described("Unix time of the last update."),
+    "dgpo_updated_timestamp_seconds": Described("Unix time of the last update, or of the start."),
     "dgpo_update_seconds": Described("Wall time of the last update."),
     "dgpo_groups": Described("Groups trained."),
     "dgpo_images": Described("Samples trained."),
@@ -66,9 +68,13 @@ METRICS: Final[Mapping[str, Described]] = {
     "dgpo_part_version_lag": Described("Updates that a part's weights are behind the newest.", ("part",)),
     "dgpo_part_groups": Described("Groups that a part has completed since it started.", ("part",)),
     "dgpo_part_memory_bytes": Described("Peak resident memory of a part.", ("part",)),
-    "dgpo_events": Described("Events: workers that died, dead letters, guards, silent parts.", ("event",)),
-    "dgpo_reward_request_seconds": Described("Time of a request to a reward, retries included.", ("reward",)),
-    "dgpo_reward_errors": Described("Requests that failed for good.", ("reward", "error")),
+    "dgpo_events": Described(
+        "Events: workers that died, dead letters, guards, silent parts.", ("event",), "counter"
+    ),
+    "dgpo_reward_request_seconds": Described(
+        "Time of a request to a reward, retries included.", ("reward",), "histogram"
+    ),
+    "dgpo_reward_errors": Described("Requests that failed for good.", ("reward", "error"), "counter"),
 }
 
 _OF_AN_UPDATE: Final = {
@@ -100,14 +106,16 @@ class RunMetrics:
     def __init__(self, run: str, rewards: Iterable[str] = ()) -> None:
         self._run = run
         self._rewards = tuple(rewards)
-        counted = ("dgpo_events", "dgpo_reward_request_seconds", "dgpo_reward_errors")
         self._gauges = {
             name: Gauge(name, told.text, ("run", *told.labels))
             for name, told in METRICS.items()
-            if name not in counted
+            if told.kind == "gauge"
         }
         self._events = _counter("dgpo_events")
         self._parts: set[str] = set()
+        # A run that hangs before its first update has made none for that long.
+        self._set("dgpo_updated_timestamp_seconds", time.time())
+        self.state("starting")
 
     def add(self, row: AnyRow) -> None:
         """A row of metrics.jsonl."""
@@ -150,6 +158,12 @@ class RunMetrics:
             self._set("dgpo_part_up", 0, part=part)
         self._parts |= seen
 
+    def forget(self, part: str) -> None:
+        """A part that has been taken away is not down."""
+        self._parts.discard(part)
+        for metric in ("dgpo_part_up", "dgpo_part_version_lag"):
+            self._set(metric, math.nan, part=part)
+
     def _set(self, metric: str, value: float | None, **labels: str) -> None:
         if value is not None:
             self._gauges[metric].set(value, {"run": self._run, **labels})
@@ -180,7 +194,7 @@ def _counter(name: str) -> Counter:
 def reference() -> str:
     """METRICS as a Markdown table."""
     rows = [
-        f"| `{name}` | {', '.join(f'`{label}`' for label in told.labels)} | {told.text} |"
+        f"| `{name}` | {told.kind} | {', '.join(f'`{label}`' for label in told.labels)} | {told.text} |"
         for name, told in METRICS.items()
     ]
-    return "\n".join(["| metric | labels | what it says |", "| --- | --- | --- |", *rows, ""])
+    return "\n".join(["| metric | kind | labels | what it says |", "| --- | --- | --- | --- |", *rows, ""])

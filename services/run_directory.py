@@ -29,7 +29,9 @@ import json
 import os
 import platform
 import secrets
+import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -40,6 +42,9 @@ from services.config import Config
 from services.config_file import PROJECT_ROOT, ConfigError, dump_config, load_config
 
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "ray", "redis", "rapidocr", "onnxruntime")
+
+LOOK_S = 2.0
+"""How long a driver that finds the run held tries again."""
 
 
 class RunDirectory:
@@ -133,15 +138,24 @@ class RunDirectory:
         """
         path = self.root / "driver.lock"
         with path.open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                holder = file.read().strip() or "unknown"
-                raise ConfigError(f"{self.root}: another driver (pid {holder}) is running this run") from None
+            give_up = time.monotonic() + LOOK_S
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    # Whoever looks for a driver holds it too, for a moment.
+                    if time.monotonic() < give_up:
+                        time.sleep(0.05)
+                        continue
+                    file.seek(0)
+                    holder = file.read().strip() or "unknown"
+                    raise ConfigError(
+                        f"{self.root}: another driver (pid {holder}) is running this run"
+                    ) from None
             file.seek(0)
             file.truncate()
-            file.write(str(os.getpid()))
+            file.write(f"{os.getpid()} on {socket.gethostname()}")
             file.flush()
             yield
 
@@ -152,10 +166,18 @@ class RunDirectory:
                 try:
                     fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    return int(file.read())
-        except (OSError, ValueError):
+                    return int(file.read().split()[0])
+        except (OSError, ValueError, IndexError):
             pass
         return None
+
+    def driver_elsewhere(self) -> str | None:
+        """Name of the machine that the last driver ran on, where that is not this one."""
+        try:
+            _, _, host = (self.root / "driver.lock").read_text().partition(" on ")
+        except OSError:
+            return None
+        return host if host and host != socket.gethostname() else None
 
 
 def environment() -> dict[str, object]:

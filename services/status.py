@@ -9,7 +9,6 @@ Promises
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import redis
 from rich.console import Console, Group, RenderableType
@@ -31,6 +30,10 @@ from services.telemetry import read_metrics
 
 SHOWN_LETTERS = 5
 WATCH_S = 2.0
+
+
+Beats = dict[str, Heartbeat | None]
+"""Part -> its last heartbeat; None for one that has fallen silent."""
 
 
 class Flow(Message):
@@ -61,15 +64,21 @@ class RunStatus(Message):
     """Process that holds the run directory; None where it is not on this machine."""
     step: int
     max_steps: int
-    version: PolicyVersion | None
-    flow: Flow | None
-    parts: tuple[Heartbeat, ...]
-    silent: tuple[str, ...]
-    """Parts whose heartbeat has stopped."""
-    dead_letters: tuple[DeadLetter, ...]
     update: UpdateRow | None
     """The last one that is written down."""
     evaluation: EvalRow | None
+    version: PolicyVersion | None = None
+    flow: Flow | None = None
+    workers_wanted: int | None = None
+    parts: tuple[Heartbeat, ...] = ()
+    silent: tuple[str, ...] = ()
+    """Parts whose heartbeat has stopped."""
+    dead_letters: tuple[DeadLetter, ...] = ()
+
+    @property
+    def workers(self) -> int:
+        """Rollout workers that have been heard of lately."""
+        return sum(beat.part.startswith("rollout-") for beat in self.parts)
 
 
 def run_status(run: RunDirectory) -> RunStatus:
@@ -81,53 +90,70 @@ def run_status(run: RunDirectory) -> RunStatus:
     """
     config, written = run.config(), read_metrics(run.root)
     update = written.updates[-1] if written.updates else None
+    step, driver = update.step if update is not None else 0, run.driver()
     found = _ask(run, config)
-    told: dict[str, Any] = {
-        "run": run.name,
-        "driver": run.driver(),
-        "step": update.step if update is not None else 0,
-        "max_steps": config.learner.max_steps,
-        "update": update,
-        "evaluation": written.evals[-1] if written.evals else None,
-    }
+    state, reason = _without_queue(run, config, step, driver) if found is None else _state(*found[:2])
+    seen = RunStatus(
+        run=run.name,
+        state=state,
+        reason=reason,
+        driver=driver,
+        step=step,
+        max_steps=config.learner.max_steps,
+        update=update,
+        evaluation=written.evals[-1] if written.evals else None,
+    )
     if found is None:
-        state = "done" if told["step"] >= config.learner.max_steps else "stopped"
-        reason = f"go on with: dgpo train --resume {run.root}" if state == "stopped" else ""
-        if told["driver"] is not None:
-            state, reason = ("ending" if update is not None else "starting"), ""
-        none: dict[str, Any] = {"version": None, "flow": None, "parts": (), "silent": (), "dead_letters": ()}
-        return RunStatus(state=state, reason=reason, **told, **none)
-    queue, beats, letters = found
-    silent = tuple(sorted(part for part, beat in beats.items() if beat is None))
-    running = queue.state in ("starting", "running")
-    degraded = running and bool(silent)
-    return RunStatus(
-        state="degraded" if degraded else (queue.state or "starting"),
-        reason=f"no heartbeat of {', '.join(silent)}" if degraded else queue.reason,
-        version=queue.version,
-        flow=Flow(
-            depth=queue.depth,
-            bytes=queue.bytes,
-            issued=len(queue.leases),
-            window=queue.window,
-            trained=queue.trained,
-            of=queue.limit,
-            dead=queue.dead,
-        ),
-        parts=tuple(beat for _, beat in sorted(beats.items()) if beat is not None),
-        silent=silent,
-        dead_letters=tuple(letters),
-        **told,
+        return seen
+    queue, beats, letters, wanted = found
+    return seen.model_copy(
+        update={
+            "version": queue.version,
+            "flow": Flow(
+                depth=queue.depth,
+                bytes=queue.bytes,
+                issued=len(queue.leases),
+                window=queue.window,
+                trained=queue.trained,
+                of=queue.limit,
+                dead=queue.dead,
+            ),
+            "workers_wanted": None if config.offline else wanted,
+            "parts": tuple(beat for _, beat in sorted(beats.items()) if beat is not None),
+            "silent": _silent(beats),
+            "dead_letters": tuple(letters),
+        }
     )
 
 
-def _ask(
-    run: RunDirectory, config: Config
-) -> tuple[QueueStatus, dict[str, Heartbeat | None], list[DeadLetter]] | None:
+def _state(queue: QueueStatus, beats: Beats) -> tuple[str, str]:
+    """State and reason, of a run whose queue answers."""
+    silent = _silent(beats)
+    if queue.state in ("starting", "running") and silent:
+        return "degraded", f"no heartbeat of {', '.join(silent)}"
+    return queue.state or "starting", queue.reason
+
+
+def _without_queue(run: RunDirectory, config: Config, step: int, driver: int | None) -> tuple[str, str]:
+    """State and reason, of a run whose queue has ended with it or is not there yet."""
+    if driver is not None:
+        return ("ending" if step else "starting"), ""
+    if step >= config.learner.max_steps:
+        return "done", ""
+    host = run.driver_elsewhere()
+    ask = f"its driver was on {host}: if it still is, ask there; else " if host else ""
+    return "stopped", f"{ask}go on with: dgpo train --resume {run.root}"
+
+
+def _silent(beats: Beats) -> tuple[str, ...]:
+    return tuple(sorted(part for part, beat in beats.items() if beat is None))
+
+
+def _ask(run: RunDirectory, config: Config) -> tuple[QueueStatus, Beats, list[DeadLetter], int | None] | None:
     """What the queue says; None where the server was the run's own and has ended with it."""
     try:
         queue = _open(run, config, "observer")
-        return queue.status(), queue.heartbeats(), queue.dead_letters()
+        return queue.status(), queue.heartbeats(), queue.dead_letters(), queue.wanted_workers()
     except (EmbeddedServerError, QueueUnreachable, redis.RedisError):
         if config.queue.url is not None:
             raise
@@ -139,7 +165,7 @@ def scale_run(run: RunDirectory, workers: int) -> None:
 
     Raises:
         ConfigError: it is not running, or has no rollout workers.
-        QueueUnreachable: its queue server does not answer.
+        QueueUnreachable, redis.RedisError: its queue server does not answer, or not to this login.
     """
     config = run.config()
     if config.offline:
@@ -149,7 +175,10 @@ def scale_run(run: RunDirectory, workers: int) -> None:
     except (EmbeddedServerError, QueueUnreachable) as error:
         if config.queue.url is not None:
             raise
-        raise ConfigError(f"{run.root}: the run is not going on: {error}") from error
+        seen, reason = _without_queue(run, config, 0, run.driver())
+        raise ConfigError(
+            f"{run.root}: the run is {seen}, its queue hears nothing: {reason or error}"
+        ) from error
     state = queue.state()
     if state not in ("starting", "running"):
         raise ConfigError(f"{run.root}: the run is {state or 'not there'}; only one that goes on is scaled")
@@ -181,6 +210,11 @@ def drawn(status: RunStatus, now: float | None = None) -> RenderableType:
         scores = status.evaluation.rewards.items()
         means = "  ".join(f"{name} {number(score.mean)} ± {number(score.se)}" for name, score in scores)
         shown.append(Text(f"evaluated at step {status.evaluation.step}: {means}"))
+    if status.workers < (status.workers_wanted or 0):
+        missing = (
+            f"{status.workers} of {status.workers_wanted} rollout workers: others start, or wait for room"
+        )
+        shown.append(Text(missing))
     if status.parts:
         shown.append(_parts(status, now))
     for letter in status.dead_letters[-SHOWN_LETTERS:]:

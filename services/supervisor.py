@@ -6,8 +6,10 @@ Promises
 - A worker that dies more often than its budget ends the run with its last error; one that cannot even start,
   for a reason that no restart mends, does so at once. A worker that has been made anew keeps its budget: its
   new node may lack what the others have.
-- A worker that returns has seen the end of the run, or that it is one too many: it is not made anew.
-- `resize` changes their number. Workers that are too many end by themselves, between two groups.
+- A worker that returns has seen the end of the run, and is not made anew; or that it is one too many, and is
+  made anew if it is wanted again by then.
+- `resize` changes their number. Workers that are too many end by themselves, between two groups; their deaths
+  end nothing, and those that have not begun are not waited for.
 
 Knows Ray only through `ray.wait` and `ray.get`; how a worker is made is handed in.
 """
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +33,8 @@ FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 30.0
 LASTING = (ConfigError, PolicyError)
 """What no restart mends: the configuration and the model stay as they are."""
+DISMISSED = "dismissed"
+"""What a worker returns that was one too many."""
 
 
 class PartFailed(RuntimeError):
@@ -57,7 +61,7 @@ class Supervisor:
         count: workers to keep.
         max_restarts: of one worker.
         on_death: told (part name, its error) when it is dead for certain.
-        on_leave: told (part name) when a worker that was one too many has ended.
+        on_leave: told (part name) when a worker that is one too many is gone.
         part: what a worker is called, before its index.
     """
 
@@ -72,18 +76,22 @@ class Supervisor:
     def start(self) -> None:
         self._workers = [_Worker(index, *self.spawn(index)) for index in range(self.count)]
 
-    def resize(self, count: int) -> None:
-        """Keep this many from now on: those that are missing are made, those that are too many not again."""
+    def resize(self, count: int, begun: Container[str] = ()) -> None:
+        """Keep this many from now on: those that are missing are made, those that are too many not again.
+
+        Args:
+            begun: parts that have been heard of; the others may wait for a place in the cluster for ever.
+        """
         if count == self.count:
             return
         logger.info("%d workers wanted, %d before", count, self.count)
         self.count = count
         kept = {worker.index for worker in self._workers}
         for worker in self._workers:
+            name = f"{self.part}-{worker.index}"
             if worker.index >= count:
-                if worker.restart_at is not None:
-                    worker.restart_at = None
-                    self.on_leave(f"{self.part}-{worker.index}")
+                if worker.restart_at is not None or (worker.done is not None and name not in begun):
+                    self._leave(worker, name)
             elif worker.done is None and worker.restart_at is None:
                 worker.actor, worker.done = self.spawn(worker.index)
                 worker.restarts = 0
@@ -122,15 +130,24 @@ class Supervisor:
         name = f"{self.part}-{worker.index}"
         reference, worker.done = worker.done, None
         try:
-            ray.get(reference)
+            dismissed = ray.get(reference) == DISMISSED
         except ray.exceptions.RayError as error:
             worker.last_error = _last_line(error)
             worker.lasting = not worker.restarts and isinstance(getattr(error, "cause", None), LASTING)
         else:
-            self._left(worker, name)
+            if not dismissed:
+                logger.info("%s has ended with the run", name)
+            elif worker.index >= self.count:
+                self._leave(worker, name)
+            else:
+                ray.kill(worker.actor)
+                worker.restart_at = time.monotonic()
             return
         ray.kill(worker.actor)
         self.on_death(name, worker.last_error)
+        if worker.index >= self.count:
+            self._leave(worker, name)
+            return
         log = f"its log: logs/{name}.log in the run directory"
         if worker.lasting:
             raise PartFailed(f"{name} cannot work: {worker.last_error}; {log}")
@@ -139,22 +156,16 @@ class Supervisor:
                 f"{name} died {worker.restarts + 1} times (rollout.max_restarts {self.max_restarts}); "
                 f"last error: {worker.last_error}; {log}"
             )
-        if worker.index >= self.count:
-            self.on_leave(name)
-            return
         pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**worker.restarts)
         worker.restarts += 1
         worker.restart_at = time.monotonic() + pause
         logger.warning("%s died (%s); made anew in %.0f s", name, worker.last_error, pause)
 
-    def _left(self, worker: _Worker, name: str) -> None:
-        if worker.index < self.count:
-            logger.info("%s has ended with the run", name)
-            return
-        logger.info("%s was one too many, and has ended", name)
+    def _leave(self, worker: _Worker, name: str) -> None:
+        logger.info("%s was one too many, and is gone", name)
         # Its place in the cluster is another's now.
         ray.kill(worker.actor)
-        worker.actor = None
+        worker.done = worker.restart_at = None
         self.on_leave(name)
 
 

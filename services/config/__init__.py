@@ -141,6 +141,11 @@ class Config(Section):
             raise ValueError(
                 f"rewards: {', '.join(idle)} has weight 0 and trains nothing; set heldout: true to watch it"
             )
+        if self.learner.micro_batch == "auto" and self.learner.activation_offload:
+            raise ValueError(
+                "learner.micro_batch: auto tries what fits on the GPU; with activation_offload it is host "
+                "memory that may run out, which ends the process untold: give a number"
+            )
         heldout = [reward.name for reward in self.rewards if reward.heldout]
         unknown = sorted(set(self.guard.drop) - set(heldout))
         if unknown:

@@ -180,6 +180,7 @@ def test_a_signal_to_the_group_ends_cleanly_and_resume_goes_on(tmp_path: Path) -
     assert (final["steps"], final["epoch"]) == (step + 2, 1)
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_the_parts_start_ends_the_run_there(tmp_path: Path) -> None:
     command = [*DGPO, "train", "quickstart", *settings(tmp_path, "learner.max_steps=400")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)

@@ -109,6 +109,7 @@ def test_what_is_never_solved_is_left_out(first: Outcome) -> None:
     assert sum(row.prompts_left_out for row in read_metrics(first.run.root).updates) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_local")
 def test_an_interrupted_run_goes_on_with_the_same_prompts_to_the_same_weights(
     recipe: Callable[..., Config], first: Outcome

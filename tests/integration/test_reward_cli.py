@@ -155,6 +155,7 @@ def taken(running: Running, ended: Any) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_the_bench_finds_nothing_lost(home: Path) -> None:
     """A short overload and the bodies; what they take is for a quiet machine to say."""
     found = result_of(dgpo(home, "bench", "overload", "bodies", "--requests", "300", "--json"))

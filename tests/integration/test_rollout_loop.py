@@ -114,8 +114,8 @@ def test_groups_come_whole_and_the_loop_ends_with_the_run(run: Run) -> None:
 
 def test_a_worker_that_is_one_too_many_ends_behind_its_group(run: Run) -> None:
     made = loop(run, Sampler(), Scorer())
-    made._dismissed = lambda: made._scoring is not None
-    assert made.run() == 1
+    made._unwanted = lambda: made._scoring is not None
+    assert (made.run(), made.dismissed) == (1, True)
     (group,) = run.learner.take(1, deadline_s=20)
     assert group.header.rewards == {"ocr": (0.0, 1.0)}
     assert run.learner.status().leases == (), "it holds nothing that another could do"

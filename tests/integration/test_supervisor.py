@@ -67,9 +67,10 @@ def test_a_worker_that_was_made_anew_keeps_its_budget() -> None:
 class Wanted:
     """Works for as long as the file says that there are more workers than its index."""
 
-    def run(self, index: int, wanted: Path) -> None:
-        while index < int(wanted.read_text()):
+    def run(self, index: int, wanted: Path) -> str:
+        while index < (count := int(wanted.read_text())):
             time.sleep(0.02)
+        return "dismissed" if count else "ended"
 
 
 def test_workers_come_and_go_with_the_number_that_is_wanted(tmp_path: Path) -> None:
@@ -94,12 +95,41 @@ def test_workers_come_and_go_with_the_number_that_is_wanted(tmp_path: Path) -> N
     supervisor.resize(3)
     assert made == [0, 1, 2]
     wanted.write_text("1")
-    supervisor.resize(1)
+    supervisor.resize(1, begun=("rollout-0", "rollout-1", "rollout-2"))
     until(lambda: len(left) == 2)
     assert sorted(left) == ["rollout-1", "rollout-2"]
     wanted.write_text("2")
     supervisor.resize(2)
     assert made == [0, 1, 2, 1]
+    # Wanted again before it has gone: it is made anew once it has.
+    wanted.write_text("1")
+    supervisor.resize(1, begun=("rollout-0", "rollout-1"))
+    supervisor.resize(2)
+    until(lambda: made == [0, 1, 2, 1, 1])
+    # Not wanted, and never heard of: nobody waits for it.
+    wanted.write_text("3")
+    supervisor.resize(3)
+    supervisor.resize(2)
+    assert left[2:] == ["rollout-2"]
     wanted.write_text("0")
     supervisor.join(60)
-    assert len(left) == 2, "the others have ended with the run"
+    assert len(left) == 3, "the others have ended with the run"
+
+
+def test_the_death_of_a_worker_that_is_one_too_many_ends_nothing() -> None:
+    left: list[str] = []
+
+    def spawn(index: int) -> tuple[Any, Any]:
+        worker = Failing.remote(RuntimeError("its node flaps"))
+        return worker, worker.run.remote()
+
+    supervisor = Supervisor(
+        spawn, count=1, max_restarts=0, on_death=lambda part, why: None, on_leave=left.append
+    )
+    supervisor.start()
+    supervisor.resize(0, begun=("rollout-0",))
+    deadline = time.monotonic() + 60
+    while not left:
+        assert time.monotonic() < deadline
+        supervisor.poll(0.1)
+    assert left == ["rollout-0"]

@@ -118,6 +118,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(recipe: Callable[..., Co
     assert [row["step"] for row in written if row["kind"] == "update"] == list(range(1, STEPS + 1))
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_with_more_and_larger_steps(recipe: Callable[..., Config]) -> None:
     directory = RunDirectory.create(recipe("rollout.workers=2", "learner.max_steps=1"))
     screen = Console(stderr=True, quiet=True)
@@ -230,6 +231,7 @@ class Drifting(Scorer):
     def warm_up(self) -> None: ...
 
 
+@pytest.mark.slow
 def test_the_guard_stops_a_run_whose_reward_is_gamed(recipe: Callable[..., Config]) -> None:
     config = ServerConfig(app="drifting", token_env=TOKEN_VARIABLE)
     with (

@@ -29,6 +29,7 @@ def test_every_shipped_recipe_is_valid_and_round_trips(recipe: Path) -> None:
         ("rewards.0.wieght=1", ["rewards.0.wieght", "'weight'"]),
         ("queue.max_staleness=-1", ["queue.max_staleness", "greater than or equal to 0", "-1"]),
         ("rollout.group_size=many", ["rollout.group_size", "valid integer", "'many'"]),
+        ("learner={micro_batch: auto, activation_offload: true}", ["host memory", "give a number"]),
         ("learner.micro_batch=24", ["micro_batch 24", "group_size 16"]),
         ("objective.timesteps.per_update=9", ["per_update 9 exceeds the 6 steps"]),
         ("learner.betas=[0.9, 1]", ["learner.betas", "less than 1"]),

@@ -15,15 +15,19 @@ import socket
 from collections.abc import Callable
 from urllib.parse import urlparse
 
-import httpx
 import psutil
-import redis
-from pydantic import BaseModel
 from rich.table import Table
 
-from services.config import Config, RewardConfig
+from services.config import Config
 from services.config_file import ConfigError, find
-from services.prompts import evaluates, prompt_source
+from services.doctor.finding import Finding
+from services.doctor.servers import (
+    REACH_DEADLINE_S,
+    queue_findings,
+    reward_findings,
+    scores_nothing,
+)
+from services.prompts import prompt_source
 from services.ray_runtime import (
     GROWTH_REMEDY,
     UNITS,
@@ -39,20 +43,10 @@ from services.ray_runtime import (
     whole_gpus,
 )
 
-REACH_DEADLINE_S = 5.0
+__all__ = ["Finding", "examine", "table"]
+
 PROCESS_BYTES = 600 * 1024**2
 """What a process with torch and the libraries around it holds before its model."""
-
-
-class Finding(BaseModel, frozen=True):
-    """One thing that was looked at."""
-
-    what: str
-    ok: bool
-    found: str
-    remedy: str = ""
-    warning: bool = False
-    """The run can start, and something of it will not be as it is configured."""
 
 
 _PROMPTS_REMEDY = (
@@ -72,8 +66,8 @@ def examine(config: Config) -> list[Finding]:
         _prompts,
         _timesteps,
         _rollout,
-        _queue,
-        _rewards,
+        queue_findings,
+        reward_findings,
         _memory,
         _ray,
         _room_to_grow,
@@ -257,114 +251,16 @@ def _recording(config: Config) -> Finding:
     return Finding(what="recording", ok=True, found="; ".join([found, *differences(config, facts)]))
 
 
-def _scores_nothing(config: Config) -> bool:
-    try:
-        return config.offline and not evaluates(config)
-    except ConfigError:
-        return False
-
-
-def _queue(config: Config) -> list[Finding]:
-    if config.queue.url is None:
-        return [Finding(what="queue", ok=True, found="an embedded Valkey server on loopback")]
-    url, logins = config.queue.url, config.queue.logins
-    if not logins:
-        return [_queue_login(url, "queue", None, config.queue.password_env)]
-    return [
-        _queue_login(url, f"queue {part}", login.user or part, login.password_env)
-        for part, login in logins.items()
-    ]
-
-
-def _queue_login(url: str, what: str, user: str | None, variable: str | None) -> Finding:
-    from services.group_queue import QueueUnreachable, connect
-
-    password = os.environ.get(variable) if variable else None
-    if variable and not password:
-        remedy = f"export {variable}=... before starting, on every node where that part runs"
-        return Finding(what=what, ok=False, found=f"{variable} is not set", remedy=remedy)
-    try:
-        client = connect(url, password, user=user)
-        policy = client.config_get("maxmemory-policy").get("maxmemory-policy", "unknown")
-    except QueueUnreachable as error:
-        return Finding(
-            what=what, ok=False, found=str(error), remedy="mend the server, queue.url or the login"
-        )
-    except redis.ResponseError as error:  # CONFIG may be forbidden to this user: that is no fault
-        return Finding(what=what, ok=True, found=f"reachable; maxmemory-policy not readable: {error}")
-    ok = policy == "noeviction"
-    remedy = "" if ok else "set maxmemory-policy noeviction: an evicted group is a lost group"
-    return Finding(what=what, ok=ok, found=f"reachable, maxmemory-policy {policy}", remedy=remedy)
-
-
-def _rewards(config: Config) -> list[Finding]:
-    if _scores_nothing(config):
-        return [Finding(what="rewards", ok=True, found="recorded; no server is needed without eval.path")]
-    return [_reward(reward) for reward in config.rewards]
-
-
-def _reward(reward: RewardConfig) -> Finding:
-    what = f"reward {reward.name}"
-    if reward.app is not None:
-        from reward_servers.scorers import is_scorer, scorer_names
-
-        ok = is_scorer(reward.app)
-        valid = ", ".join(scorer_names())
-        remedy = "" if ok else f"set rewards[].app to one of {valid}, or to package.module:create"
-        found = f"served by this run: {reward.app}" if ok else f"no scorer {reward.app!r}"
-        if ok and (unlike := _on_another_device(reward)):
-            return Finding(what=what, ok=True, warning=True, found=f"{found}; {unlike[0]}", remedy=unlike[1])
-        return Finding(what=what, ok=ok, found=found, remedy=remedy)
-    token = os.environ.get(reward.token_env) if reward.token_env else None
-    if reward.token_env and not token:
-        return Finding(
-            what=what,
-            ok=False,
-            found=f"{reward.token_env} is not set",
-            remedy=f"export {reward.token_env}=... before starting",
-        )
-    from reward_servers.protocol import INFO_PATH, server_address
-
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    address = server_address(str(reward.url)) + INFO_PATH
-    try:
-        answer = httpx.get(address, headers=headers, timeout=REACH_DEADLINE_S)
-        info = answer.json() if answer.status_code == 200 else None
-    except (httpx.HTTPError, ValueError) as error:
-        remedy = "start the reward server, or mend rewards[].url"
-        return Finding(
-            what=what, ok=False, found=f"{address}: {error or type(error).__name__}", remedy=remedy
-        )
-    if info is None:
-        remedy = "set rewards[].token_env" if answer.status_code == 401 else "is this a reward server?"
-        return Finding(what=what, ok=False, found=f"{address}: HTTP {answer.status_code}", remedy=remedy)
-    return Finding(what=what, ok=True, found=f"{address}: {info}")
-
-
-def _on_another_device(reward: RewardConfig) -> tuple[str, str] | None:
-    """Where a scorer reserves a GPU and computes on the CPU, or the other way round: that, and what to do."""
-    device = str(reward.args.get("device", "cpu"))
-    if reward.num_gpus > 0 and device == "cpu":
-        remedy = "set args.device of the reward to cuda if its scorer has one, or num_gpus to 0"
-        return f"it reserves {reward.num_gpus:g} GPU, and args.device is cpu", remedy
-    if reward.num_gpus == 0 and device != "cpu":
-        remedy = "give the reward a share of a GPU in num_gpus, or args.device cpu"
-        return f"args.device is {device}, and it reserves no GPU", remedy
-    return None
-
-
 def _memory(config: Config) -> list[Finding]:
     workers = 1 if config.offline else config.rollout.workers
     replicas = sum(reward.replicas for reward in config.rewards if reward.app is not None)
-    replicas = 0 if _scores_nothing(config) else replicas
+    replicas = 0 if scores_nothing(config) else replicas
     processes = workers + config.learner.ranks + 2 + replicas
     place = find(config.model.path)
     model = sum(f.stat().st_size for f in place.rglob("*.safetensors")) if place.is_dir() else 0
-    holders = (
-        (0 if config.offline else workers) + config.learner.ranks + (0 if _scores_nothing(config) else 1)
-    )
+    holders = (0 if config.offline else workers) + config.learner.ranks + (0 if scores_nothing(config) else 1)
     needed = processes * PROCESS_BYTES + holders * model * 2 + config.cluster.object_store_mb * 1024**2
-    grown = needed + (0 if _scores_nothing(config) else replicas_to_come(config)) * PROCESS_BYTES
+    grown = needed + (0 if scores_nothing(config) else replicas_to_come(config)) * PROCESS_BYTES
     free = psutil.virtual_memory().available
     ok, warning = free > needed, needed < free <= grown
     found = f"{free / 1024**3:.1f} GiB free, about {needed / 1024**3:.1f} GiB needed on one machine"
@@ -403,7 +299,7 @@ def _ray(config: Config) -> list[Finding]:
 def _room_to_grow(config: Config) -> list[Finding]:
     """Whether every reward can have its `max_replicas` at once. A run starts without."""
     sums = [text for resource in UNITS if (text := at_max_replicas(config, resource)[1])]
-    if not sums or _scores_nothing(config):
+    if not sums or scores_nothing(config):
         return []
     if cluster_address(config) is not None:
         found = f"the run reserves {', '.join(sums)}; a cluster that has less starts fewer"
