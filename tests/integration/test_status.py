@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,9 +76,11 @@ def test_what_every_part_does_is_told_and_who_is_silent(run: RunDirectory, queue
 def test_looking_changes_nothing_and_a_driver_is_told(run: RunDirectory, queue: GroupQueue) -> None:
     assert run_status(run).driver is None
     with run.locked():
-        assert run_status(run).driver is not None
+        assert run_status(run).driver == os.getpid()
+    # Had a look kept the lock, the next driver would be refused.
     with run.locked():
-        pass  # looking has not kept the lock
+        assert run_status(run).driver == os.getpid()
+    assert run_status(run).driver is None
 
 
 def test_a_run_that_has_stopped_says_how_to_go_on(run: RunDirectory) -> None:
