@@ -16,6 +16,7 @@ from torch import Tensor
 
 from learner import ranks as transport
 from learner.ranks import Ranks
+from services.pieces import in_pieces
 
 if TYPE_CHECKING:
     from policy.sharding import Shards
@@ -32,9 +33,10 @@ def gathered(
         tensors: this rank's rows.
         dtype: of what travels.
     """
-    buckets = list(_buckets(shards, tensors, dtype))
-    # Ranks send as much as rank 0, which never has fewer rows than another.
+    # Ranks send as much as rank 0, which never has fewer rows than another: all make the same buckets.
     widths = {name: shards.rows_of(name, 0).numel() for name in tensors}
+    across = shards.count * dtype.itemsize
+    buckets = list(in_pieces(tensors, lambda name: widths[name] * across, transport.BUCKET_BYTES))
     largest = max(sum(widths[name] for name in bucket) for bucket in buckets)
     # Made once: whoever takes the rows may still hold the last ones when the next come.
     device = next(iter(tensors.values())).device
@@ -58,18 +60,3 @@ def gathered(
                     for part, shape in zip(parts, shapes, strict=True)
                 ],
             )
-
-
-def _buckets(shards: Shards, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[list[str]]:
-    """The same ones on every rank."""
-    bucket: list[str] = []
-    size = 0
-    for name in tensors:
-        more = shards.rows_of(name, 0).numel() * shards.count * dtype.itemsize
-        if bucket and size + more > transport.BUCKET_BYTES:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(name)
-        size += more
-    if bucket:
-        yield bucket

@@ -15,6 +15,7 @@ Knows process groups of torch and nothing of Ray, so that tests make ranks of th
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from services.messages import Message
+from services.pieces import in_pieces
 
 T = TypeVar("T")
 
@@ -302,13 +304,5 @@ def _joined(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Of one dtype each, in order; the same ones on every rank."""
-    bucket: list[Tensor] = []
-    size = 0
-    for tensor in tensors:
-        if bucket and (size + tensor.nbytes > BUCKET_BYTES or tensor.dtype != bucket[0].dtype):
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(tensor)
-        size += tensor.nbytes
-    if bucket:
-        yield bucket
+    for _, alike in itertools.groupby(tensors, lambda tensor: tensor.dtype):
+        yield from in_pieces(alike, lambda tensor: tensor.nbytes, BUCKET_BYTES)

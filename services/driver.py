@@ -25,7 +25,7 @@ import redis
 
 from learner.checkpoint import newest_checkpoint
 from learner.ray_train import fit
-from policy.errors import PolicyError
+from learner.timesteps import configured_window
 from policy.registry import check_sampling
 from reward_servers.client import RewardClient
 from reward_servers.launch import start_rewards, stop_rewards
@@ -76,13 +76,9 @@ def train(
         PartFailed: a part kept failing; its last error is in the text.
     """
     configure_logging("driver", run.root, run=run.name, stream_level=None)
-    # Before anything is started: these refuse prompts and recordings that cannot be used, and sampling that
-    # the model does not bear.
+    # Before anything is started: prompts and recordings that cannot be used are refused here.
     evaluating = evaluates(config) and record is None
-    try:
-        check_sampling(config)
-    except PolicyError as error:
-        raise ConfigError(str(error)) from error
+    refuse_unusable(config)
     with ExitStack() as stack:
         stack.enter_context(run.locked())
         if resume:
@@ -165,6 +161,19 @@ def train(
             return monitor.watch()
         except QUEUE_LOST as error:
             raise PartFailed(f"the queue server at {place(queue_url)} was lost: {error}") from error
+
+
+def refuse_unusable(config: Config) -> None:
+    """Timesteps and sampler that the model does not bear, told without starting or loading anything.
+
+    Raises:
+        ConfigError: what does not fit, and what would.
+    """
+    try:
+        configured_window(config)
+        check_sampling(config)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _tell_failure(

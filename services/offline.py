@@ -90,7 +90,7 @@ def differences(config: Config, facts: Facts) -> list[str]:
     pairs = [("model.path", facts.model, config.model.path)]
     pairs += [
         (f"rollout.{key}", getattr(facts, key), getattr(rollout, key))
-        for key in ("solver", "steps", "shift", "guidance", *_told(facts))
+        for key in ("solver", "steps", "shift", "guidance", *_newer_keys(facts))
     ]
     return [f"{key}: recorded with {was!r}, now {now!r}" for key, was, now in pairs if was != now]
 
@@ -125,7 +125,7 @@ def _contradictions(config: Config, recording: Recording) -> Iterator[str]:
         yield from _untrainable_trajectories(config, facts)
 
 
-def _told(facts: Facts) -> tuple[str, ...]:
+def _newer_keys(facts: Facts) -> tuple[str, ...]:
     """What only newer recordings say; that sigmas differ is a contradiction of its own."""
     return ("terminal",) if facts.sigmas is not None else ()
 
@@ -154,7 +154,7 @@ def _untrainable_trajectories(config: Config, facts: Facts) -> Iterator[str]:
             f"({facts.solver!r}) have only their final latents: record with an objective that needs them"
         )
         return
-    for key in ("solver", "noise_level", "steps", "shift", "guidance", *_told(facts)):
+    for key in ("solver", "noise_level", "steps", "shift", "guidance", *_newer_keys(facts)):
         was, now = getattr(facts, key), getattr(rollout, key)
         if was != now:
             yield f"rollout.{key} is {now!r}, the recorded likelihoods are those of {was!r}"

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
 from services.codec import Group, encode_group
 from services.config import Config
 from services.full_disk import naming
+from services.pieces import in_pieces
 from services.queue_types import Frontier
 from services.recording import INDEX, SHARD_NAME, Facts, RecordedGroup, RecordingError, read_index
 from services.safetensors_layout import pack
@@ -73,7 +74,7 @@ class RecordingWriter:
         twice = sorted(self._ordinals & {group.header.ordinal for group in groups})
         if twice:
             raise ValueError(f"{self._directory}: ordinals {twice} are recorded already")
-        for part in _parts(groups):
+        for part in in_pieces(groups, _bytes, SHARD_BYTES):
             self._append(part)
 
     def _append(self, groups: Sequence[Group]) -> None:
@@ -131,18 +132,8 @@ class RecordingWriter:
         os.fsync(self._lock)
 
 
-def _parts(groups: Sequence[Group]) -> Iterator[list[Group]]:
-    """Of at most SHARD_BYTES each, or one group."""
-    part, size = list[Group](), 0
-    for group in groups:
-        more = sum(tensor.nbytes for tensor in group.tensors.values())
-        if part and size + more > SHARD_BYTES:
-            yield part
-            part, size = [], 0
-        part.append(group)
-        size += more
-    if part:
-        yield part
+def _bytes(group: Group) -> int:
+    return sum(tensor.nbytes for tensor in group.tensors.values())
 
 
 def _number(shard: str) -> int:

@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 
 from services.config import Config
-from services.config_file import ConfigError, load_config
+from services.config_file import load_config
 from services.exit_codes import FAILED, run
 from services.prompts import prompt_source
 from services.run_directory import RunDirectory
@@ -96,16 +96,11 @@ def _report(directory: RunDirectory) -> str:
 
 
 def _refuse_unusable(config: Config) -> None:
-    """Prompts, recordings, timesteps and sampler, before there is a run directory to leave behind."""
-    from learner.timesteps import configured_window
-    from policy.registry import check_sampling
+    """What the driver would refuse too, before there is a run directory to leave behind."""
+    from services.driver import refuse_unusable
 
     prompt_source(config)
-    try:
-        configured_window(config)
-        check_sampling(config)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    refuse_unusable(config)
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

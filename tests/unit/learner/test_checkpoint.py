@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import resource
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from learner import checkpoint
 from learner.checkpoint import CheckpointError, newest_checkpoint, read_checkpoint, write_checkpoint
 from learner.checkpoint_writer import CheckpointWriter
+from tests.dying import dies_before
 
 STAGES = ("mkdir", "save_file", "_sync", "_digest", "write_text", "rename", "rmtree")
 
@@ -120,18 +120,7 @@ def _write_behind(run: Path, step: int, value: float) -> None:
 
 def _die_at(run: Path, stage: str, nth: int, step: int, behind: bool) -> None:
     """Write a checkpoint and end the process, without a word, before the n-th call of a stage."""
-    calls = 0
-
-    def deadly(original: Any) -> Any:
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == nth:
-                os._exit(9)
-            return original(*args, **kwargs)
-
-        return wrapped
-
+    deadly = dies_before(nth)
     if stage in ("save_file", "_sync", "_digest"):
         setattr(checkpoint, stage, deadly(getattr(checkpoint, stage)))
     elif stage == "rmtree":

@@ -17,6 +17,7 @@ from learner.checkpoint import newest_checkpoint
 from learner.ranks import RankFailedForGood, RankLost, Ranks
 from learner.sharded_checkpoint import CheckpointRefused, ShardedCheckpointWriter
 from policy.sharding import Shards
+from tests.dying import dies_before
 from tests.ranks_of_processes import each_of, mesh_of
 
 STAGES = ("write_rows", "_sync", "write_text", "rename")
@@ -61,18 +62,7 @@ def _in_a_world_of_one(run: Path, stage: str, nth: int) -> None:
     writer = alone(run)
     write(writer, 4, 4.0)
     writer.finish()
-    calls = 0
-
-    def deadly(original: Any) -> Any:
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == nth:
-                os._exit(9)
-            return original(*args, **kwargs)
-
-        return wrapped
-
+    deadly = dies_before(nth)
     for module in (checkpoint, sharded_checkpoint, Path, checkpoint.shutil):
         if stage in vars(module):
             setattr(module, stage, deadly(getattr(module, stage)))
