@@ -10,7 +10,8 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -29,11 +30,14 @@ from reward_servers.wire import ScoreCall
 from services.config import Config
 from services.config_file import ConfigError, load_config
 from services.driver import train
-from services.messages import Heartbeat
-from services.metrics import UpdateRow
+from services.messages import Heartbeat, PolicyVersion
+from services.metrics import AnyRow, EvalRow, UpdateRow
 from services.monitor import Outcome
 from services.progress import Progress
+from services.queue_types import RunState
+from services.ray_metrics import RunMetrics
 from services.run_directory import RunDirectory
+from services.status import run_status, scale_run
 from services.supervisor import PartFailed
 from services.telemetry import read_metrics
 from services.train import run_training
@@ -208,10 +212,73 @@ def test_a_reward_that_is_down_fails_the_run_with_its_name(recipe: Callable[...,
         run(config)
 
 
-def test_staleness_is_bounded_and_used(recipe: Callable[..., Config]) -> None:
+class Heard(RunMetrics):
+    """What a run tells Ray's metrics."""
+
+    last: Heard
+
+    def __init__(self, run: str, rewards: Iterable[str] = ()) -> None:
+        self.rows: list[AnyRow] = []
+        self.states: list[str] = []
+        self.parts: set[str] = set()
+        Heard.last = self
+        super().__init__(run, rewards)
+
+    def add(self, row: AnyRow) -> None:
+        self.rows.append(row)
+        super().add(row)
+
+    def state(self, state: RunState) -> None:
+        self.states.append(state)
+        super().state(state)
+
+    def beats(self, alive: Iterable[Heartbeat], newest: PolicyVersion | None) -> None:
+        beats = list(alive)
+        self.parts |= {beat.part for beat in beats}
+        super().beats(beats, newest)
+
+
+def test_staleness_is_bounded_and_used_and_metrics_are_told(
+    recipe: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.driver.RunMetrics", Heard)
     outcome = run(recipe("queue.max_staleness=1", "rollout.workers=2", "learner.max_steps=6"))
-    seen = [row.staleness_max for row in read_metrics(outcome.run.root).updates]
-    assert max(seen) == 1
+    written = read_metrics(outcome.run.root)
+    assert max(row.staleness_max for row in written.updates) == 1
+    told = [row for row in Heard.last.rows if isinstance(row, UpdateRow | EvalRow)]
+    assert sorted(told, key=lambda row: row.time) == sorted(
+        [*written.updates, *written.evals], key=lambda row: row.time
+    )
+    assert list(dict.fromkeys(Heard.last.states)) == ["starting", "running"]
+    assert Heard.last.parts >= {"learner-0", "rollout-0", "rollout-1", "evaluator"}
+
+
+@pytest.mark.slow
+def test_workers_are_made_and_taken_away_while_the_run_goes_on(recipe: Callable[..., Config]) -> None:
+    config = recipe("rollout.workers=1", "learner.max_steps=400")
+    directory = RunDirectory.create(config)
+    wanted, stopped = [3, 1], threading.Event()
+
+    def left() -> list[str]:
+        return [row.detail for row in read_metrics(directory.root).events if row.what == "worker left"]
+
+    def follow(beats: list[Heartbeat]) -> None:
+        parts = {beat.part for beat in beats if beat.part.startswith("rollout-")}
+        if wanted == [3, 1] and parts == {"rollout-0"}:
+            scale_run(directory, wanted.pop(0))
+        elif wanted == [1] and parts == {"rollout-0", "rollout-1", "rollout-2"}:
+            assert run_status(directory).workers_wanted == 3
+            scale_run(directory, wanted.pop(0))
+        elif not wanted and len(left()) == 2 and parts == {"rollout-0"} and not stopped.is_set():
+            stopped.set()  # a second signal would end this process
+            os.kill(os.getpid(), signal.SIGINT)
+
+    outcome = train(config, directory, Watching(at_beats=follow))
+    assert outcome.interrupted and wanted == []
+    assert sorted(left()) == ["rollout-1", "rollout-2"]
+    written = read_metrics(directory.root)
+    assert [row.step for row in written.updates] == list(range(1, outcome.version.step + 1))
+    assert [row.what for row in written.events if row.level != "info"] == []
 
 
 class Drifting(Scorer):

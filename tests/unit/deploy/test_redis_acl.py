@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +18,7 @@ from acl_server import FOLDER, USERS, AclServer, rendered
 
 from services.codec import EncodedGroup, encode_group
 from services.config import Config, QueueConfig
-from services.config_file import load_config
+from services.config_file import PROJECT_ROOT, load_config
 from services.context import RunContext
 from services.doctor import examine
 from services.group_queue import Admitted, Failed, GroupQueue, Lease, QueueUnreachable, connect
@@ -188,6 +190,32 @@ def own_logins(server: AclServer, monkeypatch: pytest.MonkeyPatch) -> Config:
             f"queue.url=redis://127.0.0.1:{server.port}/0",
         ],
     )
+
+
+@pytest.mark.slow
+def test_a_whole_run_with_a_login_for_each_part(
+    server: AclServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Learner, workers, evaluator and driver each in their own process: nobody asks for what is another's."""
+    config = own_logins(server, monkeypatch)
+    logins = json.dumps({part: login.model_dump() for part, login in config.queue.logins.items()})
+    small = [
+        *(f"queue.url={config.queue.url}", f"queue.logins={logins}", f"run.directory={tmp_path}"),
+        *("learner.max_steps=2", "learner.groups_per_step=2", "rollout.group_size=4"),
+        *("learner.micro_batch=4", "eval.prompts=4", "eval.final_prompts=4"),
+    ]
+    overrides = [word for pair in small for word in ("--set", pair)]
+    done = subprocess.run(
+        [sys.executable, "-m", "services.cli", "train", "quickstart", "--json", *overrides],
+        cwd=PROJECT_ROOT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["steps"] == 2
+    assert server.denied() == []
 
 
 def test_one_login_for_all_parts(server: AclServer, run: str) -> None:

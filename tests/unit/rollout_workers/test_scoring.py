@@ -40,8 +40,18 @@ def down() -> set[str]:
     return set()
 
 
+Asked = tuple[str, bool, type[object]]
+"""Reward, whether its seconds are some, kind of its error."""
+
+
 @pytest.fixture
-def servers(down: set[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[RewardServers]:
+def asked() -> list[Asked]:
+    """What was told of each request."""
+    return []
+
+
+@pytest.fixture
+def servers(down: set[str], asked: list[Asked], monkeypatch: pytest.MonkeyPatch) -> Iterator[RewardServers]:
     monkeypatch.setattr("rollout_workers.scoring.RewardClient", lambda name, *args, **kw: Client(name, down))
     url = "http://127.0.0.1:1"
     rewards = [
@@ -49,7 +59,11 @@ def servers(down: set[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[RewardS
         RewardConfig(name="optional", url=url, required=False),
         RewardConfig(name="heldout", url=url, heldout=True, every=8),
     ]
-    made = RewardServers(rewards, dict.fromkeys(ALL, RewardPlace(url=url)))
+    made = RewardServers(
+        rewards,
+        dict.fromkeys(ALL, RewardPlace(url=url)),
+        lambda reward, seconds, error: asked.append((reward, seconds >= 0, type(error))),
+    )
     yield made
     made.close()
 
@@ -77,3 +91,12 @@ def test_a_group_needs_the_required_rewards(servers: RewardServers, down: set[st
     down.add("trained")
     with pytest.raises(RewardError, match="'trained'"):
         scored(servers, 8)
+
+
+def test_every_request_is_told_of_when_it_has_ended(
+    servers: RewardServers, down: set[str], asked: list[Asked]
+) -> None:
+    down.add("optional")
+    scored(servers, 9)
+    nothing = type(None)
+    assert sorted(asked, key=str) == [("optional", True, RewardUnavailable), ("trained", True, nothing)]
