@@ -42,6 +42,7 @@ def export_run(run_dir: Path, out: Path, weights: str) -> list[Path]:
     from learner.checkpoint import newest_checkpoint
     from policy import load_policy
     from policy.export import export_policy
+    from policy.loading import quiet
     from policy.model_card import Training
 
     run = RunDirectory.open(run_dir)
@@ -55,15 +56,17 @@ def export_run(run_dir: Path, out: Path, weights: str) -> list[Path]:
         raise ConfigError(f"{run_dir}: the run has no complete checkpoint to export")
     # Here and not on the device of the run, which this machine may not have.
     model = config.model.model_copy(update={"device": "cpu"})
-    policy = load_policy(model, text_encoders=True, vae=True, base=False, seed=config.run.seed)
-    policy.install(checkpoint.state[weights])
-    training = Training(
-        objective=type(config.objective),
-        name=run.name,
-        prompt=_example(config) or Training.prompt,
-        facts=_facts(run, checkpoint, weights),
-    )
-    return export_policy(policy, out, rollout=config.evaluation_rollout, training=training)
+    # Libraries tell of parts that nobody asked for, and of files that are written.
+    with quiet():
+        policy = load_policy(model, text_encoders=True, vae=True, base=False, seed=config.run.seed)
+        policy.install(checkpoint.state[weights])
+        training = Training(
+            objective=type(config.objective),
+            name=run.name,
+            prompt=_example(config) or Training.prompt,
+            facts=_facts(run, checkpoint, weights),
+        )
+        return export_policy(policy, out, rollout=config.evaluation_rollout, training=training)
 
 
 def export_into(run: RunDirectory) -> Path:
