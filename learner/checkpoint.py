@@ -19,7 +19,6 @@ Of sharded training the parts are directories (learner/sharded_checkpoint.py).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -35,7 +34,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from services.checkpoint_parts import SUFFIX, part_of, read_part
+from services.checkpoint_parts import SUFFIX, digest_of, part_of, read_part, sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -68,10 +67,7 @@ class Checkpoint:
     def digest(self, part: str) -> str | None:
         """Hex; the same for no two contents of a part. None: it has no such part."""
         files = {name: entry for name, entry in self.manifest["files"].items() if part_of(name) == part}
-        digests = [str(files[name]["sha256"]) for name in sorted(files)]
-        if len(digests) > 1:
-            return hashlib.sha256("".join(digests).encode()).hexdigest()
-        return digests[0] if digests else None
+        return digest_of([str(files[name]["sha256"]) for name in sorted(files)]) if files else None
 
 
 class _Parts(Mapping[str, dict[str, Tensor]]):
@@ -191,9 +187,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """One checkpoint by its directory, which another process has verified.
 
     Raises:
-        CheckpointError: it is not there, or its manifest cannot be read.
+        CheckpointError: it is not there, its manifest cannot be read, or a file of it is not as long as that
+            says: shared storage may show this node an older state of the directory.
     """
-    return _opened(path)
+    opened = _opened(path)
+    for name, entry in opened.manifest["files"].items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != entry["bytes"]:
+            raise CheckpointError(f"{file}: not there, or not the {entry['bytes']} bytes of the manifest")
+    return opened
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -214,7 +216,7 @@ def write_part(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 def described(file: Path) -> dict[str, Any]:
     """What the manifest says of a file, which is on the disk from then on."""
     _sync(file)
-    return {"sha256": _digest(file), "bytes": file.stat().st_size}
+    return {"sha256": sha256_of(file), "bytes": file.stat().st_size}
 
 
 def _take_name(partial: Path, final: Path) -> None:
@@ -231,7 +233,7 @@ def _verified(path: Path) -> Checkpoint:
     found = _opened(path)
     try:
         for name, entry in found.manifest["files"].items():
-            if _digest(path / name) != entry["sha256"]:
+            if sha256_of(path / name) != entry["sha256"]:
                 raise CheckpointError(
                     f"{path / name}: its sha256 is not the manifest's: changed or cut short"
                 )
@@ -289,11 +291,6 @@ def _epoch(path: Path) -> int:
         return int(json.loads((path / MANIFEST).read_text()).get("epoch", 0))
     except (OSError, ValueError, TypeError, AttributeError):
         return -1
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -16,14 +16,18 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from learner.checkpoint import write_checkpoint
+from learner.checkpoint import CheckpointError, write_checkpoint
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+WRITE_DEADLINE_S = 3600.0
+"""For one checkpoint behind the training, from when somebody waits for it."""
 
 
 class CheckpointWriter:
@@ -36,6 +40,7 @@ class CheckpointWriter:
     """
 
     def __init__(self, run_directory: Path, *, keep: int, asynchronous: bool) -> None:
+        self._directory = run_directory
         self._write = partial(write_checkpoint, run_directory, keep=keep)
         self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._begun: Future[Path] | None = None
@@ -67,7 +72,7 @@ class CheckpointWriter:
         """
         begun, self._begun = self._begun, None
         if begun is not None:
-            begun.result()
+            written(begun, self._directory)
 
     def close(self) -> None:
         """The run ends, perhaps by an error: what is being written may still be of use, and is waited for."""
@@ -75,6 +80,20 @@ class CheckpointWriter:
             self.finish()
         except Exception:
             logger.exception("the last checkpoint was not written")
+
+
+def written(begun: Future[Result], directory: Path) -> Result:
+    """What a write behind the training has come to.
+
+    Raises:
+        CheckpointError: it could not be written, or is not by now.
+    """
+    try:
+        return begun.result(WRITE_DEADLINE_S)
+    except TimeoutError:
+        raise CheckpointError(
+            f"{directory}: a checkpoint was not written within {WRITE_DEADLINE_S:g} s: does the storage hang?"
+        ) from None
 
 
 def copied(state: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:

@@ -24,6 +24,7 @@ from learner.sharded_checkpoint import ShardedCheckpointWriter
 from learner.shares import received
 from learner.update import Updater
 from policy.base import Policy
+from policy.errors import PolicyError
 from services.codec import weights_digest
 from services.heartbeat import Pulse
 from services.safetensors_layout import views
@@ -97,7 +98,7 @@ def probe_together(ranks: Ranks, updater: Updater, kind: str, step: int) -> tupl
         PolicyError: the velocity is not finite, on every rank.
     """
     tensors, weights = updater.published(kind, step), f"{kind} of step {step}"
-    with ranks.meeting(f"the velocity of the weights {weights}"):
+    with ranks.meeting(f"the velocity of the weights {weights}", alike=(PolicyError,)):
         return probe_published(updater.policy, tensors, updater.config, weights)
 
 

@@ -1,8 +1,8 @@
 """Tensors of which every rank has some rows, brought to rank 0 one after another.
 
 Promises
-- Rank 0 holds the rows of no more than one bucket (64 MiB, or one tensor that is larger) beside what the
-  caller makes of them; nobody ever holds the whole model.
+- Rank 0 holds the rows of no more than one bucket (64 MiB, or one tensor that is larger), and those that it
+  sends itself, beside what the caller makes of them; nobody ever holds the whole model.
 - They arrive as they were sent, cast to the dtype that was asked for before they travel.
 """
 

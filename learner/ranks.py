@@ -47,6 +47,10 @@ class RankFailed(RuntimeError):
     """Another rank could not do its part; the text is its own."""
 
 
+class FailedInside(RuntimeError):
+    """This rank failed where the others wait for it and cannot be told; the restart of all tells them."""
+
+
 class RankFailedForGood(RankFailed):
     """The same, of a kind that a restart cannot mend."""
 
@@ -81,7 +85,7 @@ class Order(Message):
     probe: bool = False
     """To gather: their velocity is announced with them, and all ranks compute it."""
     wait: bool = False
-    """To settle a checkpoint: it need not be written yet."""
+    """To settle a checkpoint: wait until it is written; else only look."""
     reason: str | None = None
     """To end: why the run must end; None where it has been trained to its end."""
 
@@ -218,20 +222,28 @@ class Ranks:
         self._meet(what, partial(self._data.gather, outputs, [tensor], options))
 
     @contextmanager
-    def meeting(self, what: str) -> Iterator[None]:
+    def meeting(self, what: str, *, alike: tuple[type[Exception], ...] = ()) -> Iterator[None]:
         """Something in which all ranks meet on their own, in collectives that are not called here.
+
+        Args:
+            alike: errors that every rank raises, or none.
 
         Raises:
             RankLost: one of those failed. A rank that fails for another reason raises that, and takes the
                 others along by its end: they are where they could not hear it.
+            FailedInside: in place of an error that no restart mends: a rank that ends its work in peace would
+                be waited for until the deadline.
         """
         begun = time.monotonic()
         try:
             yield
-        except RuntimeError as error:
-            if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
-                raise
-            raise self._lost(what, self.others, begun, self._deadline_s, error) from error
+        except Exception as error:
+            lost = isinstance(error, torch.distributed.DistError)
+            if lost or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+                raise self._lost(what, self.others, begun, self._deadline_s, error) from error
+            if isinstance(error, self._lasting) and not isinstance(error, alike):
+                raise FailedInside(f"{what}: {type(error).__name__}: {error}") from error
+            raise
 
     def _gather(self, what: str, said: bytes) -> list[bytes]:
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]

@@ -3,8 +3,8 @@
 Promises
 - Whenever Ray Train starts the ranks, first or again, they go on from the newest complete checkpoint of the
   run directory, in a new epoch. A rank that dies takes the others with it: all are started again.
-- Rank 0 alone deals with the queue, publishes, writes checkpoints and metrics (learner/loop.py); the others
-  do what it orders (learner/follower.py).
+- Rank 0 alone deals with the queue, publishes, completes checkpoints and writes metrics (learner/loop.py);
+  the others do what it orders (learner/follower.py).
 - The state lives in the run directory, not in Ray Train's own checkpoints (docs/decisions says why); Ray
   Train restarts ranks and shows the run in the Ray dashboard.
 - Crashes and lost connections are restarted `learner.max_restarts` times. What a restart cannot mend, such as

@@ -42,13 +42,14 @@ from learner.checkpoint import (
     prepare,
     write_part,
 )
-from learner.checkpoint_writer import copied
+from learner.checkpoint_writer import copied, written
 from learner.curriculum import PART
 from learner.optimizer import MOMENTS
 from learner.ranks import Order, Ranks
 from learner.trained import State
 from services.checkpoint_parts import SUFFIX, files_of, load_into, shapes_of_part
 from services.full_disk import disk_refuses
+from services.pieces import in_pieces
 
 if TYPE_CHECKING:
     from policy.sharding import Shards
@@ -165,7 +166,7 @@ class ShardedCheckpointWriter:
         if not wait and not begun.done():
             return b""
         try:
-            return json.dumps(begun.result()).encode()
+            return json.dumps(written(begun, self._directory)).encode()
         except Exception as error:
             told = disk_refuses(error, self._directory)
             if told is not None:
@@ -216,13 +217,8 @@ def write_rows(directory: Path, shards: Shards, tensors: Mapping[str, Tensor]) -
 
 def _files(names: Iterable[str], tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """Which of its files of a part a rank writes a tensor into, counted from 1."""
-    found, number, size = {}, 1, 0
-    for name in names:
-        if size and size + tensors[name].nbytes > FILE_BYTES:
-            number, size = number + 1, 0
-        found[name] = number
-        size += tensors[name].nbytes
-    return found
+    pieces = in_pieces(names, lambda name: tensors[name].nbytes, FILE_BYTES)
+    return {name: number for number, piece in enumerate(pieces, start=1) for name in piece}
 
 
 def read_rows(checkpoint: Checkpoint, shards: Shards, like: State) -> State:

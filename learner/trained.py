@@ -20,7 +20,7 @@ from policy.base import Policy
 from services.config import Config, WithReference
 
 State = dict[str, dict[str, Tensor]]
-"""File name -> tensors: policy, ema, optimizer; where the objective needs them, reference and reference-k of
+"""Part -> tensors: policy, ema, optimizer; where the objective needs them, reference and reference-k of
 k updates ago."""
 
 

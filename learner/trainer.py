@@ -7,10 +7,11 @@ Promises
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from learner.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
 from learner.checkpoint_writer import CheckpointWriter
@@ -147,10 +148,13 @@ class PolicyTrainer:
         self._ranks.order_all(Order.model_validate(order))
         probe = probe_together(self._ranks, self.updater, kind, version.step) if due else None
         like = {name: torch.empty(shards.shapes[name], dtype=dtype, device="meta") for name in tensors}
-        rows = gather(self._ranks, self.updater, kind, version.step)
-        announcement = publish_rows(self._store, like, rows, version, kind=kind, probe=probe)
-        self._ranks.settled()
-        return announcement
+        rows = self._rows(self._ranks, kind, version.step)
+        return publish_rows(self._store, like, rows, version, kind=kind, probe=probe)
+
+    def _rows(self, ranks: Ranks, kind: str, step: int) -> Iterator[tuple[str, list[Tensor]]]:
+        yield from gather(ranks, self.updater, kind, step)
+        # Now and not when they are published: the others listen, whatever becomes of what they have sent.
+        ranks.settled()
 
     def checkpoint(self, version: PolicyVersion, frontier: Frontier) -> None:
         self._compare(version.step)

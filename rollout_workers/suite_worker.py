@@ -7,18 +7,17 @@ Promises
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file
 
 from policy import load_policy
 from rollout_workers.evaluation import sample_and_score
 from rollout_workers.scoring import RewardServers
+from services.checkpoint_parts import digest_of_part, read_part
 from services.config import Config
 from services.config_file import ConfigError
 from services.context import RewardPlace
@@ -30,10 +29,12 @@ class SuiteWork(Message):
 
     config: Config
     rewards: dict[str, RewardPlace]
-    weights: Path | None
-    """File of the weights that are evaluated; None: those of the pipeline."""
-    sha256: str | None
-    """Of that file."""
+    checkpoint: Path | None
+    """Directory of the checkpoint that is evaluated; None: the pipeline's own weights are."""
+    kind: str
+    """Which of its weights."""
+    digest: str | None
+    """Of those (services/checkpoint_parts.py)."""
 
 
 class ShardTask(Message):
@@ -67,8 +68,8 @@ class SuiteWorker:
         self._policy = load_policy(
             told.config.model, text_encoders=True, vae=True, base=False, seed=told.config.run.seed
         )
-        if told.weights is not None:
-            self._policy.install(_proven(told.weights, told.sha256))
+        if told.checkpoint is not None:
+            self._policy.install(_proven(told.checkpoint, told.kind, told.digest))
         self._scorer = RewardServers(told.config.rewards, told.rewards)
 
     def make(self, task: str) -> tuple[NDArray[np.uint8], str]:
@@ -85,9 +86,10 @@ class SuiteWorker:
         return images, made.model_dump_json()
 
 
-def _proven(file: Path, sha256: str | None) -> dict[str, torch.Tensor]:
-    with file.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != sha256:
-        raise ConfigError(f"{file}: its sha256 is {found}, that of the evaluation {sha256}: it has changed")
-    return load_file(file)
+def _proven(checkpoint: Path, kind: str, digest: str | None) -> dict[str, torch.Tensor]:
+    found = digest_of_part(checkpoint, kind)
+    if found != digest:
+        raise ConfigError(
+            f"{checkpoint}: the digest of {kind!r} is {found}, of the evaluation {digest}: it has changed"
+        )
+    return read_part(checkpoint, kind)

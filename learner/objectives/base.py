@@ -185,8 +185,8 @@ class Objective(ABC):
         return measured
 
     def passes(self, groups: int) -> int:
-        """How often so many groups go through the model at each timestep, in a pattern that is always the
-        same."""
+        """How often so many groups go through the model at each timestep, each time by the same sequence of
+        forward and backward passes."""
         return -(-groups // self._groups_at_once)
 
     @property

@@ -51,12 +51,6 @@ class SuiteEvaluation:
     """Images a prompt."""
     keep_images: bool = False
 
-    @property
-    def weights_file(self) -> Path | None:
-        if self.checkpoint is None:
-            return None
-        return self.checkpoint.resolve() / f"{self.kind}.safetensors"
-
     def task(self, number: int, shard_prompts: int) -> ShardTask:
         """The prompts and seeds of a shard: with one sample those of an evaluation inside a run."""
         places = range(number * shard_prompts, min((number + 1) * shard_prompts, len(self.suite.prompts)))
@@ -104,7 +98,8 @@ def _sample(
     from services.driver import reward_places
     from services.ray_runtime import ray_cluster
 
-    config, shard_prompts, sha256 = evaluation.config, settings.shard_prompts, settings.weights
+    config, shard_prompts = evaluation.config, settings.shard_prompts
+    checkpoint = evaluation.checkpoint.resolve() if evaluation.checkpoint is not None else None
     with (
         tempfile.TemporaryDirectory() as private,
         screen.status("starting the reward servers") as status,
@@ -113,7 +108,13 @@ def _sample(
     ):
         folder.check_scorers(_scorers(places))
         status.stop()
-        work = SuiteWork(config=config, rewards=places, weights=evaluation.weights_file, sha256=sha256)
+        work = SuiteWork(
+            config=config,
+            rewards=places,
+            checkpoint=checkpoint,
+            kind=evaluation.kind,
+            digest=settings.weights,
+        )
         total = -(-len(evaluation.suite.prompts) // shard_prompts)
         with _progress(screen) as progress:
             bar = progress.add_task("shards", total=total, completed=total - len(missing))

@@ -16,7 +16,7 @@ from learner.checkpoint import CheckpointError, newest_checkpoint, read_checkpoi
 from learner.checkpoint_writer import CheckpointWriter
 from tests.dying import dies_before
 
-STAGES = ("mkdir", "save_file", "_sync", "_digest", "write_text", "rename", "rmtree")
+STAGES = ("mkdir", "save_file", "_sync", "sha256_of", "write_text", "rename", "rmtree")
 
 
 def state(value: float) -> dict[str, dict[str, torch.Tensor]]:
@@ -121,7 +121,7 @@ def _write_behind(run: Path, step: int, value: float) -> None:
 def _die_at(run: Path, stage: str, nth: int, step: int, behind: bool) -> None:
     """Write a checkpoint and end the process, without a word, before the n-th call of a stage."""
     deadly = dies_before(nth)
-    if stage in ("save_file", "_sync", "_digest"):
+    if stage in ("save_file", "_sync", "sha256_of"):
         setattr(checkpoint, stage, deadly(getattr(checkpoint, stage)))
     elif stage == "rmtree":
         checkpoint.shutil.rmtree = deadly(checkpoint.shutil.rmtree)

@@ -11,7 +11,7 @@ from ranks_of_threads import Rigged, all_of, together
 from torch import Tensor
 
 from learner import ranks as module
-from learner.ranks import Order, RankFailed, RankFailedForGood, RankLost, Ranks, SharedGroup
+from learner.ranks import FailedInside, Order, RankFailed, RankFailedForGood, RankLost, Ranks, SharedGroup
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -95,6 +95,20 @@ def test_a_rank_that_is_gone_is_noticed_at_once_with_what_was_waited_for() -> No
     assert isinstance(zero, RankLost)
     assert "for the gradient of update 3 from rank 1" in str(zero)
     assert time.monotonic() - started < 60
+
+
+def test_what_no_restart_mends_ends_a_rank_inside_a_pass_as_a_crash_does() -> None:
+    """Returned as the reason to end, it would leave the others waiting until their deadline."""
+
+    def body(ranks: Ranks) -> None:
+        if ranks.rank == 0:
+            inside = pytest.raises(FailedInside, match="the gradient of update 3: Rigged: too wide")
+            with inside, ranks.meeting("the gradient of update 3"):
+                raise Rigged("too wide")
+            with pytest.raises(Rigged), ranks.meeting("the velocity", alike=(Rigged,)):
+                raise Rigged("diverged, on every rank")
+
+    assert together(2, body) == [None, None]
 
 
 def test_a_lost_rank_is_named_where_torch_itself_meets_the_others_and_other_errors_are_not() -> None:

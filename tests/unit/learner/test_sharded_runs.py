@@ -19,9 +19,12 @@ from sharded_runs import (
 )
 from torch import Tensor
 
-from learner.checkpoint import newest_checkpoint
+from learner.checkpoint import CheckpointError, newest_checkpoint, open_checkpoint
 from policy.probe import probe, probe_error
+from rollout_workers.suite_worker import _proven
+from services.checkpoint_parts import digest_of_part, files_of, read_part
 from services.codec import decode_weights, weights_digest
+from services.config_file import ConfigError
 from services.group_queue import Frontier
 from services.policy_store import fetch
 from tests.ranks_of_processes import each_of
@@ -142,3 +145,33 @@ def test_a_checkpoint_in_rows_is_verified_and_names_what_each_rank_wrote(folder:
     fallback = newest_checkpoint(folder / "run")
     damaged.write_bytes(content)
     assert fallback is not None and fallback.step == 2
+
+
+def test_an_evaluation_reads_rows_as_they_were_verified(folder: Path) -> None:
+    stored = newest_checkpoint(folder / "run")
+    assert stored is not None
+    digest = stored.digest("ema")
+    assert digest == digest_of_part(stored.path, "ema")
+    read = _proven(stored.path, "ema", digest)
+    same(read, dict(stored.state["ema"]))
+    with pytest.raises(ConfigError, match="it has changed"):
+        _proven(stored.path, "ema", "0" * 64)
+
+
+def test_rows_that_are_missing_or_torn_are_an_error_and_no_weights(folder: Path) -> None:
+    stored = newest_checkpoint(folder / "run")
+    assert stored is not None
+    # Without the last rows a tensor has another shape, which every reader compares.
+    gone = files_of(stored.path / "ema")[0]
+    content = gone.read_bytes()
+    try:
+        gone.unlink()
+        with pytest.raises(OSError, match="rows are missing"):
+            read_part(stored.path, "ema")
+        with pytest.raises(CheckpointError, match=gone.name):
+            open_checkpoint(stored.path)
+        gone.write_bytes(content[: len(content) // 2])
+        with pytest.raises(OSError, match="cannot be read"):
+            read_part(stored.path, "ema")
+    finally:
+        gone.write_bytes(content)
