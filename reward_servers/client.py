@@ -7,7 +7,7 @@ Promises
   a proxy that comes up again knows no path at first. Other refusals are not: RewardRefused. Neither is an
   answer that breaks the protocol: RewardInvalid.
 - One attempt takes at most `attempt_s` (half the deadline unless said otherwise), so that a server that hangs
-  once is asked again. (Of `score`, headers that drip are bounded by each read only.)
+  once is asked again, and at least 0.1 s. (Of `score`, headers that drip are bounded by each read only.)
 - Connections are kept and used again. Redirects are not followed: they would carry the token elsewhere.
 
 `score` may be called from many threads; `score_async` belongs to one event loop.
@@ -55,6 +55,8 @@ from reward_servers.wire import encode_tensors
 __all__ = ["RewardClient", "RewardError", "RewardInvalid", "RewardRefused", "RewardUnavailable", "Scored"]
 
 _WAIT: Final = asked_and_backoff(0.2, 5.0)
+_SHORTEST_ATTEMPT_S: Final = 0.1
+"""An attempt with less could only fail, and its failure would say nothing of the server."""
 
 
 class RewardClient:
@@ -186,7 +188,7 @@ class RewardClient:
 
     def _left(self, started: float) -> float:
         left = self.deadline_s - (time.monotonic() - started)
-        return max(0.001, min(left, self._attempt_s))
+        return min(max(left, _SHORTEST_ATTEMPT_S), self._attempt_s)
 
     def _scored(self, answer: Answer, count: int, attempts: int) -> Scored:
         if answer.status == 404 and self._has_scored:

@@ -89,7 +89,7 @@ def test_after_the_deadline_it_is_unavailable(
 ) -> None:
     url, _ = scripted(reply)
     with pytest.raises(RewardUnavailable) as caught:
-        ask(client_of(url, 0.3), images)
+        ask(client_of(url, 1.0), images)
     assert "'words'" in str(caught.value) and url in str(caught.value)
     assert says in str(caught.value)
     assert caught.value.__cause__ is not None
