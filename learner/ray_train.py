@@ -40,6 +40,7 @@ from services.group_queue import Fenced, GroupQueue, QueueTimeout
 from services.heartbeat import BEATS_TO_LIVE, Pulse
 from services.logs import configure_logging
 from services.ray_runtime import learner_backend
+from services.transports import open_transport
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -85,11 +86,12 @@ def train_rank(settings: dict[str, Any]) -> str | None:
         queue = together(ranks, "the opening of the queue", partial(context.open_queue, "learner"))
         with Pulse(part, lambda beat: queue.beat(beat, ttl), every_s=config.telemetry.heartbeat_s) as pulse:
             pulse.enter("loading the model")
+            transport = open_transport(config, context.directory, settings["store"])
             if ranks is None:
                 kind = PolicyTrainer if context.record is None else UntrainedTrainer
-                _lead(context, queue, kind(context, settings["store"]), pulse)
+                _lead(context, queue, kind(context, transport), pulse)
                 return None
-            make = partial(PolicyTrainer, context, settings["store"], ranks)
+            make = partial(PolicyTrainer, context, transport, ranks)
             trainer = together(ranks, "the loading of the model", make)
             if trainer.sharded:
                 pulse.enter("dividing the model")

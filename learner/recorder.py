@@ -29,6 +29,7 @@ from services.group_queue import Frontier
 from services.messages import PolicyVersion, WeightsAnnouncement
 from services.policy_store import publish
 from services.recording_writer import RecordingWriter
+from services.transports import WeightsTransport
 
 Record = Callable[[Sequence[Group]], None]
 STATE = "recorded.json"
@@ -58,8 +59,8 @@ class UntrainedTrainer:
     curriculum = None
     """A model that stays as it is gives a curriculum nothing to follow (services/record.py refuses one)."""
 
-    def __init__(self, context: RunContext, store: Any) -> None:
-        self._context, self._store = context, store
+    def __init__(self, context: RunContext, transport: WeightsTransport) -> None:
+        self._context, self._transport = context, transport
         config = context.config
         self._policy = load_policy(
             config.model, text_encoders=False, vae=False, base=False, seed=config.run.seed
@@ -93,7 +94,7 @@ class UntrainedTrainer:
         tensors = self._policy.trainable()
         probe = self._prober.of(tensors, version, kind=kind)
         dtype = getattr(torch, self._context.config.learner.publish_dtype)
-        return publish(self._store, tensors, version, kind=kind, dtype=dtype, probe=probe)
+        return publish(self._transport, tensors, version, kind=kind, dtype=dtype, probe=probe)
 
     def checkpoint(self, version: PolicyVersion, frontier: Frontier) -> None:
         partial = self._state.with_suffix(".partial")
@@ -110,7 +111,7 @@ class UntrainedTrainer:
         """Nothing is written behind the loop."""
 
     def close(self) -> None:
-        """Nor is anything left to close."""
+        self._transport.close()
 
     @property
     def _state(self) -> Path:

@@ -30,6 +30,7 @@ from services.context import RunContext
 from services.group_queue import Frontier
 from services.messages import PolicyVersion, WeightsAnnouncement
 from services.policy_store import publish, publish_rows
+from services.transports import WeightsTransport
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -38,9 +39,9 @@ if TYPE_CHECKING:
 class PolicyTrainer:
     """The real trainer of the loop (learner/loop.py `Trainer`)."""
 
-    def __init__(self, context: RunContext, store: Any, ranks: Ranks | None = None) -> None:
+    def __init__(self, context: RunContext, transport: WeightsTransport, ranks: Ranks | None = None) -> None:
         self._context = context
-        self._store = store
+        self._transport = transport
         self._ranks = ranks
         self._config = config = context.config
         torch.set_num_threads(config.learner.threads)
@@ -141,7 +142,7 @@ class PolicyTrainer:
         tensors, shards = self.updater.published(kind, version.step), self.policy.shards
         if shards is None:
             probe = self._prober.of(tensors, version, kind=kind)
-            return publish(self._store, tensors, version, kind=kind, dtype=dtype, probe=probe)
+            return publish(self._transport, tensors, version, kind=kind, dtype=dtype, probe=probe)
         assert self._ranks is not None
         due = self._prober.due(version, kind=kind)
         order = {"do": "gather", "kind": kind, "step": version.step, "probe": due}
@@ -149,7 +150,7 @@ class PolicyTrainer:
         probe = probe_together(self._ranks, self.updater, kind, version.step) if due else None
         like = {name: torch.empty(shards.shapes[name], dtype=dtype, device="meta") for name in tensors}
         rows = self._rows(self._ranks, kind, version.step)
-        return publish_rows(self._store, like, rows, version, kind=kind, probe=probe)
+        return publish_rows(self._transport, like, rows, version, kind=kind, probe=probe)
 
     def _rows(self, ranks: Ranks, kind: str, step: int) -> Iterator[tuple[str, list[Tensor]]]:
         yield from gather(ranks, self.updater, kind, step)
@@ -170,6 +171,7 @@ class PolicyTrainer:
     def close(self) -> None:
         """The loop has ended, perhaps by an error."""
         self._writer.close()
+        self._transport.close()
 
     def _compare(self, step: int) -> None:
         if self._ranks is not None and self._compared != step:

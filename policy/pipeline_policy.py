@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from policy.adapters import add_lora
 from policy.base import Condition
+from policy.compiling import compile_blocks
 from policy.errors import PolicyError
 from policy.loading import (
     Configs,
@@ -135,7 +136,10 @@ class PipelinePolicy(PromptEncoding):
                 getattr(pipeline, name).requires_grad_(False)
         place(pipeline, cls.parts, config, denoiser=not to_shard)
         denoiser.eval()
-        return cls(config, pipeline, denoiser, configs, base=base)
+        policy = cls(config, pipeline, denoiser, configs, base=base)
+        if config.compile and policy.device.type == "cuda":
+            compile_blocks(denoiser)
+        return policy
 
     @classmethod
     def load_encoders(

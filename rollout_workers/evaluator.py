@@ -20,6 +20,7 @@ from services.messages import WeightsAnnouncement
 from services.metrics import EvalRow, When
 from services.policy_store import WeightsGone
 from services.prompts import prompt_source
+from services.transports import open_transport
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,8 @@ class Evaluator:
         )
         self._pulse.__enter__()
         self._pulse.enter("loading the model")
-        self._sampler = PolicySampler(self._context.config, self._context.directory, store)
+        config, directory = self._context.config, self._context.directory
+        self._sampler = PolicySampler(config, directory, open_transport(config, directory, store))
         self._scorer = RewardServers(self._context.config.rewards, self._context.rewards)
         self._prompts = prompt_source(self._context.config)
         self._pulse.enter("waiting for weights")

@@ -13,7 +13,6 @@ import itertools
 import random
 import socket
 from pathlib import Path
-from typing import Any
 
 from policy import Policy, load_policy
 from policy.probe import check_probe
@@ -24,6 +23,7 @@ from services.config import Config
 from services.messages import GroupTask, WeightsAnnouncement
 from services.policy_store import install
 from services.prompts import prompt_source
+from services.transports import WeightsTransport
 
 AHEAD = 256
 """Groups whose prompts are encoded when one is missing in the cache: loading the encoders takes so long."""
@@ -35,13 +35,12 @@ class PolicySampler:
     Args:
         config: of the run.
         run_directory: where weights are found when the process that published them is gone.
-        store: handle of the PolicyStore actor.
     """
 
-    def __init__(self, config: Config, run_directory: Path, store: Any) -> None:
+    def __init__(self, config: Config, run_directory: Path, transport: WeightsTransport) -> None:
         self._config = config
         self._run_directory = run_directory
-        self._store = store
+        self._transport = transport
         cache = condition_cache(config, run_directory)
         self.policy: Policy = load_policy(
             config.model,
@@ -60,7 +59,7 @@ class PolicySampler:
             WeightsMismatch: the digest differs, or names and shapes are not exactly those of the policy.
             VelocityDrift: the velocity differs from the publisher's by more than `rollout.probe_tolerance`.
         """
-        install(self._store, announcement, self.policy.trainable(), self._run_directory)
+        install(self._transport, announcement, self.policy.trainable(), self._run_directory)
         if announcement.probe is None:
             return None
         return check_probe(

@@ -18,6 +18,7 @@ from services.logs import configure_logging
 from services.messages import GroupTask
 from services.prompts import group_task, prompt_source
 from services.ray_metrics import RewardMetrics
+from services.transports import open_transport
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,8 @@ class RolloutWorker:
         queue = context.open_queue("worker")
         with worker_pulse(self._name, queue, config) as pulse:
             pulse.enter("loading the model")
-            sampler = PolicySampler(config, context.directory, self._store)
+            transport = open_transport(config, context.directory, self._store)
+            sampler = PolicySampler(config, context.directory, transport)
             scorer = RewardServers(config.rewards, context.rewards, RewardMetrics(context.run).asked)
             prompts = prompt_source(config)
 

@@ -1,15 +1,15 @@
-"""Weights by version: from the learner to every worker through the Ray object store, proven at arrival.
+"""Weights by version: from the learner to every worker (services/transports), proven at arrival.
 
 Promises
 - `publish` returns once the bytes can be fetched; announcing them is the queue's business.
 - `fetch` returns and `install` binds exactly the tensors that were published, or raises: `WeightsMismatch`
   when their number or digest differs, `WeightsGone` when nobody has them any more.
-- An object dies with the process that put it: when the learner is gone, `fetch` reads the run directory's
-  checkpoint of that step, and takes the file whose digest is the announced one.
+- When the learner is gone, and what it has sent with it, `fetch` reads the run directory's checkpoint of that
+  step, and takes the file whose digest is the announced one.
 - Every wait has a deadline.
 
-Fetched tensors share memory with the object store: nobody may write to them.
-The only module of `services` beside the driver's that knows Ray.
+Fetched tensors may share memory with the object store: nobody may write to them.
+With services/transports and the driver, all of `services` that knows Ray.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import ray
 import torch
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 
 from services.checkpoint_parts import SUFFIX, read_part
 from services.codec import WeightsEncoder, decode_weights, weights_digest
 from services.messages import PolicyVersion, WeightsAnnouncement
 from services.safetensors_layout import BadLayout, Bytes
+from services.transports import WeightsTransport
+from services.transports.meeting import MeetingPlace
 
 KEPT_VERSIONS = 4
 """Of each kind; a worker asks for the newest, so it may lag this many updates behind between asking and
@@ -37,8 +37,6 @@ ALIGNMENT_BYTES = 64
 """Of memory that torch allocates."""
 KEPT_BUFFER_BYTES = 256 * 1024**2
 """A publish buffer up to this size is kept for the next publish: fresh pages cost more than the copy."""
-DEADLINE_S = 180.0
-"""Covers the start of the store's actor too."""
 
 log = logging.getLogger(__name__)
 _buffers: dict[str, Bytes] = {}
@@ -52,25 +50,14 @@ class WeightsGone(RuntimeError):
     """Nobody has these weights any more; a newer version will be announced."""
 
 
-class WeightsTransport(Protocol):
-    """How the bytes of a version travel. One class a transport."""
-
-    def send(self, announcement: WeightsAnnouncement, payload: Bytes) -> None:
-        """Returns when they can be received; `payload` may be overwritten afterwards."""
-        ...
-
-    def receive(self, announcement: WeightsAnnouncement) -> Bytes | None:
-        """None if nobody has them any more."""
-        ...
-
-
-class PolicyStore:
-    """The body of the actor that knows which object holds which version. The driver owns it.
+class PolicyStore(MeetingPlace):
+    """The body of the actor that knows who has which version. The driver owns it.
 
     References are handed over inside lists, so that Ray passes the reference and not the bytes.
     """
 
     def __init__(self, kept_versions: int = KEPT_VERSIONS) -> None:
+        super().__init__()
         self._kept = kept_versions
         self._objects: dict[str, OrderedDict[str, list[Any]]] = {}
 
@@ -91,39 +78,8 @@ class PolicyStore:
         return list(self._objects.get(kind, OrderedDict()))
 
 
-class ObjectStoreTransport:
-    """Through the Ray object store: one put, zero-copy reads on every node that has it."""
-
-    def __init__(self, store: Any, *, deadline_s: float = DEADLINE_S) -> None:
-        self._store = store
-        self._deadline_s = deadline_s
-
-    def send(self, announcement: WeightsAnnouncement, payload: Bytes) -> None:
-        reference = ray.put(payload)
-        told = self._store.put.remote(announcement.model_dump_json(), [reference])
-        ray.get(told, timeout=self._deadline_s)
-
-    def receive(self, announcement: WeightsAnnouncement) -> Bytes | None:
-        where = f"{announcement.kind} {announcement.version}"
-        try:
-            found = ray.get(
-                self._store.get.remote(announcement.kind, str(announcement.version)), timeout=self._deadline_s
-            )
-            if found is None:
-                return None
-            payload: Bytes = ray.get(found[0], timeout=self._deadline_s)
-        except GetTimeoutError as error:
-            raise TimeoutError(
-                f"weights {where} did not come from the object store within {self._deadline_s:g} s"
-            ) from error
-        except (ObjectLostError, RayActorError) as error:
-            log.warning("weights %s: the object store lost them: %s", where, type(error).__name__)
-            return None
-        return payload
-
-
 def publish(
-    store: Any,
+    transport: WeightsTransport,
     tensors: Mapping[str, torch.Tensor],
     version: PolicyVersion,
     *,
@@ -134,7 +90,6 @@ def publish(
     """Make weights fetchable.
 
     Args:
-        store: handle of the PolicyStore actor, or another WeightsTransport.
         tensors: name -> tensor on any device.
         dtype: in which they travel; None: their own.
         probe: the velocity with these tensors (policy/probe.py).
@@ -144,11 +99,11 @@ def publish(
     """
     like = {name: torch.empty_like(tensor, dtype=dtype, device="meta") for name, tensor in tensors.items()}
     whole = ((name, [tensor]) for name, tensor in tensors.items())
-    return publish_rows(store, like, whole, version, kind=kind, probe=probe)
+    return publish_rows(transport, like, whole, version, kind=kind, probe=probe)
 
 
 def publish_rows(
-    store: Any,
+    transport: WeightsTransport,
     like: Mapping[str, torch.Tensor],
     rows: Iterable[tuple[str, Sequence[torch.Tensor]]],
     version: PolicyVersion,
@@ -158,11 +113,12 @@ def publish_rows(
 ) -> WeightsAnnouncement:
     """The same, of weights that come one after another, each in pieces of some rows (services/codec.py
     `WeightsEncoder`)."""
-    encoder = WeightsEncoder(like, _buffers.get(kind))
+    reclaimed = transport.reclaim(kind)
+    encoder = WeightsEncoder(like, _buffers.get(kind) if reclaimed is None else reclaimed)
     for name, pieces in rows:
         encoder.write(name, pieces)
     payload, digest = encoder.finish()
-    if payload.size <= KEPT_BUFFER_BYTES:
+    if payload.size <= KEPT_BUFFER_BYTES and not transport.keeps_payload:
         _buffers[kind] = payload
     announcement = WeightsAnnouncement.model_validate(
         {
@@ -174,29 +130,28 @@ def publish_rows(
             "probe": probe,
         }
     )
-    _transport(store).send(announcement, payload)
+    transport.send(announcement, payload)
     return announcement
 
 
 def fetch(
-    store: Any, announcement: WeightsAnnouncement, run_directory: Path | None = None
+    transport: WeightsTransport, announcement: WeightsAnnouncement, run_directory: Path | None = None
 ) -> dict[str, torch.Tensor]:
     """The tensors that were announced, proven.
 
     Args:
-        store: handle of the PolicyStore actor, or another WeightsTransport.
         run_directory: whose `checkpoints/step-N/` is read when the publisher is gone.
 
     Raises:
         WeightsMismatch: number or digest of the tensors differ from the announcement.
-        WeightsGone: neither the object store nor a checkpoint has this version.
-        TimeoutError: the object store did not answer.
+        WeightsGone: neither their publisher nor a checkpoint has this version.
+        TimeoutError: who has them did not answer.
     """
-    return _proven(_receive(store, announcement, run_directory), announcement)
+    return _proven(_receive(transport, announcement, run_directory), announcement)
 
 
 def install(
-    store: Any,
+    transport: WeightsTransport,
     announcement: WeightsAnnouncement,
     parameters: Mapping[str, torch.Tensor],
     run_directory: Path | None = None,
@@ -214,7 +169,7 @@ def install(
         WeightsMismatch: names, shapes, number or digest differ; nothing was changed.
         WeightsGone, TimeoutError: as `fetch`; nothing was changed.
     """
-    tensors = _receive(store, announcement, run_directory)
+    tensors = _receive(transport, announcement, run_directory)
     _check_fit(tensors, announcement, parameters)
     tensors = _proven(tensors, announcement)
     for name, parameter in parameters.items():
@@ -232,25 +187,17 @@ def _alike(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     return tensor.to(parameter, copy=True)
 
 
-def _transport(store: Any) -> WeightsTransport:
-    # Not by duck typing: an actor handle has every attribute that one asks for.
-    if isinstance(store, ray.actor.ActorHandle):
-        return ObjectStoreTransport(store)
-    transport: WeightsTransport = store
-    return transport
-
-
 def _receive(
-    store: Any, announcement: WeightsAnnouncement, run_directory: Path | None
+    transport: WeightsTransport, announcement: WeightsAnnouncement, run_directory: Path | None
 ) -> dict[str, torch.Tensor]:
     """Readable and of the right number, not yet proven."""
-    payload = _transport(store).receive(announcement)
+    payload = transport.receive(announcement)
     if payload is not None:
         return _readable(payload, announcement)
     found = _from_checkpoint(run_directory, announcement) if run_directory is not None else None
     if found is None:
         raise WeightsGone(
-            f"{_what(announcement)}: not in the object store any more, and no checkpoint of step "
+            f"{_what(announcement)}: nobody has them any more, and no checkpoint of step "
             f"{announcement.version.step} in {run_directory} has their digest"
         )
     return found

@@ -146,6 +146,11 @@ class Config(Section):
                 "learner.micro_batch: auto tries what fits on the GPU; with activation_offload it is host "
                 "memory that may run out, which ends the process untold: give a number"
             )
+        if self.learner.activation_offload and self.model.compile:
+            raise ValueError(
+                "learner.activation_offload with model.compile: compiled code decides itself what it keeps "
+                "for the backward pass: set one of them to false"
+            )
         heldout = [reward.name for reward in self.rewards if reward.heldout]
         unknown = sorted(set(self.guard.drop) - set(heldout))
         if unknown:
@@ -237,6 +242,11 @@ class Config(Section):
                 f"learner.sharding fsdp with learner.optimizer {self.learner.optimizer}: its moments come in "
                 "blocks of 256, which do not follow the rows of a tensor, so that no other number of ranks "
                 "could go on from a checkpoint; set optimizer to adamw (the ranks share its moments)"
+            )
+        if self.model.compile:
+            raise ValueError(
+                "learner.sharding fsdp with model.compile: what gathers the weights of a block cannot be "
+                "compiled: set compile to false"
             )
         if self.learner.micro_batch == "auto":
             raise ValueError(

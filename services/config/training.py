@@ -32,6 +32,9 @@ class ModelConfig(Section):
     """Dtype of the frozen weights. Trained weights are float32."""
     device: str = "auto"
     """cpu, cuda, cuda:1; auto takes a GPU where there is one."""
+    compile: bool = False
+    """Compile the blocks of the transformer with torch.compile where it runs on a GPU; on a CPU nothing is
+    compiled. What was compiled is kept for the next process (docs/models.md). Not with `learner.sharding`."""
     text_encoders: Literal["device", "offload", "cpu", "cached"] = "device"
     """Where text encoders are: on the device; on the CPU, but for the time of an encoding (`offload`, for
     large ones); always on the CPU; or nowhere: encoded prompts are kept on disk (`cached`), and encoders are
@@ -150,6 +153,9 @@ class LearnerConfig(Section):
     publish_dtype: Literal["float32", "bfloat16"] = "float32"
     """In which weights travel to rollout workers and the evaluator. bfloat16 halves the bytes; what samples
     is then the rounded policy. Checkpoints and exports keep float32."""
+    publish_through: Literal["object_store", "shared_directory", "process_groups"] = "object_store"
+    """How they travel: Ray's object store; files in the run directory; or straight from the learner to each
+    worker, NCCL between GPUs and Gloo else, which no store has to hold (docs/weights.md)."""
     groups_per_step: int = Field(default=8, ge=1)
     """Groups an update consumes."""
     max_steps: int = Field(default=100, ge=1)

@@ -16,8 +16,6 @@ import torch
 from services.codec import encode_weights, weights_digest
 from services.messages import PolicyVersion, WeightsAnnouncement
 from services.policy_store import (
-    DEADLINE_S,
-    ObjectStoreTransport,
     PolicyStore,
     WeightsGone,
     WeightsMismatch,
@@ -26,6 +24,8 @@ from services.policy_store import (
     publish,
 )
 from services.safetensors_layout import Bytes
+from services.transports.base import DEADLINE_S
+from services.transports.object_store import ObjectStoreTransport
 
 pytestmark = pytest.mark.integration
 
@@ -39,10 +39,15 @@ def tensors(seed: float) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def store(ray_local: None) -> Iterator[Any]:
-    actor = ray.remote(PolicyStore).options(num_cpus=0).remote(kept_versions=2)
-    yield actor
-    ray.kill(actor)
+def actor(ray_local: None) -> Iterator[Any]:
+    handle = ray.remote(PolicyStore).options(num_cpus=0).remote(kept_versions=2)
+    yield handle
+    ray.kill(handle)
+
+
+@pytest.fixture
+def store(actor: Any) -> ObjectStoreTransport:
+    return ObjectStoreTransport(actor)
 
 
 class Box:
@@ -51,11 +56,19 @@ class Box:
     def __init__(self, payload: Bytes | None) -> None:
         self.payload = payload
 
+    keeps_payload = False
+
     def send(self, announcement: WeightsAnnouncement, payload: Bytes) -> None:
         self.payload = payload.copy()
 
+    def reclaim(self, kind: str) -> Bytes | None:
+        return None
+
     def receive(self, announcement: WeightsAnnouncement) -> Bytes | None:
         return self.payload
+
+    def close(self) -> None:
+        self.payload = None
 
 
 def learner() -> Any:
@@ -85,13 +98,13 @@ def test_a_later_publish_does_not_change_what_was_fetched(store: Any) -> None:
     assert found["a.weight"].equal(tensors(1.0)["a.weight"])
 
 
-def test_the_last_versions_of_each_kind_are_kept(store: Any) -> None:
+def test_the_last_versions_of_each_kind_are_kept(actor: Any, store: Any) -> None:
     announced = [publish(store, tensors(step), version(step)) for step in range(3)]
     ema = publish(store, tensors(9), version(0), kind="ema")
-    assert ray.get(store.versions.remote("policy"), timeout=DEADLINE_S) == ["0.1", "0.2"]
+    assert ray.get(actor.versions.remote("policy"), timeout=DEADLINE_S) == ["0.1", "0.2"]
     assert fetch(store, announced[2])["a.weight"].equal(tensors(2)["a.weight"])
     assert fetch(store, ema)["a.weight"].equal(tensors(9)["a.weight"])
-    with pytest.raises(WeightsGone, match=r"weights policy 0\.0: not in the object store any more"):
+    with pytest.raises(WeightsGone, match=r"weights policy 0\.0: nobody has them any more"):
         fetch(store, announced[0])
 
 
@@ -110,7 +123,7 @@ def test_weights_of_a_dead_learner_come_from_the_checkpoint(store: Any, tmp_path
     assert ray.get(publisher.fetched.remote(store, told), timeout=DEADLINE_S) == announcement.digest
     ray.kill(publisher)
     give_up = time.monotonic() + DEADLINE_S
-    while ObjectStoreTransport(store).receive(announcement) is not None:
+    while store.receive(announcement) is not None:
         assert time.monotonic() < give_up, "the object outlived its owner"
     for name in ("policy", "reference"):
         run_directory = tmp_path / name

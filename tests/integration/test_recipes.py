@@ -26,6 +26,7 @@ from services.config_file import PROJECT_ROOT, find, load_config
 from services.context import RewardPlace, SecretPlace
 from services.messages import GroupHeader, PolicyVersion
 from services.prompts import group_task, prompt_source
+from services.transports.shared_directory import SharedDirectoryTransport
 
 RECIPES = [
     path
@@ -63,7 +64,7 @@ def test_it_trains_for_two_updates(
     if config.prompts.source == "recorded":
         pytest.skip("needs a recording; tests/integration/test_offline_training.py makes one")
     torch.set_num_threads(1)
-    sampler = PolicySampler(config, tmp_path, store=None)
+    sampler = PolicySampler(config, tmp_path, SharedDirectoryTransport(tmp_path))
     policy = load_policy(
         config.model, text_encoders=config.learner_guides, vae=False, base=config.objective.needs_base, seed=0
     )

@@ -35,6 +35,8 @@ GROUPS = 6
 class Store:
     """A transport within one process."""
 
+    keeps_payload = False
+
     def __init__(self) -> None:
         self._payloads: dict[tuple[str, str], Bytes] = {}
 
@@ -43,6 +45,12 @@ class Store:
 
     def receive(self, announcement: WeightsAnnouncement) -> Bytes | None:
         return self._payloads.get((announcement.kind, str(announcement.version)))
+
+    def reclaim(self, kind: str) -> Bytes | None:
+        return None
+
+    def close(self) -> None:
+        self._payloads.clear()
 
 
 class Brightness:

@@ -91,11 +91,13 @@ def digest(recipe: Callable[..., Config], undisturbed: dict[str, str]) -> str:
     return undisturbed["digest"]
 
 
-def test_the_weights_do_not_depend_on_the_number_of_workers(
+def test_the_weights_do_not_depend_on_the_number_of_workers_nor_on_their_way_to_them(
     recipe: Callable[..., Config], digest: str
 ) -> None:
     # Without the velocity probe: it must not matter either.
-    outcome = run(recipe("rollout.workers=3", "learner.probe_every=0"))
+    outcome = run(
+        recipe("rollout.workers=3", "learner.probe_every=0", "learner.publish_through=process_groups")
+    )
     assert outcome.weights_digest == digest
     metrics = read_metrics(outcome.run.root)
     assert [row.step for row in metrics.updates] == list(range(1, STEPS + 1))
@@ -104,7 +106,7 @@ def test_the_weights_do_not_depend_on_the_number_of_workers(
 
 
 def test_an_interrupted_run_goes_on_to_the_same_weights(recipe: Callable[..., Config], digest: str) -> None:
-    config = recipe("rollout.workers=2")
+    config = recipe("rollout.workers=2", "learner.publish_through=shared_directory")
     directory = RunDirectory.create(config)
 
     def interrupt(row: UpdateRow) -> None:
@@ -118,6 +120,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(recipe: Callable[..., Co
     assert not second.interrupted
     assert (second.version.epoch, second.version.step) == (1, STEPS)
     assert second.weights_digest == digest
+    assert not (directory.root / "weights").exists(), "published weights outlive their publisher"
     written = [json.loads(line) for line in (directory.root / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in written if row["kind"] == "update"] == list(range(1, STEPS + 1))
 

@@ -43,7 +43,9 @@ FILE_BYTES = 2**20
 
 
 class Shelf:
-    """What was published (services/policy_store.py `WeightsTransport`)."""
+    """What was published (services/transports `WeightsTransport`)."""
+
+    keeps_payload = False
 
     def __init__(self) -> None:
         self.sent: list[tuple[Any, Any]] = []
@@ -53,6 +55,12 @@ class Shelf:
 
     def receive(self, announcement: Any) -> Any:
         return None
+
+    def reclaim(self, kind: str) -> Any:
+        return None
+
+    def close(self) -> None:
+        self.sent.clear()
 
 
 def trainer_of(run: Path, group: Any, *overrides: str) -> PolicyTrainer:

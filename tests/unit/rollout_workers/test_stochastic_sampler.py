@@ -19,6 +19,7 @@ from services.config import ModelConfig, RolloutConfig
 from services.config_file import load_config
 from services.messages import PolicyVersion
 from services.prompts import group_task, prompt_source
+from services.transports.shared_directory import SharedDirectoryTransport
 
 PROMPT = 'a sign that says "K7QX"'
 STEPS = 5
@@ -158,7 +159,7 @@ def test_a_payload_holds_the_trajectory_where_the_objective_needs_it(
     tmp_path: Path, overrides: list[str], carried: bool
 ) -> None:
     config = load_config("quickstart", [*SMALL, *overrides])
-    sampler = PolicySampler(config, tmp_path, None)
+    sampler = PolicySampler(config, tmp_path, SharedDirectoryTransport(tmp_path))
     task = group_task(config, prompt_source(config), "run", 5, 1, PolicyVersion(epoch=0, step=0))
     group = sampler.sample(task)
     shape = group.tensors["latents"].shape

@@ -25,11 +25,19 @@ LORA = ("model.train=lora", "model.lora.rank=4", "model.lora.alpha=8")
 class Store:
     """A weights transport within the process."""
 
+    keeps_payload = False
+
     def send(self, announcement: WeightsAnnouncement, payload: Bytes) -> None:
         self.payload = payload.copy()
 
     def receive(self, announcement: WeightsAnnouncement) -> Bytes | None:
         return self.payload
+
+    def reclaim(self, kind: str) -> Bytes | None:
+        return None
+
+    def close(self) -> None:
+        del self.payload
 
 
 def config(*overrides: str) -> Config:

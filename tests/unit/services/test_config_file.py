@@ -42,6 +42,8 @@ def test_every_shipped_recipe_is_valid_and_round_trips(recipe: Path) -> None:
         ("learner.num_gpus=0.5", ["sharding fsdp with learner.num_gpus 0.5", "set it to 1"]),
         ("learner.optimizer=adamw8bit", ["sharding fsdp with learner.optimizer adamw8bit", "to adamw"]),
         ("learner.micro_batch=auto", ["sharding fsdp with learner.micro_batch auto", "to a number"]),
+        ("model.compile=true", ["sharding fsdp with model.compile", "set compile to false"]),
+        ("learner.publish_through=nfs", ["learner.publish_through", "'object_store', 'shared_directory'"]),
         ("learner.ranks=0", ["learner.ranks", "greater than or equal to 1"]),
         ("objective.switch_step=5", ["objective"]),
         ("rewards.0.heldout=true", ["every reward is held out"]),

@@ -21,6 +21,7 @@ from services.config import Config
 from services.config_file import ConfigError, load_config
 from services.messages import PolicyVersion
 from services.prompts import group_task, prompt_source
+from services.transports.shared_directory import SharedDirectoryTransport
 
 SMALL = (
     *("learner.max_steps=2", "learner.groups_per_step=2", "eval.prompts=1", "eval.final_prompts=3"),
@@ -41,7 +42,7 @@ def encode(runs: Path, *more: str) -> dict[str, Any]:
 
 
 def sampled(config: Config, run: Path, ordinals: range) -> list[SampledGroup]:
-    sampler, source = PolicySampler(config, run, None), prompt_source(config)
+    sampler, source = PolicySampler(config, run, SharedDirectoryTransport(run)), prompt_source(config)
     version = PolicyVersion(epoch=0, step=0)
     return [sampler.sample(group_task(config, source, "run", ordinal, 1, version)) for ordinal in ordinals]
 

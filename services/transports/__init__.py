@@ -1,0 +1,9 @@
+"""How published weights travel from the learner to workers and evaluator (`learner.publish_through`).
+
+One file a transport. What they carry is proven by who sends and who receives (services/policy_store.py).
+"""
+
+from services.transports.base import WeightsTransport
+from services.transports.choice import open_transport
+
+__all__ = ["WeightsTransport", "open_transport"]

@@ -1,0 +1,211 @@
+"""Weights by every transport, between processes: they arrive as published, or are known to be gone."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from services.codec import weights_digest
+from services.config import Config
+from services.config_file import load_config
+from services.messages import PolicyVersion, WeightsAnnouncement
+from services.policy_store import PolicyStore, WeightsGone, WeightsMismatch, fetch
+from services.transports import open_transport
+from services.transports.meeting import SILENCE_S, Want
+from services.transports.object_store import ObjectStoreTransport
+from services.transports.process_groups import CHUNK_BYTES, ProcessGroupsTransport
+from services.transports.shared_directory import FOLDER, KEPT_FILES, SharedDirectoryTransport
+
+pytestmark = pytest.mark.integration
+
+DEADLINE_S = 60.0
+TRANSPORTS = ("object_store", "shared_directory", "process_groups")
+
+
+def tensors(seed: float) -> dict[str, torch.Tensor]:
+    """A little more than a chunk."""
+    return {
+        "a.weight": torch.full((CHUNK_BYTES // 4, 1), float(seed)),
+        "b.weight": torch.arange(6).half() * seed,
+    }
+
+
+def config(kind: str) -> Config:
+    return load_config("quickstart", [f"learner.publish_through={kind}", "model.device=cpu"])
+
+
+def publisher() -> Any:
+    """In a process of its own; defined in here, Ray ships its code and not a module name."""
+
+    class Publisher:
+        def begin(self, kind: str, directory: Path, store: Any, patience: dict[str, float]) -> None:
+            from services.config_file import load_config
+            from services.transports import open_transport
+            from services.transports.process_groups import ProcessGroupsTransport
+
+            own = load_config("quickstart", [f"learner.publish_through={kind}", "model.device=cpu"])
+            self._transport = (
+                ProcessGroupsTransport(store, device="cpu", **patience)
+                if patience
+                else open_transport(own, directory, store)
+            )
+
+        def publish(self, values: dict[str, torch.Tensor], step: int) -> str:
+            from services.policy_store import publish
+
+            version = PolicyVersion(epoch=0, step=step)
+            return publish(self._transport, values, version).model_dump_json()
+
+        def close(self) -> None:
+            self._transport.close()
+
+    return ray.remote(Publisher).options(num_cpus=0).remote()
+
+
+class Rig:
+    """A publisher in its process, and how to receive in this one."""
+
+    def __init__(self, kind: str, directory: Path, store: Any, **patience: float) -> None:
+        self._begins = (kind, directory, store, patience)
+        self.another = lambda: open_transport(config(kind), directory, store)
+        self.receiver = self.another()
+        self.begin()
+
+    def begin(self) -> None:
+        self.actor = publisher()
+        ray.get(self.actor.begin.remote(*self._begins), timeout=DEADLINE_S)
+
+    def publish(self, seed: float, step: int) -> WeightsAnnouncement:
+        told = self.actor.publish.remote(tensors(seed), step)
+        return WeightsAnnouncement.model_validate_json(ray.get(told, timeout=DEADLINE_S))
+
+
+@pytest.fixture(scope="module")
+def store(ray_local: None) -> Iterator[Any]:
+    handle = ray.remote(PolicyStore).options(num_cpus=0).remote()
+    yield handle
+    ray.kill(handle)
+
+
+@pytest.fixture
+def rig(store: Any, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Rig]:
+    made = Rig(request.param, tmp_path, store)
+    yield made
+    ray.kill(made.actor)
+
+
+@pytest.mark.parametrize(
+    ("kind", "transport"),
+    zip(TRANSPORTS, (ObjectStoreTransport, SharedDirectoryTransport, ProcessGroupsTransport), strict=True),
+)
+def test_the_configuration_chooses(kind: str, transport: type, store: Any, tmp_path: Path) -> None:
+    assert type(open_transport(config(kind), tmp_path, store)) is transport
+
+
+@pytest.mark.parametrize("rig", TRANSPORTS, indirect=True)
+def test_versions_arrive_as_they_were_published(rig: Rig) -> None:
+    first = rig.publish(3.0, 1)
+    kept = fetch(rig.receiver, first)
+    assert weights_digest(kept) == first.digest == weights_digest(tensors(3.0))
+    second = rig.publish(4.0, 2)
+    assert weights_digest(fetch(rig.receiver, second)) == second.digest != first.digest
+    assert weights_digest(kept) == first.digest, "what was received changed behind its receiver's back"
+    assert weights_digest(fetch(rig.another(), second)) == second.digest, "another receiver has another pair"
+
+
+@pytest.mark.parametrize("rig", TRANSPORTS, indirect=True)
+def test_old_versions_are_gone_at_once(rig: Rig) -> None:
+    announced = [rig.publish(step, step) for step in range(6)]
+    began = time.monotonic()
+    with pytest.raises(WeightsGone, match=r"weights policy 0\.0: nobody has them"):
+        fetch(rig.receiver, announced[0])
+    assert time.monotonic() - began < DEADLINE_S / 2
+    assert weights_digest(fetch(rig.receiver, announced[-1])) == announced[-1].digest
+
+
+@pytest.mark.parametrize("rig", ["shared_directory", "process_groups"], indirect=True)
+def test_a_publisher_that_ends_leaves_nothing(rig: Rig, tmp_path: Path) -> None:
+    announcement = rig.publish(1.0, 1)
+    assert weights_digest(fetch(rig.receiver, announcement)) == announcement.digest
+    ray.get(rig.actor.close.remote(), timeout=DEADLINE_S)
+    with pytest.raises(WeightsGone):
+        fetch(rig.receiver, announcement)
+    assert not (tmp_path / FOLDER).exists()
+
+
+@pytest.mark.parametrize("rig", ["process_groups"], indirect=True)
+def test_a_publisher_that_dies_is_known_by_its_silence_and_its_next_life_goes_on(rig: Rig) -> None:
+    announcement = rig.publish(1.0, 1)
+    fetch(rig.receiver, announcement)
+    ray.kill(rig.actor)
+    began = time.monotonic()
+    with pytest.raises(WeightsGone):
+        fetch(rig.receiver, announcement)
+    assert time.monotonic() - began < SILENCE_S + DEADLINE_S / 2
+    rig.begin()
+    later = rig.publish(2.0, 2)
+    # The pair of before is broken: the first try says so, and the second makes a new one.
+    with pytest.raises(WeightsGone):
+        fetch(rig.receiver, later)
+    assert weights_digest(fetch(rig.receiver, later)) == later.digest
+
+
+def test_a_receiver_that_is_gone_keeps_nobody_waiting(store: Any, tmp_path: Path) -> None:
+    rig = Rig("process_groups", tmp_path, store, deadline_s=5.0)
+    announcement = rig.publish(1.0, 1)
+    dead = Want(pair="dead", kind="policy", version=announcement.version, gpu=False)
+    assert ray.get(store.want.remote(dead.model_dump_json(), 5.0), timeout=DEADLINE_S) == "gloo"
+    assert weights_digest(fetch(rig.receiver, announcement)) == announcement.digest
+    later = rig.publish(2.0, 2)
+    assert weights_digest(fetch(rig.receiver, later)) == later.digest
+    ray.kill(rig.actor)
+
+
+def test_a_store_without_a_publisher_says_so(store: Any) -> None:
+    ray.get(store.publisher_ends.remote(), timeout=DEADLINE_S)
+    receiver = ProcessGroupsTransport(store, device="cpu")
+    announcement = WeightsAnnouncement(version=version(1), digest="0", tensors=1, bytes=1)
+    assert receiver.receive(announcement) is None
+
+
+def version(step: int) -> PolicyVersion:
+    return PolicyVersion(epoch=0, step=step)
+
+
+def told(step: int, size: int = 3) -> WeightsAnnouncement:
+    return WeightsAnnouncement(version=version(step), digest="0", tensors=1, bytes=size)
+
+
+def test_files_of_a_shared_directory_are_few_whole_and_waited_for(tmp_path: Path) -> None:
+    transport = SharedDirectoryTransport(tmp_path, patience_s=DEADLINE_S)
+    payload = np.arange(3, dtype=np.uint8)
+    for step in range(9, 12):
+        transport.send(told(step), payload)
+    transport.send(told(1).model_copy(update={"kind": "ema"}), payload)
+    names = sorted(file.name for file in (tmp_path / FOLDER).iterdir())
+    assert names == ["ema-0.1.safetensors", "policy-0.10.safetensors", "policy-0.11.safetensors"]
+    assert len([name for name in names if name.startswith("policy")]) == KEPT_FILES
+    late = threading.Timer(0.5, transport.send, (told(12), payload))
+    late.start()
+    found = SharedDirectoryTransport(tmp_path, patience_s=DEADLINE_S).receive(told(12))
+    late.join()
+    assert found is not None and found.tolist() == [0, 1, 2]
+
+
+def test_a_file_that_was_cut_short_is_refused(tmp_path: Path) -> None:
+    from services.policy_store import publish
+
+    transport = SharedDirectoryTransport(tmp_path)
+    announcement = publish(transport, {"a": torch.ones(8)}, version(1))
+    file = tmp_path / FOLDER / "policy-0.1.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(WeightsMismatch, match="not readable: truncated"):
+        fetch(transport, announcement)

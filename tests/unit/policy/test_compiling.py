@@ -1,0 +1,117 @@
+"""Compiled blocks: the same velocities and gradients, with whatever weights and adapters, kept on disk."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from family_case import PROMPT, Case
+from torch import Tensor, nn
+
+from policy import PolicyError, load_policy
+from policy.compiling import PLACE, compile_blocks
+from policy.pipeline_policy import PipelinePolicy
+
+TOLERANCE = 1e-5
+"""Relative, of float32 added up in another order."""
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    place = tmp_path / "compiled"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(place))
+    torch.compiler.reset()
+    return place
+
+
+def off(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def twins(case: Case, **changes: Any) -> tuple[PipelinePolicy, PipelinePolicy]:
+    """Two policies with the same trained weights, of which the second is compiled."""
+    plain, compiled = case.load(**changes), case.load(**changes)
+    generator = torch.Generator().manual_seed(1)
+    weights = {
+        name: tensor + 0.05 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in plain.tensors().items()
+    }
+    compile_blocks(compiled.transformer)
+    for policy in (plain, compiled):
+        policy.install(weights)
+    return plain, compiled
+
+
+def velocities(policy: PipelinePolicy, samples: int, **guided: Any) -> Tensor:
+    noise = policy.initial_latents(range(samples)) * 0.7
+    with torch.no_grad():
+        return policy.velocity(noise, torch.tensor(500.0), policy.encode(PROMPT), **guided)
+
+
+def gradients(policy: PipelinePolicy) -> Tensor:
+    noise = policy.initial_latents([7, 8]) * 0.7
+    loss = policy.velocity(noise, torch.tensor(500.0), policy.encode(PROMPT)).square().mean()
+    found = torch.autograd.grad(loss, list(policy.trainable().values()), materialize_grads=True)
+    return torch.cat([gradient.flatten() for gradient in found])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["sana"], indirect=True)
+def test_compiled_blocks_compute_the_same_and_are_kept(case: Case, cache: Path) -> None:
+    plain, compiled = twins(case)
+    assert off(velocities(compiled, 2), velocities(plain, 2)) < TOLERANCE
+    assert list(cache.rglob("*.cpp")), "what was compiled is not kept"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_whatever_a_run_does_with_a_model_is_the_same_when_it_is_compiled(
+    case: Case, train: str, cache: Path
+) -> None:
+    plain, compiled = twins(case, train=train)
+    guided = {"guidance": 2.0, "negative": plain.negative()}
+    assert off(velocities(compiled, 4, **guided), velocities(plain, 4, **guided)) < TOLERANCE
+    assert off(velocities(compiled, 2), velocities(plain, 2)) < TOLERANCE
+    with ExitStack() as stack:
+        for policy in (plain, compiled):
+            stack.enter_context(policy.base())
+        assert off(velocities(compiled, 2), velocities(plain, 2)) < TOLERANCE
+    others = {name: tensor + 0.05 for name, tensor in plain.tensors().items()}
+    with plain.swapped(others), compiled.swapped({name: tensor.clone() for name, tensor in others.items()}):
+        assert off(velocities(compiled, 2), velocities(plain, 2)) < TOLERANCE
+    assert off(gradients(compiled), gradients(plain)) < 10 * TOLERANCE
+    for policy in (plain, compiled):
+        policy.checkpoint_gradients()
+    assert off(gradients(compiled), gradients(plain)) < 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("case", ["sana"], indirect=True)
+def test_on_a_cpu_nothing_is_compiled(case: Case) -> None:
+    policy = load_policy(case.config(compile=True), text_encoders=False, vae=False)
+    assert all(module._compiled_call_impl is None for module in policy.transformer.modules())
+
+
+def test_a_model_without_blocks_is_refused(cache: Path) -> None:
+    with pytest.raises(PolicyError, match=r"model.compile: a Linear has no repeated blocks"):
+        compile_blocks(nn.Linear(2, 2))
+
+
+def test_without_a_place_of_its_own_the_cache_is_the_users(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+
+    class Block(nn.Linear):
+        pass
+
+    class Model(nn.Sequential):
+        _repeated_blocks = ("Block",)
+
+    compile_blocks(Model(Block(2, 2)))
+    found = Path(os.environ.pop("TORCHINDUCTOR_CACHE_DIR"))
+    assert found == PLACE.expanduser() and found.is_dir() and found.stat().st_mode & 0o077 == 0
