@@ -209,3 +209,17 @@ def test_a_file_that_was_cut_short_is_refused(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-4])
     with pytest.raises(WeightsMismatch, match="not readable: truncated"):
         fetch(transport, announcement)
+
+
+def test_a_publisher_over_process_groups_holds_one_version_of_a_kind(store: Any) -> None:
+    from services.policy_store import publish
+
+    transport = ProcessGroupsTransport(store, device="cpu")
+    places = []
+    for step in range(3):
+        announcement = publish(transport, {"a": torch.full((8,), float(step))}, version(step))
+        places.append(transport._kept["policy"][1].ctypes.data)
+    assert len(set(places)) == 1, "a new version was not written over the former one"
+    found = fetch(ProcessGroupsTransport(store, device="cpu"), announcement)
+    assert found["a"].tolist() == [2.0] * 8
+    transport.close()

@@ -60,7 +60,7 @@ class Shelf:
         return None
 
     def close(self) -> None:
-        self.sent.clear()
+        """It is looked at afterwards."""
 
 
 def trainer_of(run: Path, group: Any, *overrides: str) -> PolicyTrainer:
@@ -188,7 +188,7 @@ def _on_two(folder: Path, pair: Any) -> None:
         found["buffers"], found["tensors"] = tracemalloc.get_traced_memory()[1], allocated.most
         tracemalloc.stop()
         found["ema"] = trainer.publish(version(2), kind="ema")
-        found["payloads"] = [torch.from_numpy(payload) for _, payload in trainer._store.sent]
+        found["payloads"] = [torch.from_numpy(payload) for _, payload in trainer._transport.sent]
         trainer.checkpoint(version(2), Frontier(below=6))
         found["losses"] += train(trainer, range(2, 3))
         trainer._writer.check()
