@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 import ray.train
 import torch
 
-from learner.follower import begin_together, follow
-from learner.loop import LearnerLoop, Start
+from learner.follower import follow
+from learner.loop import LearnerLoop
 from learner.ranks import Order, RankFailedForGood, RankLost, Ranks, RanksDiffer, together
 from learner.recorder import UntrainedTrainer, recording
 from learner.sharded_checkpoint import CheckpointRefused
@@ -99,11 +99,7 @@ def train_rank(settings: dict[str, Any]) -> str | None:
             if ranks.rank == 0:
                 _lead_others(context, queue, trainer, pulse, ranks)
                 return None
-            if trainer.sharded:
-                trainer.restore_rows()
-            else:
-                together(ranks, "the newest checkpoint", Start)
-            begin_together(ranks, trainer.updater)
+            trainer.begin()
             return follow(
                 *(ranks, trainer.updater, pulse),
                 beside_s=config.queue.take_deadline_s,
@@ -137,14 +133,7 @@ def _lead(
     ranks: Ranks | None = None,
 ) -> None:
     """The learner's loop, from the newest checkpoint to its end."""
-    if ranks is not None and context.config.learner.sharding == "fsdp":
-        assert isinstance(trainer, PolicyTrainer)
-        start = trainer.restore_rows()
-    else:
-        start = together(ranks, "the newest checkpoint", trainer.restore)
-    if ranks is not None:
-        assert isinstance(trainer, PolicyTrainer)
-        begin_together(ranks, trainer.updater)
+    start = trainer.begin()
     logger.info("starts at step %d", start.step)
     with recording(context, start) as record:
         loop = LearnerLoop(

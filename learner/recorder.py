@@ -67,7 +67,7 @@ class UntrainedTrainer:
         )
         self._prober = Prober(self._policy, config)
 
-    def restore(self) -> Start:
+    def begin(self) -> Start:
         """Behind the groups that an earlier learner has recorded."""
         try:
             found = json.loads(self._state.read_text())

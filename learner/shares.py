@@ -119,14 +119,17 @@ def received(order: Order, payload: Tensor) -> Share:
     return Share(order.step, order.groups, order.live, rated)
 
 
-def most_passes(ranks: Ranks, what: str, own: Mapping[int | None, int]) -> dict[int | None, int]:
+def most_passes(
+    ranks: Ranks, what: str, own: Callable[[], Mapping[int | None, int]]
+) -> dict[int | None, int]:
     """Reference -> passes of the rank that makes most of them with it: the same on all, in the same order.
 
     Args:
-        own: of this rank; references are named by the step of the groups that need them, that of now by None.
+        own: finds those of this rank; references are named by the step of the groups that need them, that
+            of now by None.
     """
     most: dict[int | None, int] = {}
-    for text in ranks.exchange(what, lambda: json.dumps(list(own.items())).encode()):
+    for text in ranks.exchange(what, lambda: json.dumps(list(own().items())).encode()):
         for key, passes in json.loads(text):
             most[key] = max(most.get(key, 0), passes)
     return dict(sorted(most.items(), key=lambda item: -1 if item[0] is None else item[0]))

@@ -16,7 +16,7 @@ from torch import Tensor
 from learner.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
 from learner.checkpoint_writer import CheckpointWriter
 from learner.curriculum import PART, curriculum_of
-from learner.follower import gather, order_comparison, probe_together, shard_together
+from learner.follower import begin_together, gather, order_comparison, probe_together, shard_together
 from learner.loop import Start
 from learner.micro_batch import MicroBatchFile
 from learner.prober import Prober
@@ -84,8 +84,24 @@ class PolicyTrainer:
         else:
             self._writer = CheckpointWriter(directory, **how)
 
-    def restore(self) -> Start:
-        """Load the newest complete checkpoint, if there is one."""
+    def begin(self) -> Start:
+        """Load the newest complete checkpoint, if there is one; of several ranks on each of them, which then
+        all go on from the same state.
+
+        Raises:
+            RanksDiffer: another rank has loaded another model.
+        """
+        ranks = self._ranks
+        if ranks is not None and self.sharded:
+            start = self._restore_rows(ranks)
+        else:
+            leads = ranks is None or ranks.rank == 0
+            start = together(ranks, "the newest checkpoint", self._restore if leads else Start)
+        if ranks is not None:
+            begin_together(ranks, self.updater)
+        return start
+
+    def _restore(self) -> Start:
         known = None if self._kept is None else self._kept.read()
         if known is not None:
             self.updater.keep_to(known)
@@ -95,9 +111,8 @@ class PolicyTrainer:
         self.updater.load_state({part: found.state[part] for part in found.state if part != PART})
         return self._behind(found)
 
-    def restore_rows(self) -> Start:
+    def _restore_rows(self, ranks: Ranks) -> Start:
         """Of every rank whose weights are sharded: the rows of the checkpoint that rank 0 has found."""
-        assert self._ranks is not None
         shards, found = self.policy.shards, None
         assert shards is not None
 
@@ -106,8 +121,8 @@ class PolicyTrainer:
             found = newest_checkpoint(self._context.directory)
             return b"" if found is None else found.path.name.encode()
 
-        leads = self._ranks.rank == 0
-        name = self._ranks.exchange("the newest checkpoint", find if leads else bytes)[0].decode()
+        leads = ranks.rank == 0
+        name = ranks.exchange("the newest checkpoint", find if leads else bytes)[0].decode()
         if not name:
             return Start()
         # Rank 0 has verified it.
@@ -117,7 +132,7 @@ class PolicyTrainer:
         def load() -> None:
             self.updater.load_state(read_rows(checkpoint, shards, self.updater.state()))
 
-        together(self._ranks, f"the rows of the checkpoint {name}", load)
+        together(ranks, f"the rows of the checkpoint {name}", load)
         return self._behind(checkpoint)
 
     def _behind(self, found: Checkpoint) -> Start:

@@ -309,15 +309,22 @@ class Updater:
 
         Ranks whose weights are shards make every pass together: one with fewer groups makes idle ones.
         """
-        own = self._by_reference(live, share.step)
         if self.policy.shards is None:
-            return [Passes(key, groups, None) for key, groups in own.items()]
+            return [Passes(key, groups, None) for key, groups in self._by_reference(live, share.step).items()]
         assert self._ranks is not None
+        own: dict[int | None, list[LiveGroup]] = {}
+
+        def wanted() -> dict[int | None, int]:
+            own.update(self._by_reference(live, share.step))
+            return {key: self.objective.passes(len(groups)) for key, groups in own.items()}
+
+        most = most_passes(self._ranks, f"the shares of update {share.step}", wanted)
         stand_in = live[-1] if live else self._live([share.idle] if share.idle is not None else [])[0]
-        wanted = {key: self.objective.passes(len(groups)) for key, groups in own.items()}
         return [
-            Passes(key, own.get(key, []), Idle(stand_in, passes - wanted.get(key, 0)))
-            for key, passes in most_passes(self._ranks, f"the shares of update {share.step}", wanted).items()
+            Passes(
+                key, own.get(key, []), Idle(stand_in, passes - self.objective.passes(len(own.get(key, []))))
+            )
+            for key, passes in most.items()
         ]
 
     def _report(

@@ -95,7 +95,7 @@ def test_every_group_is_recorded_once_and_is_the_untrained_models(
     def learn(die_at: int | None) -> int:
         own_queue = context.open_queue("driver")
         trainer = UntrainedTrainer(context, store)
-        start = trainer.restore()
+        start = trainer.begin()
 
         def on_step(row: dict[str, Any]) -> None:
             assert 0 <= row["reward_mean"] <= 1

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from learner import ranks as transport
 from learner import sharded_checkpoint
-from learner.follower import begin_together, follow
+from learner.follower import follow
 from learner.gathering import gathered
 from learner.objectives.base import TrainingGroup
 from learner.optimizer import STEPS
@@ -124,7 +124,7 @@ def led(trainer: PolicyTrainer, lead: Any) -> None:
     """Rank 0 leads, the others follow."""
     ranks = trainer._ranks
     assert ranks is not None
-    begin_together(ranks, trainer.updater)
+    trainer.begin()
     if ranks.rank:
         pulse = Pulse("", lambda beat: None)
         follow(ranks, trainer.updater, pulse, beside_s=0, report=lambda: None, writer=trainer.rows_writer)
@@ -203,7 +203,7 @@ def _on_two(folder: Path, pair: Any) -> None:
     # Another number of updates from the same files, for less memory, and a checkpoint that is waited for.
     saving = ("learner.publish_dtype=bfloat16", "learner.gradient_checkpointing=true")
     again = trainer_of(folder / "run", pair, *saving)
-    start = again.restore_rows()
+    start = again.begin()
     half: dict[str, Any] = {"start": start, "losses": []}
 
     def lead_again() -> None:
@@ -219,7 +219,7 @@ def _on_two(folder: Path, pair: Any) -> None:
 
 def _resumes(folder: Path, run: str, group: Any, name: str) -> None:
     trainer = trainer_of(folder / run, group, "learner.groups_per_step=4")
-    start = trainer.restore_rows()
+    start = trainer.begin()
     state = state_of(trainer)
     if dist.get_rank() == 0:
         torch.save({"start": start, "state": state}, folder / f"{name}.pt")

@@ -122,7 +122,7 @@ def test_a_run_keeps_to_what_it_has_found(tmp_path: Path, monkeypatch: pytest.Mo
     ends = []
     for device in policies[:2]:
         trainer = PolicyTrainer(context, None)
-        assert trainer.restore().step == 0
+        assert trainer.begin().step == 0
         rows = [trainer.update(training_groups(2), step) for step in range(2)]  # type: ignore[arg-type]
         assert [row["micro_batch"] for row in rows] == [2, 2]
         assert set(device.sizes) - {4} == {2}
@@ -131,4 +131,4 @@ def test_a_run_keeps_to_what_it_has_found(tmp_path: Path, monkeypatch: pytest.Mo
     assert MicroBatchFile(tmp_path).read() == 2
     (tmp_path / "micro_batch.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"micro_batch\.json: unreadable"):
-        PolicyTrainer(context, None).restore()
+        PolicyTrainer(context, None).begin()

@@ -124,7 +124,7 @@ def test_any_number_of_ranks_reads_what_another_wrote(folder: Path) -> None:
     assert of(folder, "on-4")["start"].step == 4
     same(of(folder, "single-on-4")["state"], single)
     alone = trainer_of(folder / "run", None)
-    assert alone.restore().step == 4
+    assert alone.begin().step == 4
     same(state_of(alone), written)
     train(alone, range(4, 5))
 
