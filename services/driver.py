@@ -35,7 +35,6 @@ from rollout_workers.worker import RolloutWorker
 from services.config import Config
 from services.config_file import ConfigError
 from services.context import RewardPlace, RunContext, SecretPlace
-from services.embedded import EmbeddedValkey
 from services.formatting import reason
 from services.group_queue import GroupQueue
 from services.logs import configure_logging
@@ -44,6 +43,7 @@ from services.policy_store import PolicyStore
 from services.progress import Progress
 from services.prompts import evaluates
 from services.queue_connection import place
+from services.queue_keeper import QueueKeeper
 from services.ray_metrics import RunMetrics
 from services.ray_runtime import NAMESPACE, ray_cluster
 from services.resuming import reconfigure
@@ -89,7 +89,7 @@ def train(
         signals = stack.enter_context(StopSignals())
         signals.check()
         view.activity("starting the queue")
-        queue_url, queue_password = stack.enter_context(_queue_server(config, run))
+        queue_url, queue_password, keeper = stack.enter_context(_queue_server(config, run))
         context = RunContext(
             run=run.name,
             directory=run.root,
@@ -149,7 +149,8 @@ def train(
             on_leave=worker_left,
         )
         monitor = Monitor(
-            *(context, queue, telemetry, metrics, view, evaluator), supervisor, learner, signals
+            *(context, queue, telemetry, metrics, view, evaluator),
+            *(supervisor, learner, signals, keeper),
         )
         view.activity("loading the models")
         # Stopped in reverse order: the state first, so that workers end by themselves.
@@ -160,7 +161,8 @@ def train(
         try:
             return monitor.watch()
         except QUEUE_LOST as error:
-            raise PartFailed(f"the queue server at {place(queue_url)} was lost: {error}") from error
+            why = keeper.problem if keeper is not None and keeper.problem else error
+            raise PartFailed(f"the queue server at {place(queue_url)} was lost: {why}") from error
 
 
 def refuse_unusable(config: Config) -> None:
@@ -189,12 +191,12 @@ def _tell_failure(
 
 
 @contextmanager
-def _queue_server(config: Config, run: RunDirectory) -> Iterator[tuple[str, SecretPlace]]:
+def _queue_server(config: Config, run: RunDirectory) -> Iterator[tuple[str, SecretPlace, QueueKeeper | None]]:
     if config.queue.url is not None:
-        yield config.queue.url, SecretPlace(env=config.queue.password_env)
+        yield config.queue.url, SecretPlace(env=config.queue.password_env), None
         return
-    with EmbeddedValkey(run.queue) as server:
-        yield server.url, SecretPlace(file=run.queue / "password")
+    with QueueKeeper(run.queue) as keeper:
+        yield keeper.server.url, SecretPlace(file=run.queue / "password"), keeper
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from services.memory import peak_memory
 from services.messages import Heartbeat, PolicyVersion, WeightsAnnouncement
 from services.metrics import AnyRow, MemoryRow, UpdateRow, row_of
 from services.progress import Progress
+from services.queue_keeper import QueueKeeper
 from services.ray_metrics import RunMetrics
 from services.run_directory import RunDirectory
 from services.stop_signals import StopSignals
@@ -89,6 +90,7 @@ class Monitor:
         supervisor: Supervisor,
         learner: LearnerThread,
         signals: StopSignals,
+        keeper: QueueKeeper | None = None,
     ) -> None:
         self._context = context
         self._queue = queue
@@ -98,6 +100,8 @@ class Monitor:
         self._supervisor = supervisor
         self._learner = learner
         self._signals = signals
+        self._keeper = keeper
+        self._wanted: int | None = None
         # A resumed run's server may remember what the driver before this one has written down.
         self._last_row_id = queue.last_written_metrics()
         written = read_metrics(context.directory)
@@ -150,14 +154,23 @@ class Monitor:
             self._view.activity("stopping: what is under way is finished, then comes a checkpoint")
             self._queue.set_state("draining")
         self._metrics.state("draining" if self._draining else "running")
+        self._watch_queue_server()
         wanted = self._queue.wanted_workers()
-        if wanted is not None and not self._draining and not self._context.config.offline:
-            self._supervisor.resize(wanted, self._beats)
+        if wanted is None and self._wanted is not None:
+            # A server that has lost its data does not know it any more.
+            self._queue.want_workers(self._wanted)
+        self._wanted = wanted or self._wanted
+        if self._wanted is not None and not self._draining and not self._context.config.offline:
+            self._supervisor.resize(self._wanted, self._beats)
         self._supervisor.poll(POLL_S)
         self._move_metrics()
         self._watch_heartbeats()
         self._count_dead_letters()
         self._evaluations.poll(self._queue.latest("ema"))
+
+    def _watch_queue_server(self) -> None:
+        for detail in self._keeper.news() if self._keeper is not None else ():
+            self._view.row(self._telemetry.event("queue server died", detail, level="warning"))
 
     def _move_metrics(self) -> None:
         while rows := self._queue.read_metrics(self._last_row_id):

@@ -12,6 +12,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -34,6 +35,7 @@ from services.messages import Heartbeat, PolicyVersion
 from services.metrics import AnyRow, EvalRow, UpdateRow
 from services.monitor import Outcome
 from services.progress import Progress
+from services.queue_keeper import QueueKeeper
 from services.queue_types import RunState
 from services.ray_metrics import RunMetrics
 from services.run_directory import RunDirectory
@@ -160,20 +162,55 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(recipe: Callable[..., C
     assert [e.what for e in read_metrics(outcome.run.root).events if e.what == "worker died"]
 
 
-def test_a_queue_server_that_is_gone_fails_the_run_with_its_name(recipe: Callable[..., Config]) -> None:
+def queue_server_of(directory: RunDirectory) -> psutil.Process:
+    def ports(process: psutil.Process) -> set[int]:
+        return {socket.laddr.port for socket in process.net_connections() if socket.status == "LISTEN"}
+
+    port = urlsplit((directory.queue / "url").read_text().strip()).port
+    (server,) = [child for child in psutil.Process().children() if port in ports(child)]
+    return server
+
+
+@pytest.mark.parametrize("forgets", [False, True])
+def test_a_killed_queue_server_is_started_again_and_nothing_is_lost(
+    recipe: Callable[..., Config], digest: str, forgets: bool
+) -> None:
+    """Whether it has its file still, or has forgotten everything."""
+    config = recipe("rollout.workers=1")
+    directory = RunDirectory.create(config)
+    killed: list[int] = []
+
+    def kill(row: UpdateRow) -> None:
+        if row.step == 2 and not killed:
+            server = queue_server_of(directory)
+            if forgets:
+                server.suspend()
+                shutil.rmtree(directory.queue / "appendonlydir")
+            killed.append(server.pid)
+            server.kill()
+
+    outcome = train(config, directory, Watching(at_row=kill))
+    assert killed
+    assert outcome.weights_digest == digest
+    written = read_metrics(directory.root)
+    assert [row.what for row in written.events if "queue" in row.what] == ["queue server died"]
+    assert {row.step for row in written.updates} == set(range(1, STEPS + 1))
+
+
+def test_a_queue_server_that_keeps_dying_fails_the_run_with_its_name(
+    recipe: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.driver.QueueKeeper", partial(QueueKeeper, max_restarts=0))
     config = recipe("rollout.workers=1")
     directory = RunDirectory.create(config)
 
     def kill(row: UpdateRow) -> None:
         if row.step == 1:
-            port = urlsplit((directory.queue / "url").read_text().strip()).port
-            (server,) = [child for child in psutil.Process().children() if port in ports(child)]
-            server.kill()
+            queue_server_of(directory).kill()
 
-    def ports(process: psutil.Process) -> set[int]:
-        return {socket.laddr.port for socket in process.net_connections() if socket.status == "LISTEN"}
-
-    with pytest.raises(PartFailed, match=r"the queue server at 127.0.0.1:\d+ was lost"):
+    with pytest.raises(
+        PartFailed, match=r"the queue server at 127.0.0.1:\d+ was lost: it has died too often"
+    ):
         train(config, directory, Watching(at_row=kill))
 
 
