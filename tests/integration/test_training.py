@@ -171,7 +171,7 @@ def queue_server_of(directory: RunDirectory) -> psutil.Process:
     return server
 
 
-@pytest.mark.parametrize("forgets", [False, True])
+@pytest.mark.parametrize("forgets", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_killed_queue_server_is_started_again_and_nothing_is_lost(
     recipe: Callable[..., Config], digest: str, forgets: bool
 ) -> None:
