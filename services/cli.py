@@ -319,6 +319,28 @@ def bench_gpu(
     _bench(run_gpu_bench(say, tiny=tiny, overrides=overrides or ()), as_json)
 
 
+@bench.command("chaos")
+def bench_chaos(
+    faults: Annotated[
+        str, typer.Option("--faults", help="Names with commas between them; none: all of them.")
+    ] = "",
+    minutes: Annotated[float, typer.Option(help="No new run is begun behind these.")] = 10.0,
+    seed: Annotated[int, typer.Option(help="Of the order and the moments of the faults.")] = 0,
+    runs: Annotated[
+        Path | None, typer.Option(help="Folder that keeps the runs; none: a temporary one.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Kill and pause parts of real runs, and hold their weights against those of an undisturbed one."""
+    from benchmarks.chaos import run_chaos_bench
+
+    names = tuple(filter(None, map(str.strip, faults.split(","))))
+    result = run_chaos_bench(screen, minutes=minutes, faults=names, seed=seed, runs=runs)
+    _bench(result, as_json)
+    if not result["equal"] or result["lost"] or result["repeated"] or result["dead"]:
+        raise typer.Exit(1)
+
+
 @bench.command("compare")
 def bench_compare(
     name: Annotated[str, typer.Argument(help="search, objectives, ablations, staleness or conditions.")],

@@ -1,0 +1,203 @@
+"""What `dgpo bench chaos` does to a run: one function a fault, each aimed at one part."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import psutil
+
+from reward_servers.protocol import SCORE_PATH
+from services.embedded import EmbeddedServerError, EmbeddedValkey
+from services.group_queue import GroupQueue, QueueUnreachable, connect
+from services.messages import Heartbeat
+from services.run_directory import RunDirectory
+
+AIM_S: Final = 5.0
+"""A part that is to be hit while it does something is hit anyway after this long."""
+POLL_S: Final = 0.01
+SILENCE_S: Final = 5.0
+"""Longer than an attempt of a client."""
+REFUSED_S: Final = 60.0
+
+
+class FaultError(RuntimeError):
+    """The fault could not be injected, or what should have been refused was not."""
+
+
+class Flaky:
+    """An ASGI reward server that can be told to misbehave for a while."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+        self.mode = "well"
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or scope["path"] != SCORE_PATH or self.mode == "well":
+            await self._app(scope, receive, send)
+            return
+        if self.mode == "slow":
+            await asyncio.sleep(1.0)
+            await self._app(scope, receive, send)
+            return
+        if self.mode == "silent":
+            await asyncio.sleep(SILENCE_S)
+            return  # the connection ends without an answer
+        status, body = (500, b"down") if self.mode == "errors" else (200, b'{"scores": [NaN]}')
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+
+@dataclass
+class Site:
+    """A run under fire."""
+
+    directory: RunDirectory
+    flaky: Flaky
+    start: Callable[[], subprocess.Popen[str]]
+    """Start, or resume, the driver."""
+    driver: subprocess.Popen[str]
+    stopped: list[psutil.Process] = field(default_factory=list)
+
+    def queue(self) -> GroupQueue:
+        url, password = EmbeddedValkey.join(self.directory.queue)
+        return GroupQueue(connect(url, password), self.directory.name, self.directory.config().queue)
+
+    def beats(self) -> dict[str, Heartbeat]:
+        """Of the parts that live; none while the queue is down."""
+        try:
+            return {part: beat for part, beat in self.queue().heartbeats().items() if beat is not None}
+        except (QueueUnreachable, EmbeddedServerError, OSError):
+            return {}
+
+    def aim(self, part: str, state: str, rng: random.Random) -> Heartbeat:
+        """A part of this kind, if it can be while it is doing this."""
+        give_up, found = time.monotonic() + AIM_S, list[Heartbeat]()
+        while True:
+            beats = [beat for name, beat in self.beats().items() if name.startswith(part)]
+            aimed = [beat for beat in beats if beat.state.startswith(state)]
+            found = beats or found
+            if aimed or (found and time.monotonic() > give_up):
+                return rng.choice(aimed or found)
+            if time.monotonic() > give_up + AIM_S:
+                raise FaultError(f"there is no {part} to hit")
+            time.sleep(POLL_S)
+
+    def processes(self, title: str) -> list[psutil.Process]:
+        """Children of the driver, of any generation, whose title begins so."""
+        found = []
+        for process in psutil.Process(self.driver.pid).children(recursive=True):
+            try:
+                if process.cmdline()[:1] and process.cmdline()[0].startswith(title):
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def queue_server(self) -> psutil.Process:
+        port = urlsplit((self.directory.queue / "url").read_text().strip()).port
+        for child in psutil.Process(self.driver.pid).children():
+            if port in {place.laddr.port for place in child.net_connections() if place.status == "LISTEN"}:
+                return child
+        raise FaultError("there is no queue server to hit")
+
+
+Fault = Callable[[Site, random.Random], None]
+
+
+def _kill(part: str, state: str = "") -> Fault:
+    def inject(site: Site, rng: random.Random) -> None:
+        os.kill(site.aim(part, state, rng).pid, signal.SIGKILL)
+
+    return inject
+
+
+def _pause_worker(site: Site, rng: random.Random) -> None:
+    """Past its lease, which another worker then gets."""
+    process = psutil.Process(site.aim("rollout-", "sampling", rng).pid)
+    process.suspend()
+    try:
+        time.sleep(site.directory.config().queue.lease_s * 1.5)
+    finally:
+        if process.is_running():
+            process.resume()
+
+
+def _kill_queue(site: Site, rng: random.Random) -> None:
+    site.queue_server().kill()
+
+
+def _wipe_queue(site: Site, rng: random.Random) -> None:
+    server = site.queue_server()
+    server.suspend()
+    shutil.rmtree(site.directory.queue / "appendonlydir")
+    server.kill()
+
+
+def _kill_driver(site: Site, rng: random.Random) -> None:
+    site.driver.kill()
+    site.driver.wait(REFUSED_S)
+    site.driver = site.start()
+
+
+def _second_driver(site: Site, rng: random.Random) -> None:
+    command = [sys.executable, "-m", "services.cli", "train", "--resume", str(site.directory.root), "--json"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=REFUSED_S, check=False)
+    if found.returncode == 0:
+        raise FaultError(f"a second driver was not refused: {found.stdout[-400:]}")
+
+
+def _reward(mode: str) -> Fault:
+    def inject(site: Site, rng: random.Random) -> None:
+        site.flaky.mode = mode
+        try:
+            time.sleep(rng.uniform(1.0, 3.0))
+        finally:
+            site.flaky.mode = "well"
+
+    return inject
+
+
+def _kill_serve(title: str) -> Fault:
+    def inject(site: Site, rng: random.Random) -> None:
+        found = site.processes(title)
+        if not found:
+            raise FaultError(f"there is no process {title}... to hit")
+        rng.choice(found).kill()
+
+    return inject
+
+
+FAULTS: Final[dict[str, Fault]] = {
+    "worker-killed": _kill("rollout-"),
+    "worker-killed-sampling": _kill("rollout-", "sampling"),
+    "worker-killed-scoring": _kill("rollout-", "waiting for scores"),
+    "worker-paused": _pause_worker,
+    "learner-killed-updating": _kill("learner-0", "updating"),
+    "learner-killed-publishing": _kill("learner-0", "publishing step"),
+    "learner-killed-checkpointing": _kill("learner-0", "checkpointing"),
+    "learner-killed-waiting": _kill("learner-0", "waiting"),
+    "queue-killed": _kill_queue,
+    "queue-wiped": _wipe_queue,
+    "reward-slow": _reward("slow"),
+    "reward-errors": _reward("errors"),
+    "reward-wrong": _reward("wrong"),
+    "reward-silent": _reward("silent"),
+    "replica-killed": _kill_serve("ray::ServeReplica"),
+    "proxy-killed": _kill_serve("ray::ProxyActor"),
+    "driver-killed": _kill_driver,
+    "second-driver": _second_driver,
+}
+SERVE: Final = frozenset({"replica-killed", "proxy-killed"})
+"""Need rewards on Ray Serve."""
