@@ -35,8 +35,7 @@ TRANSPORTS: Final[tuple[str, ...]] = get_args(LearnerConfig.model_fields["publis
 
 
 def transport_of(name: str, directory: Path, store: Any) -> WeightsTransport:
-    """On the CPU, as workers of a laptop have it."""
-    config = load_config("quickstart", [f"learner.publish_through={name}", "model.device=cpu"])
+    config = load_config("quickstart", [f"learner.publish_through={name}"])
     return open_transport(config, directory, store)
 
 

@@ -108,10 +108,10 @@ class UntrainedTrainer:
         partial.replace(self._state)
 
     def finish(self) -> None:
-        """Nothing is written behind the loop."""
+        self._transport.close()
 
     def close(self) -> None:
-        self._transport.close()
+        """Nothing is left to close."""
 
     @property
     def _state(self) -> Path:

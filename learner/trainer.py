@@ -8,12 +8,14 @@ Promises
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
 from torch import Tensor
 
-from learner.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
+from learner.checkpoint import Checkpoint, CheckpointError, newest_checkpoint, open_checkpoint
 from learner.checkpoint_writer import CheckpointWriter
 from learner.curriculum import PART, curriculum_of
 from learner.follower import begin_together, gather, order_comparison, probe_together, shard_together
@@ -34,6 +36,9 @@ from services.transports import WeightsTransport
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+SHOWN_LATE_S = 10.0
+"""Storage between nodes may show a new checkpoint some seconds late."""
 
 
 class PolicyTrainer:
@@ -125,15 +130,14 @@ class PolicyTrainer:
         name = ranks.exchange("the newest checkpoint", find if leads else bytes)[0].decode()
         if not name:
             return Start()
-        # Rank 0 has verified it.
-        place = self._context.directory / "checkpoints" / name
-        checkpoint = found if found is not None else open_checkpoint(place)
 
-        def load() -> None:
+        def load() -> Checkpoint:
+            # Rank 0 has verified it.
+            checkpoint = found or _opened(self._context.directory / "checkpoints" / name)
             self.updater.load_state(read_rows(checkpoint, shards, self.updater.state()))
+            return checkpoint
 
-        together(ranks, f"the rows of the checkpoint {name}", load)
-        return self._behind(checkpoint)
+        return self._behind(together(ranks, f"the rows of the checkpoint {name}", load))
 
     def _behind(self, found: Checkpoint) -> Start:
         if self.curriculum is not None:
@@ -159,13 +163,15 @@ class PolicyTrainer:
             probe = self._prober.of(tensors, version, kind=kind)
             return publish(self._transport, tensors, version, kind=kind, dtype=dtype, probe=probe)
         assert self._ranks is not None
+        # Before the others send: it may wait for a worker.
+        buffer = self._transport.reclaim(kind)
         due = self._prober.due(version, kind=kind)
         order = {"do": "gather", "kind": kind, "step": version.step, "probe": due}
         self._ranks.order_all(Order.model_validate(order))
         probe = probe_together(self._ranks, self.updater, kind, version.step) if due else None
         like = {name: torch.empty(shards.shapes[name], dtype=dtype, device="meta") for name in tensors}
         rows = self._rows(self._ranks, kind, version.step)
-        return publish_rows(self._transport, like, rows, version, kind=kind, probe=probe)
+        return publish_rows(self._transport, like, rows, version, kind=kind, probe=probe, buffer=buffer)
 
     def _rows(self, ranks: Ranks, kind: str, step: int) -> Iterator[tuple[str, list[Tensor]]]:
         yield from gather(ranks, self.updater, kind, step)
@@ -182,16 +188,26 @@ class PolicyTrainer:
 
     def finish(self) -> None:
         self._writer.finish()
+        self._transport.close()
 
     def close(self) -> None:
         """The loop has ended, perhaps by an error."""
         self._writer.close()
-        self._transport.close()
 
     def _compare(self, step: int) -> None:
         if self._ranks is not None and self._compared != step:
             order_comparison(self._ranks, step, self.updater)
             self._compared = step
+
+
+@retry(
+    retry=retry_if_exception_type(CheckpointError),
+    stop=stop_after_delay(SHOWN_LATE_S),
+    wait=wait_fixed(0.5),
+    reraise=True,
+)
+def _opened(place: Path) -> Checkpoint:
+    return open_checkpoint(place)
 
 
 def training_group(group: Group) -> TrainingGroup:

@@ -14,6 +14,7 @@ import os
 from pathlib import Path
 from typing import Final
 
+import torch
 from torch import nn
 
 from policy.errors import PolicyError
@@ -22,6 +23,12 @@ VARIANTS: Final = 64
 """Of one kind of block: shapes, with and without gradients, adapters on and off."""
 PLACE: Final = Path("~/.cache/dgpo-cluster/compiled")
 """Unless TORCHINDUCTOR_CACHE_DIR names another. It holds code that is run: nobody else may write there."""
+
+
+def compile_on_gpu(denoiser: nn.Module, device: torch.device) -> None:
+    """`compile_blocks`, unless the device is a CPU: nothing is gained there."""
+    if device.type != "cpu":
+        compile_blocks(denoiser)
 
 
 def compile_blocks(denoiser: nn.Module) -> None:

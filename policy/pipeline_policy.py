@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from policy.adapters import add_lora
 from policy.base import Condition
-from policy.compiling import compile_blocks
+from policy.compiling import compile_on_gpu
 from policy.errors import PolicyError
 from policy.loading import (
     Configs,
@@ -137,8 +137,8 @@ class PipelinePolicy(PromptEncoding):
         place(pipeline, cls.parts, config, denoiser=not to_shard)
         denoiser.eval()
         policy = cls(config, pipeline, denoiser, configs, base=base)
-        if config.compile and policy.device.type == "cuda":
-            compile_blocks(denoiser)
+        if config.compile:
+            compile_on_gpu(denoiser, policy.device)
         return policy
 
     @classmethod

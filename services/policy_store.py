@@ -28,18 +28,15 @@ from services.codec import WeightsEncoder, decode_weights, weights_digest
 from services.messages import PolicyVersion, WeightsAnnouncement
 from services.safetensors_layout import BadLayout, Bytes
 from services.transports import WeightsTransport
-from services.transports.meeting import MeetingPlace
+from services.transports.rendezvous import Rendezvous
 
 KEPT_VERSIONS = 4
 """Of each kind; a worker asks for the newest, so it may lag this many updates behind between asking and
 fetching."""
 ALIGNMENT_BYTES = 64
 """Of memory that torch allocates."""
-KEPT_BUFFER_BYTES = 256 * 1024**2
-"""A publish buffer up to this size is kept for the next publish: fresh pages cost more than the copy."""
 
 log = logging.getLogger(__name__)
-_buffers: dict[str, Bytes] = {}
 
 
 class WeightsMismatch(RuntimeError):
@@ -50,7 +47,7 @@ class WeightsGone(RuntimeError):
     """Nobody has these weights any more; a newer version will be announced."""
 
 
-class PolicyStore(MeetingPlace):
+class PolicyStore(Rendezvous):
     """The body of the actor that knows who has which version. The driver owns it.
 
     References are handed over inside lists, so that Ray passes the reference and not the bytes.
@@ -99,7 +96,9 @@ def publish(
     """
     like = {name: torch.empty_like(tensor, dtype=dtype, device="meta") for name, tensor in tensors.items()}
     whole = ((name, [tensor]) for name, tensor in tensors.items())
-    return publish_rows(transport, like, whole, version, kind=kind, probe=probe)
+    return publish_rows(
+        transport, like, whole, version, kind=kind, probe=probe, buffer=transport.reclaim(kind)
+    )
 
 
 def publish_rows(
@@ -110,16 +109,18 @@ def publish_rows(
     *,
     kind: str,
     probe: tuple[float, ...] | None = None,
+    buffer: Bytes | None,
 ) -> WeightsAnnouncement:
     """The same, of weights that come one after another, each in pieces of some rows (services/codec.py
-    `WeightsEncoder`)."""
-    reclaimed = transport.reclaim(kind)
-    encoder = WeightsEncoder(like, _buffers.get(kind) if reclaimed is None else reclaimed)
+    `WeightsEncoder`).
+
+    Args:
+        buffer: reclaimed from the transport, beforehand.
+    """
+    encoder = WeightsEncoder(like, buffer)
     for name, pieces in rows:
         encoder.write(name, pieces)
     payload, digest = encoder.finish()
-    if payload.size <= KEPT_BUFFER_BYTES and not transport.keeps_payload:
-        _buffers[kind] = payload
     announcement = WeightsAnnouncement.model_validate(
         {
             "version": version,

@@ -18,8 +18,8 @@ from services.config_file import ConfigError, dump_config
 from services.run_directory import RunDirectory
 from services.telemetry import read_metrics
 
-OF_A_MACHINE = ("device", "text_encoders", "condition_cache")
-"""Keys of `model` that say where something is: another machine may have it elsewhere."""
+OF_A_MACHINE = ("device", "text_encoders", "condition_cache", "compile")
+"""Keys of `model` that say where something is, or how fast: another machine may have it otherwise."""
 
 
 def reconfigure(run: RunDirectory, config: Config) -> None:

@@ -155,7 +155,7 @@ class LearnerConfig(Section):
     is then the rounded policy. Checkpoints and exports keep float32."""
     publish_through: Literal["object_store", "shared_directory", "process_groups"] = "object_store"
     """How they travel: Ray's object store; files in the run directory; or straight from the learner to each
-    worker, NCCL between GPUs and Gloo else, which no store has to hold (docs/weights.md)."""
+    worker, over Gloo, so that no store has to hold them (docs/weights.md)."""
     groups_per_step: int = Field(default=8, ge=1)
     """Groups an update consumes."""
     max_steps: int = Field(default=100, ge=1)

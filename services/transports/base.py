@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Final, Protocol
 
 from services.messages import WeightsAnnouncement
 from services.safetensors_layout import Bytes
 
-DEADLINE_S = 180.0
+DEADLINE_S: Final = 180.0
 """Of every wait for another process; covers the start of the store's actor too."""
+KEPT_BUFFER_BYTES: Final = 256 * 1024**2
 
 
 class WeightsTransport(Protocol):
     """How the bytes of a version travel."""
 
-    keeps_payload: bool
-    """Whether what was given to `send` must stay as it is until it is reclaimed."""
-
-    def send(self, announcement: WeightsAnnouncement, payload: Bytes) -> None:
-        """Returns when they can be received; `payload` may be overwritten afterwards, unless it is kept."""
+    def reclaim(self, kind: str) -> Bytes | None:
+        """Memory that the next version of a kind may be written to. What was sent last may then not be
+        received any more."""
         ...
 
-    def reclaim(self, kind: str) -> Bytes | None:
-        """What was sent last of a kind, to be written over: from now on nobody receives it. None: it is not
-        kept."""
+    def send(self, announcement: WeightsAnnouncement, payload: Bytes) -> None:
+        """Returns when they can be received. The payload is the transport's until it is reclaimed."""
         ...
 
     def receive(self, announcement: WeightsAnnouncement) -> Bytes | None:
@@ -35,5 +33,20 @@ class WeightsTransport(Protocol):
         ...
 
     def close(self) -> None:
-        """The publisher ends; what it sent need not be received any more."""
+        """The publisher has ended well; what it sent need not be received any more."""
         ...
+
+
+class Reused:
+    """Payloads that were copied when they were sent: small ones are written to again, since fresh pages cost
+    more than the copy."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Bytes] = {}
+
+    def reclaim(self, kind: str) -> Bytes | None:
+        return self._buffers.pop(kind, None)
+
+    def _copied(self, kind: str, payload: Bytes) -> None:
+        if payload.size <= KEPT_BUFFER_BYTES:
+            self._buffers[kind] = payload

@@ -24,6 +24,6 @@ def open_transport(config: Config, run_directory: Path, store: Any) -> WeightsTr
             # Here: torch.distributed is not imported for nothing.
             from services.transports.process_groups import ProcessGroupsTransport
 
-            return ProcessGroupsTransport(store, device=config.model.device)
+            return ProcessGroupsTransport(store)
         case _:
             return ObjectStoreTransport(store)

@@ -14,21 +14,20 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 
 from services.messages import WeightsAnnouncement
 from services.safetensors_layout import Bytes
-from services.transports.base import DEADLINE_S
+from services.transports.base import DEADLINE_S, Reused
 
 log = logging.getLogger(__name__)
 
 
-class ObjectStoreTransport:
+class ObjectStoreTransport(Reused):
     """See the module.
 
     Args:
         store: handle of the PolicyStore actor, which knows which object holds which version.
     """
 
-    keeps_payload = False
-
     def __init__(self, store: Any, *, deadline_s: float = DEADLINE_S) -> None:
+        super().__init__()
         self._store = store
         self._deadline_s = deadline_s
 
@@ -36,9 +35,7 @@ class ObjectStoreTransport:
         reference = ray.put(payload)
         told = self._store.put.remote(announcement.model_dump_json(), [reference])
         ray.get(told, timeout=self._deadline_s)
-
-    def reclaim(self, kind: str) -> Bytes | None:
-        return None
+        self._copied(announcement.kind, payload)
 
     def receive(self, announcement: WeightsAnnouncement) -> Bytes | None:
         where = f"{announcement.kind} {announcement.version}"

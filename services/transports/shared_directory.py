@@ -22,6 +22,7 @@ import numpy as np
 from services.full_disk import naming
 from services.messages import WeightsAnnouncement
 from services.safetensors_layout import Bytes
+from services.transports.base import Reused
 
 FOLDER: Final = "weights"
 KEPT_FILES: Final = 2
@@ -34,21 +35,22 @@ _NAME: Final = re.compile(r"(?P<kind>[a-z]+)-(?P<epoch>\d+)\.(?P<step>\d+)\.safe
 log = logging.getLogger(__name__)
 
 
-class SharedDirectoryTransport:
+class SharedDirectoryTransport(Reused):
     """See the module.
 
     Args:
         run_directory: of the run, in which the folder `weights` is made.
     """
 
-    keeps_payload = False
-
     def __init__(self, run_directory: Path, *, patience_s: float = PATIENCE_S) -> None:
+        super().__init__()
         self._folder = run_directory / FOLDER
         self._patience_s = patience_s
+        self._begun = False
 
     def send(self, announcement: WeightsAnnouncement, payload: Bytes) -> None:
-        self._folder.mkdir(exist_ok=True)
+        if not self._begun:
+            self._begin()
         file = self._file(announcement)
         partial = file.with_suffix(".partial")
         with naming(partial):
@@ -56,9 +58,14 @@ class SharedDirectoryTransport:
         partial.replace(file)
         for older in self._versions(announcement.kind)[:-KEPT_FILES]:
             older.unlink(missing_ok=True)
+        self._copied(announcement.kind, payload)
 
-    def reclaim(self, kind: str) -> Bytes | None:
-        return None
+    def _begin(self) -> None:
+        """What a publisher before this one has left half written goes."""
+        self._folder.mkdir(exist_ok=True)
+        for partial in self._folder.glob("*.partial"):
+            partial.unlink(missing_ok=True)
+        self._begun = True
 
     def receive(self, announcement: WeightsAnnouncement) -> Bytes | None:
         file = self._file(announcement)
@@ -70,7 +77,10 @@ class SharedDirectoryTransport:
             except FileNotFoundError:
                 kept = self._versions(announcement.kind)
                 pruned = len(kept) >= KEPT_FILES and _order(file) < _order(kept[0])
-                if pruned or not self._folder.is_dir() or time.monotonic() > give_up:
+                if not self._folder.is_dir():
+                    log.warning("%s: there is no such folder: has this node the run directory?", self._folder)
+                    return None
+                if pruned or time.monotonic() > give_up:
                     return None
             except OSError as error:
                 log.warning("weights %s: %s", file, error)

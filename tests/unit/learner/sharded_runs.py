@@ -28,6 +28,7 @@ from services.context import RunContext
 from services.group_queue import Frontier
 from services.heartbeat import Pulse
 from services.messages import PolicyVersion
+from services.transports.base import Reused
 from tests.ranks_of_processes import mesh_of, ranks_of
 
 GROUPS, SIZE = 3, 2
@@ -42,21 +43,20 @@ FILE_BYTES = 2**20
 """Small enough that the model is many of them."""
 
 
-class Shelf:
+class Shelf(Reused):
     """What was published (services/transports `WeightsTransport`)."""
 
     keeps_payload = False
 
     def __init__(self) -> None:
+        super().__init__()
         self.sent: list[tuple[Any, Any]] = []
 
     def send(self, announcement: Any, payload: Any) -> None:
         self.sent.append((announcement, payload.copy()))
+        self._copied(announcement.kind, payload)
 
     def receive(self, announcement: Any) -> Any:
-        return None
-
-    def reclaim(self, kind: str) -> Any:
         return None
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ from family_case import PROMPT, Case
 from torch import Tensor, nn
 
 from policy import PolicyError, load_policy
-from policy.compiling import PLACE, compile_blocks
+from policy.compiling import PLACE, compile_blocks, compile_on_gpu
 from policy.pipeline_policy import PipelinePolicy
 
 TOLERANCE = 1e-5
@@ -87,6 +87,18 @@ def test_whatever_a_run_does_with_a_model_is_the_same_when_it_is_compiled(
     for policy in (plain, compiled):
         policy.checkpoint_gradients()
     assert off(gradients(compiled), gradients(plain)) < 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("case", ["sana"], indirect=True)
+def test_a_model_is_compiled_where_it_is_asked_for(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[nn.Module, torch.device]] = []
+    monkeypatch.setattr("policy.pipeline_policy.compile_on_gpu", lambda *given: asked.append(given))
+    load_policy(case.config(), text_encoders=False, vae=False)
+    assert asked == []
+    policy = load_policy(case.config(compile=True), text_encoders=False, vae=False)
+    assert asked == [(policy.transformer, policy.device)]
+    compile_on_gpu(policy.transformer, torch.device("cuda"))
+    assert any(module._compiled_call_impl is not None for module in policy.transformer.modules())
 
 
 @pytest.mark.parametrize("case", ["sana"], indirect=True)

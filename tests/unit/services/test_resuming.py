@@ -85,6 +85,7 @@ def test_what_the_run_depends_on_is_refused_by_name(run: RunDirectory, override:
     [
         "model.device=cpu",
         "model.text_encoders=cached",
+        "model.compile=true",
         "learner.micro_batch=auto",
         "rewards.0.weight=2",
         "objective.clip_range=1e-3",
