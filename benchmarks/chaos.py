@@ -38,7 +38,7 @@ from services.metrics import UpdateRow
 from services.run_directory import RunDirectory
 from services.telemetry import read_metrics
 
-STEPS: Final = 40
+STEPS: Final = 150
 GROUPS_PER_STEP: Final = 2
 RECOVERY_S: Final = 240.0
 """A run that has not trained a step for this long after a fault has not survived it."""
@@ -98,7 +98,7 @@ def run_chaos_bench(
     steps: int = STEPS,
     runs: Path | None = None,
 ) -> dict[str, Any]:
-    """Rounds until so many minutes are over; the last one is finished.
+    """Rounds until so many minutes are over; the last one is finished without more faults.
 
     Args:
         faults: names of benchmarks/chaos_faults.py `FAULTS`; none: all of them.
@@ -127,7 +127,7 @@ def run_chaos_bench(
         undisturbed = _round(settings, flaky, (), rng, give_up=0.0, screen=screen)
         give_up = time.monotonic() + 60 * minutes
         rounds = list[Round]()
-        while time.monotonic() < give_up or not rounds:
+        while not rounds or time.monotonic() < give_up:
             rounds.append(_round(settings, flaky, chosen, rng, give_up=give_up, screen=screen))
     result = _summary(rounds, undisturbed, steps * GROUPS_PER_STEP) | {"seed": seed, "steps": steps}
     if screen is not None:
