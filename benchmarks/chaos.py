@@ -12,6 +12,7 @@ Seconds count from the signal (of a fault that lasts, from its end) to the end o
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import secrets
@@ -43,6 +44,8 @@ GROUPS_PER_STEP: Final = 2
 RECOVERY_S: Final = 240.0
 """A run that has not trained a step for this long after a fault has not survived it."""
 START_S: Final = 300.0
+SPARE_STEPS: Final = 3
+"""A run that has fewer left is let end: there must be a step that shows that it goes on."""
 POLL_S: Final = 0.05
 TOKEN_ENV: Final = "DGPO_CHAOS_REWARD_TOKEN"
 SMALL: Final = (
@@ -89,6 +92,31 @@ class Round:
     injected: list[Injected] = field(default_factory=list)
 
 
+class Schedule:
+    """Which fault comes next: all of them in random order, and again.
+
+    Args:
+        until: no fault comes after this (monotonic).
+        most: nor after so many.
+    """
+
+    def __init__(
+        self, faults: Sequence[str], rng: random.Random, until: float, most: int | None = None
+    ) -> None:
+        self.rng = rng
+        self._faults, self._until, self._left = list(faults), until, math.inf if most is None else most
+        self._order: list[str] = []
+
+    @property
+    def goes_on(self) -> bool:
+        return self._left > 0 and time.monotonic() < self._until
+
+    def next(self) -> str:
+        self._order = self._order or self.rng.sample(self._faults, len(self._faults))
+        self._left -= 1
+        return self._order.pop()
+
+
 def run_chaos_bench(
     screen: Console | None = None,
     *,
@@ -96,6 +124,7 @@ def run_chaos_bench(
     faults: Sequence[str] = (),
     seed: int = 0,
     steps: int = STEPS,
+    most: int | None = None,
     runs: Path | None = None,
 ) -> dict[str, Any]:
     """Rounds until so many minutes are over; the last one is finished without more faults.
@@ -103,6 +132,8 @@ def run_chaos_bench(
     Args:
         faults: names of benchmarks/chaos_faults.py `FAULTS`; none: all of them.
         seed: of the order and the moments of the faults.
+        steps: of a run.
+        most: faults, in all; None: as many as there is time for.
         runs: where run directories are made; None: a temporary place.
 
     Returns:
@@ -124,11 +155,11 @@ def run_chaos_bench(
         place = runs or Path(temporary)
         settings = _settings(server.url, place, steps, on_serve=bool(SERVE & set(chosen)))
         _say(screen, "a run that nobody disturbs")
-        undisturbed = _round(settings, flaky, (), rng, give_up=0.0, screen=screen)
-        give_up = time.monotonic() + 60 * minutes
+        undisturbed = _round(settings, flaky, Schedule((), rng, 0.0), screen)
+        schedule = Schedule(chosen, rng, time.monotonic() + 60 * minutes, most)
         rounds = list[Round]()
-        while not rounds or time.monotonic() < give_up:
-            rounds.append(_round(settings, flaky, chosen, rng, give_up=give_up, screen=screen))
+        while not rounds or schedule.goes_on:
+            rounds.append(_round(settings, flaky, schedule, screen))
     result = _summary(rounds, undisturbed, steps * GROUPS_PER_STEP) | {"seed": seed, "steps": steps}
     if screen is not None:
         screen.print(_table(result))
@@ -143,15 +174,7 @@ def _settings(url: str, place: Path, steps: int, *, on_serve: bool) -> list[str]
     return [*SMALL, *own]
 
 
-def _round(
-    settings: Sequence[str],
-    flaky: Flaky,
-    faults: Sequence[str],
-    rng: random.Random,
-    *,
-    give_up: float,
-    screen: Console | None,
-) -> Round:
+def _round(settings: Sequence[str], flaky: Flaky, schedule: Schedule, screen: Console | None) -> Round:
     directory = RunDirectory.create(load_config("quickstart", settings))
 
     def start() -> subprocess.Popen[str]:
@@ -163,14 +186,12 @@ def _round(
     injected: list[Injected] = []
     try:
         _next_step(site, 0.0, START_S, "the start")
-        order: list[str] = []
-        while faults and time.monotonic() < give_up and site.driver.poll() is None:
-            order = order or rng.sample(list(faults), len(faults))
-            fault = order.pop()
-            time.sleep(rng.uniform(0.0, 1.0))
-            if _steps_left(site) < 3:
+        while schedule.goes_on and site.driver.poll() is None:
+            time.sleep(schedule.rng.uniform(0.0, 1.0))
+            if _steps_left(site) < SPARE_STEPS:
                 break
-            FAULTS[fault](site, rng)
+            fault = schedule.next()
+            FAULTS[fault](site, schedule.rng)
             began = time.time()
             row = _next_step(site, began, RECOVERY_S, fault)
             injected.append(Injected(fault, row.time - began))
