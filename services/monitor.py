@@ -27,6 +27,7 @@ from services.messages import Heartbeat, PolicyVersion, WeightsAnnouncement
 from services.metrics import AnyRow, MemoryRow, UpdateRow, row_of
 from services.progress import Progress
 from services.queue_keeper import QueueKeeper
+from services.queue_types import RunState
 from services.ray_metrics import RunMetrics
 from services.run_directory import RunDirectory
 from services.stop_signals import StopSignals
@@ -102,6 +103,7 @@ class Monitor:
         self._signals = signals
         self._keeper = keeper
         self._wanted: int | None = None
+        self._told: tuple[RunState, str] = ("running", "")
         # A resumed run's server may remember what the driver before this one has written down.
         self._last_row_id = queue.last_written_metrics()
         written = read_metrics(context.directory)
@@ -153,7 +155,7 @@ class Monitor:
             self._draining = True
             self._view.activity("stopping: what is under way is finished, then comes a checkpoint")
             self._queue.set_state("draining")
-        self._metrics.state("draining" if self._draining else "running")
+        self._tell_state()
         self._watch_queue_server()
         wanted = self._queue.wanted_workers()
         if wanted is None and self._wanted is not None:
@@ -167,6 +169,19 @@ class Monitor:
         self._watch_heartbeats()
         self._count_dead_letters()
         self._evaluations.poll(self._queue.latest("ema"))
+
+    def _tell_state(self) -> None:
+        """Degraded, while a part is silent or a worker waits for its next life."""
+        if self._draining:
+            self._metrics.state("draining")
+            return
+        problems = [f"no heartbeat of {part}" for part in sorted(self._silent)]
+        problems += [f"{part} died and is made anew" for part in self._supervisor.restarting()]
+        state: RunState = "degraded" if problems else "running"
+        self._metrics.state(state)
+        if (state, "; ".join(problems)) != self._told:
+            self._told = state, "; ".join(problems)
+            self._queue.set_state(*self._told)
 
     def _watch_queue_server(self) -> None:
         for detail in self._keeper.news() if self._keeper is not None else ():

@@ -180,7 +180,7 @@ def scale_run(run: RunDirectory, workers: int) -> None:
             f"{run.root}: the run is {seen}, its queue hears nothing: {reason or error}"
         ) from error
     state = queue.state()
-    if state not in ("starting", "running"):
+    if state not in ("starting", "running", "degraded"):
         raise ConfigError(f"{run.root}: the run is {state or 'not there'}; only one that goes on is scaled")
     queue.want_workers(workers)
 

@@ -116,6 +116,10 @@ class Supervisor:
                 worker.actor, worker.done = self.spawn(worker.index)
                 worker.restart_at = None
 
+    def restarting(self) -> list[str]:
+        """Workers that died and wait for their next life."""
+        return [f"{self.part}-{one.index}" for one in self._workers if one.restart_at is not None]
+
     def join(self, deadline_s: float) -> None:
         """Wait for all workers to see the end of the run; those that do not are killed."""
         deadline = time.monotonic() + deadline_s

@@ -80,6 +80,32 @@ def run(config: Config, view: Progress | None = None) -> Outcome:
     return train(config, RunDirectory.create(config), view or Watching())
 
 
+class Heard(RunMetrics):
+    """What a run tells Ray's metrics."""
+
+    last: Heard
+
+    def __init__(self, run: str, rewards: Iterable[str] = ()) -> None:
+        self.rows: list[AnyRow] = []
+        self.states: list[str] = []
+        self.parts: set[str] = set()
+        Heard.last = self
+        super().__init__(run, rewards)
+
+    def add(self, row: AnyRow) -> None:
+        self.rows.append(row)
+        super().add(row)
+
+    def state(self, state: RunState) -> None:
+        self.states.append(state)
+        super().state(state)
+
+    def beats(self, alive: Iterable[Heartbeat], newest: PolicyVersion | None) -> None:
+        beats = list(alive)
+        self.parts |= {beat.part for beat in beats}
+        super().beats(beats, newest)
+
+
 @pytest.fixture(scope="module")
 def undisturbed() -> dict[str, str]:
     """The digest of a run that nobody disturbed, once it is known."""
@@ -142,7 +168,10 @@ def test_a_finished_run_goes_on_with_more_and_larger_steps(recipe: Callable[...,
     assert "held-out ocr" in card
 
 
-def test_a_killed_worker_is_replaced_and_nothing_is_lost(recipe: Callable[..., Config], digest: str) -> None:
+def test_a_killed_worker_is_replaced_and_nothing_is_lost(
+    recipe: Callable[..., Config], digest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.driver.RunMetrics", Heard)
     pids: list[int] = []
 
     def remember(beats: list[Heartbeat]) -> None:
@@ -160,6 +189,8 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(recipe: Callable[..., C
     assert killed
     assert outcome.weights_digest == digest
     assert [e.what for e in read_metrics(outcome.run.root).events if e.what == "worker died"]
+    at = Heard.last.states.index("degraded")
+    assert "running" in Heard.last.states[at:], "the run stays degraded once all is well again"
 
 
 def queue_server_of(directory: RunDirectory) -> psutil.Process:
@@ -252,32 +283,6 @@ def test_a_reward_that_is_down_fails_the_run_with_its_name(recipe: Callable[...,
         run(config)
 
 
-class Heard(RunMetrics):
-    """What a run tells Ray's metrics."""
-
-    last: Heard
-
-    def __init__(self, run: str, rewards: Iterable[str] = ()) -> None:
-        self.rows: list[AnyRow] = []
-        self.states: list[str] = []
-        self.parts: set[str] = set()
-        Heard.last = self
-        super().__init__(run, rewards)
-
-    def add(self, row: AnyRow) -> None:
-        self.rows.append(row)
-        super().add(row)
-
-    def state(self, state: RunState) -> None:
-        self.states.append(state)
-        super().state(state)
-
-    def beats(self, alive: Iterable[Heartbeat], newest: PolicyVersion | None) -> None:
-        beats = list(alive)
-        self.parts |= {beat.part for beat in beats}
-        super().beats(beats, newest)
-
-
 def test_staleness_is_bounded_and_used_and_metrics_are_told(
     recipe: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,7 +294,9 @@ def test_staleness_is_bounded_and_used_and_metrics_are_told(
     assert sorted(told, key=lambda row: row.time) == sorted(
         [*written.updates, *written.evals], key=lambda row: row.time
     )
-    assert list(dict.fromkeys(Heard.last.states)) == ["starting", "running"]
+    # A busy machine may silence a part for a while.
+    assert Heard.last.states[0] == "starting"
+    assert set(Heard.last.states[1:]) - {"degraded"} == {"running"}
     assert Heard.last.parts >= {"learner-0", "rollout-0", "rollout-1", "evaluator"}
 
 
