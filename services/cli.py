@@ -319,6 +319,14 @@ def bench_gpu(
     _bench(run_gpu_bench(say, tiny=tiny, overrides=overrides or ()), as_json)
 
 
+@bench.command("load")
+def bench_load(as_json: Json = False) -> None:
+    """The group queue under 8, 64 and 512 simulated workers with groups of 3 MB."""
+    from benchmarks.load import run_load_bench
+
+    _bench(run_load_bench(screen), as_json)
+
+
 @bench.command("chaos")
 def bench_chaos(
     faults: Annotated[
