@@ -327,6 +327,16 @@ def bench_load(as_json: Json = False) -> None:
     _bench(run_load_bench(screen), as_json)
 
 
+@bench.command("soak")
+def bench_soak(
+    groups: Annotated[int, typer.Option(min=400, help="Trained in all.")] = 50_000, as_json: Json = False
+) -> None:
+    """Many groups through the real loops without any model: does memory grow?"""
+    from benchmarks.soak import run_soak_bench
+
+    _bench(run_soak_bench(screen, groups=groups), as_json)
+
+
 @bench.command("chaos")
 def bench_chaos(
     faults: Annotated[
