@@ -194,6 +194,8 @@ def _round(settings: Sequence[str], flaky: Flaky, schedule: Schedule, screen: Co
             FAULTS[fault](site, schedule.rng)
             began = time.time()
             row = _next_step(site, began, RECOVERY_S, fault)
+            if row is None:
+                break
             injected.append(Injected(fault, row.time - began))
             _say(screen, f"  {fault}: next step after {row.time - began:.1f} s (step {row.step})")
         out, _ = site.driver.communicate(timeout=RECOVERY_S)
@@ -214,15 +216,17 @@ def _steps_left(site: Site) -> int:
     return site.directory.config().learner.max_steps - (rows[-1].step if rows else 0)
 
 
-def _next_step(site: Site, since: float, deadline_s: float, behind: str) -> UpdateRow:
-    """The first update that ended after this time (Unix)."""
+def _next_step(site: Site, since: float, deadline_s: float, behind: str) -> UpdateRow | None:
+    """The first update that ended after this time (Unix); None if the run has ended well meanwhile."""
     give_up = time.monotonic() + deadline_s
     while time.monotonic() < give_up:
         rows = [row for row in read_metrics(site.directory.root).updates if row.time > since]
         if rows:
             return rows[0]
-        if site.driver.poll() is not None:
-            code = site.driver.returncode
+        code = site.driver.poll()
+        if code == 0:
+            return None
+        if code is not None:
             raise FaultError(f"{behind}: the run in {site.directory.root} ended with exit code {code}")
         time.sleep(POLL_S)
     raise FaultError(f"{behind}: no step within {deadline_s:g} s in {site.directory.root}")

@@ -189,7 +189,13 @@ def fit(context: RunContext, store: Any) -> None:
         ray.train.TrainingFailedError: the restarts of `learner.max_restarts` did not help.
     """
     from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.backend import Backend
     from ray.train.torch import TorchConfig, TorchTrainer
+
+    class OneProcess(TorchConfig):  # type: ignore[misc]
+        """One rank talks to nobody: no process group, which would listen on every interface."""
+
+        backend_cls = Backend
 
     settings, cluster = context.config.learner, context.config.cluster
     resources, ranks = _resources(settings), settings.ranks
@@ -199,7 +205,7 @@ def fit(context: RunContext, store: Any) -> None:
     trainer = TorchTrainer(
         train_rank,
         train_loop_config={"context": context.model_dump_json(), "store": store},
-        torch_config=TorchConfig(
+        torch_config=(OneProcess if ranks == 1 else TorchConfig)(
             backend=learner_backend(context.config), timeout_s=math.ceil(settings.rank_deadline_s)
         ),
         scaling_config=ScalingConfig(

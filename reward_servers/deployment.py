@@ -14,8 +14,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import ray
 from fastapi import FastAPI
 from ray import serve
+from ray._common.network_utils import build_address
+from ray.serve._private import replica
 from ray.serve.deployment import Application, Deployment
 
 from reward_servers.app import create_app
@@ -30,6 +33,7 @@ class Reward:
     """A replica: the reward's application around one scorer."""
 
     def __init__(self, args: dict[str, Any]) -> None:
+        _listen_on_the_nodes_address()
         self._app = create_app(ServerConfig.model_validate(args))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -39,6 +43,15 @@ class Reward:
         """Called by Serve; raising makes it replace this replica."""
         if stalled := self._app.state.engine.stalled:
             raise RuntimeError(stalled)
+
+
+def _listen_on_the_nodes_address() -> None:
+    """In a replica: its server for calls between deployments, of which there are none here, listens where Ray
+    itself does and not on every interface: on loopback, where the run has started Ray.
+    """
+    bind = replica.add_port_to_grpc_server
+    address = ray.util.get_node_ip_address()
+    replica.add_port_to_grpc_server = lambda server, _: bind(server, build_address(address, 0))
 
 
 def deployment_of(config: ServerConfig) -> Deployment:

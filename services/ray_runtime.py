@@ -220,7 +220,7 @@ def _start(config: Config) -> None:
     """Start Ray here; again when the machine is so busy that Ray gives up on itself after 30 s."""
     import ray
 
-    with _children_in_their_own_group():
+    with on_loopback(), _children_in_their_own_group():
         ray.init(
             address="local",
             namespace=NAMESPACE,
@@ -232,6 +232,28 @@ def _start(config: Config) -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
+
+
+@contextmanager
+def on_loopback() -> Iterator[None]:
+    """A Ray that is started inside the block, and all that it starts later, listens on loopback only.
+
+    Ray takes 127.0.0.1 for the machine's address otherwise, and listens on every interface, whatever address
+    it is given; the variable is the one it has for laptops with firewalls.
+    """
+    from ray._private import ray_constants
+
+    variable, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
+    in_environment = os.environ.get(variable)
+    os.environ[variable], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        if in_environment is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = in_environment
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import ipaddress
 import json
 import os
 import signal
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -52,9 +55,44 @@ def result_of(text: str) -> dict[str, Any]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A small whole quickstart."""
     folder = tmp_path_factory.mktemp("runs")
-    done = dgpo("quickstart", "--json", *settings(folder, "learner.max_steps=3"))
-    assert done.returncode == 0, done.stderr
-    return result_of(done.stdout)
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = [*DGPO, "quickstart", "--json", *settings(folder, "learner.max_steps=3")]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    heard: dict[str, set[str]] = {}
+    over = threading.Event()
+    watching = threading.Thread(target=listen, args=(process.pid, heard, over))
+    watching.start()
+    out, err = process.communicate(timeout=300)
+    over.set()
+    watching.join()
+    assert process.returncode == 0, err
+    return result_of(out) | {"listening": heard}
+
+
+def listen(pid: int, heard: dict[str, set[str]], over: threading.Event) -> None:
+    """Addresses at which a process and its children listen, at any time -> who does."""
+    while not over.wait(0.3):
+        with contextlib.suppress(psutil.Error):
+            driver = psutil.Process(pid)
+            for process in (driver, *driver.children(recursive=True)):
+                with contextlib.suppress(psutil.Error):
+                    for found in process.net_connections():
+                        if found.status == "LISTEN":
+                            heard.setdefault(found.laddr.ip, set()).add(process.name())
+
+
+def test_nothing_of_a_run_listens_beyond_loopback(finished: dict[str, Any]) -> None:
+    heard = finished["listening"]
+    beyond = {
+        ip: who
+        for ip, who in heard.items()
+        if not ipaddress.ip_address(ip.removeprefix("::ffff:")).is_loopback
+    }
+    assert beyond == {}
+    # Ray and its workers, the queue server, and Serve's proxy.
+    assert len(set().union(*heard.values())) >= 5
 
 
 def test_timesteps_that_cannot_be_are_refused_on_resume_before_anything_starts(
