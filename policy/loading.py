@@ -171,7 +171,12 @@ def load_pipeline(
     try:
         with quiet():
             pipeline = pipeline_class.from_pretrained(
-                location, revision=config.revision, dtype=getattr(torch, config.dtype), **absent
+                location,
+                revision=config.revision,
+                dtype=getattr(torch, config.dtype),
+                # Nothing is unpickled: weights in another format are refused.
+                use_safetensors=True,
+                **absent,
             )
     except (OSError, ValueError, RuntimeError) as error:
         raise PolicyError(f"model.path {location}: cannot be loaded: {error}") from error

@@ -15,6 +15,7 @@ Ray must be initialised. The tokens' file must be readable where the replicas ru
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import secrets
 import socket
@@ -108,6 +109,30 @@ def start_rewards(
         _stop(made, end_serve=_owns_serve and not owned)
         raise
     return {reward.name: addresses[reward.name] for reward in rewards}
+
+
+def scale_reward(reward: RewardConfig, replicas: int, *, token_file: Path) -> None:
+    """Give a reward that `start_rewards` has started so many replicas from now on, and no autoscaling.
+
+    Those that it has go on; those that are too many answer what they have first. Returns at once.
+
+    Args:
+        token_file: as it was started with.
+
+    Raises:
+        ValueError: this process has not started it.
+    """
+    ending = f"-{reward.name}"
+    name = next((name for name in _started if name.endswith(ending)), None)
+    if name is None:
+        raise ValueError(f"reward {reward.name!r} was not started here")
+    scaled = reward.model_copy(update={"replicas": replicas, "max_replicas": None})
+    owner = name.removeprefix("reward-").removesuffix(ending)
+    serve.run_many(
+        [_target(scaled, token_file, owner)],
+        wait_for_ingress_deployment_creation=False,
+        wait_for_applications_running=False,
+    )
 
 
 def stop_rewards() -> None:
@@ -235,8 +260,12 @@ def _target(reward: RewardConfig, token_file: Path, owner: str) -> serve.RunTarg
         if most == reward.replicas
         else {"num_replicas": "auto", "autoscaling_config": autoscaling(reward.replicas, most)}
     )
+    # With a version of its own, Serve would replace every replica when their number changes.
+    version = hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:16]
     deployment = deployment_of(config).options(
         **scale,
+        version=version,
+        _internal=True,
         ray_actor_options={"num_cpus": reward.num_cpus, "num_gpus": reward.num_gpus},
     )
     application = deployment.bind(config.model_dump(mode="json"))

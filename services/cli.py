@@ -148,14 +148,32 @@ def status(
 @app.command()
 def scale(
     run_dir: Annotated[Path, typer.Argument(help="A run directory.")],
-    workers: Annotated[int, typer.Option("--workers", min=1, help="Rollout workers the run shall have.")],
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="Rollout workers the run shall have.")
+    ] = None,
+    replicas: Annotated[
+        list[str] | None,
+        typer.Option("--replicas", metavar="REWARD=N", help="Replicas of a reward that the run has started."),
+    ] = None,
 ) -> None:
-    """Change the number of rollout workers of a run that goes on; nothing is lost or sampled twice."""
+    """Change the number of rollout workers or of a reward's replicas while a run goes on; nothing is lost."""
     from services.run_directory import RunDirectory
     from services.status import scale_run
 
-    scale_run(RunDirectory.open(run_dir), workers)
-    screen.print(f"{workers} workers wanted; dgpo status {run_dir} shows them come and go", soft_wrap=True)
+    wanted = dict(map(_replicas, replicas or ()))
+    if workers is None and not wanted:
+        raise ConfigError("nothing to do: give --workers N, or --replicas REWARD=N")
+    scale_run(RunDirectory.open(run_dir), workers, wanted)
+    told = [f"{workers} workers"] if workers is not None else []
+    told += [f"{count} of reward {name}" for name, count in wanted.items()]
+    screen.print(f"wanted: {', '.join(told)}; dgpo status {run_dir} shows how the run is", soft_wrap=True)
+
+
+def _replicas(text: str) -> tuple[str, int]:
+    name, _, count = text.partition("=")
+    if not name or not count.isdecimal() or int(count) < 1:
+        raise ConfigError(f"--replicas {text!r}: give REWARD=N with N from 1 on")
+    return name, int(count)
 
 
 @app.command()

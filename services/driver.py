@@ -28,7 +28,7 @@ from learner.ray_train import fit
 from learner.timesteps import configured_window
 from policy.registry import check_sampling
 from reward_servers.client import RewardClient
-from reward_servers.launch import start_rewards, stop_rewards
+from reward_servers.launch import scale_reward, start_rewards, stop_rewards
 from rollout_workers.evaluator import Evaluator
 from rollout_workers.feeder import Feeder
 from rollout_workers.worker import RolloutWorker
@@ -103,6 +103,9 @@ def train(
         for part in queue.heartbeats():
             queue.forget(part)
         queue.want_workers(config.rollout.workers)
+        for reward in config.rewards:
+            if reward.app is not None:
+                queue.want_replicas(reward.name, reward.replicas)
         queue.set_state("starting")
         stack.push(partial(_tell_failure, queue))
         store = _actor(PolicyStore, context, "policy-store", num_cpus=0).remote()
@@ -150,7 +153,7 @@ def train(
         )
         monitor = Monitor(
             *(context, queue, telemetry, metrics, view, evaluator),
-            *(supervisor, learner, signals, keeper),
+            *(supervisor, learner, signals, keeper, partial(_scale_reward, config, run)),
         )
         view.activity("loading the models")
         # Stopped in reverse order: the state first, so that workers end by themselves.
@@ -230,6 +233,11 @@ def reward_places(config: Config, run: RunDirectory, own_ray: bool) -> Iterator[
     finally:
         if not own_ray:
             stop_rewards()
+
+
+def _scale_reward(config: Config, run: RunDirectory, name: str, replicas: int) -> None:
+    reward = next(reward for reward in config.rewards if reward.name == name)
+    scale_reward(reward, replicas, token_file=run.secret("reward.token"))
 
 
 def _refuse_merging(name: str, place: RewardPlace) -> None:

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ray.exceptions import RayError
+
 from learner.ray_train import LearnerFailed
 from services.context import RunContext
 from services.evaluation_schedule import EvaluationSchedule
@@ -92,6 +94,7 @@ class Monitor:
         learner: LearnerThread,
         signals: StopSignals,
         keeper: QueueKeeper | None = None,
+        scale_reward: Callable[[str, int], None] = lambda reward, replicas: None,
     ) -> None:
         self._context = context
         self._queue = queue
@@ -102,6 +105,8 @@ class Monitor:
         self._learner = learner
         self._signals = signals
         self._keeper = keeper
+        self._scale_reward = scale_reward
+        self._replicas = {one.name: one.replicas for one in context.config.rewards if one.app is not None}
         self._wanted: int | None = None
         self._told: tuple[RunState, str] = ("running", "")
         # A resumed run's server may remember what the driver before this one has written down.
@@ -164,6 +169,7 @@ class Monitor:
         self._wanted = wanted or self._wanted
         if self._wanted is not None and not self._draining and not self._context.config.offline:
             self._supervisor.resize(self._wanted, self._beats)
+        self._scale_rewards()
         self._supervisor.poll(POLL_S)
         self._move_metrics()
         self._watch_heartbeats()
@@ -182,6 +188,19 @@ class Monitor:
         if (state, "; ".join(problems)) != self._told:
             self._told = state, "; ".join(problems)
             self._queue.set_state(*self._told)
+
+    def _scale_rewards(self) -> None:
+        """As `dgpo scale` says."""
+        for name, count in self._queue.wanted_replicas(list(self._replicas)).items():
+            if self._replicas[name] != count and not self._draining:
+                self._replicas[name] = count
+                try:
+                    self._scale_reward(name, count)
+                except RayError as error:
+                    detail = f"{name} keeps its replicas: {reason(error)}"
+                    self._view.row(self._telemetry.event("reward not scaled", detail, level="warning"))
+                else:
+                    self._view.row(self._telemetry.event("reward scaled", f"{name}: {count} replicas"))
 
     def _watch_queue_server(self) -> None:
         for detail in self._keeper.news() if self._keeper is not None else ():

@@ -8,6 +8,7 @@ Promises
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any, get_args
 
 from services.messages import DeadLetter, Heartbeat, PolicyVersion, WeightsAnnouncement
@@ -90,6 +91,17 @@ class QueueBoard(QueueWorker):
         """None before anybody said."""
         found = self._client.hget(self._keys.key("policy"), "workers")
         return int(found) if found is not None else None
+
+    def want_replicas(self, reward: str, count: int) -> None:
+        """Say how many replicas a reward of the run should have that its driver has started."""
+        self._client.hset(self._keys.key("policy"), f"replicas:{reward}", count)
+
+    def wanted_replicas(self, rewards: Sequence[str]) -> dict[str, int]:
+        """Of these rewards, those of which somebody has said so."""
+        if not rewards:
+            return {}
+        found = self._client.hmget(self._keys.key("policy"), [f"replicas:{reward}" for reward in rewards])
+        return {reward: int(count) for reward, count in zip(rewards, found, strict=True) if count is not None}
 
     def beat(self, heartbeat: Heartbeat, ttl_s: float = HEARTBEAT_TTL_S) -> None:
         """Say that a part is alive; forgotten after `ttl_s`."""

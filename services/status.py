@@ -9,6 +9,7 @@ Promises
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 import redis
 from rich.console import Console, Group, RenderableType
@@ -160,16 +161,25 @@ def _ask(run: RunDirectory, config: Config) -> tuple[QueueStatus, Beats, list[De
         return None
 
 
-def scale_run(run: RunDirectory, workers: int) -> None:
-    """Tell the driver of a run how many rollout workers it shall keep.
+def scale_run(
+    run: RunDirectory, workers: int | None = None, replicas: Mapping[str, int] | None = None
+) -> None:
+    """Tell the driver of a run how many rollout workers, and replicas of its rewards, it shall keep.
 
     Raises:
-        ConfigError: it is not running, or has no rollout workers.
+        ConfigError: it is not running, has no rollout workers, or has not started such a reward.
         QueueUnreachable, redis.RedisError: its queue server does not answer, or not to this login.
     """
     config = run.config()
-    if config.offline:
+    if config.offline and workers is not None:
         raise ConfigError(f"{run.root}: it trains from a recording, by one feeder; there is nothing to scale")
+    own = [reward.name for reward in config.rewards if reward.app is not None]
+    for name in replicas or {}:
+        if name not in own:
+            raise ConfigError(
+                f"{run.root}: reward {name!r} is none that the run has started; those are: "
+                f"{', '.join(own) or 'none'} (one with a url is scaled where it is served)"
+            )
     try:
         queue = _open(run, config, "driver")
     except (EmbeddedServerError, QueueUnreachable) as error:
@@ -182,7 +192,10 @@ def scale_run(run: RunDirectory, workers: int) -> None:
     state = queue.state()
     if state not in ("starting", "running", "degraded"):
         raise ConfigError(f"{run.root}: the run is {state or 'not there'}; only one that goes on is scaled")
-    queue.want_workers(workers)
+    if workers is not None:
+        queue.want_workers(workers)
+    for name, count in (replicas or {}).items():
+        queue.want_replicas(name, count)
 
 
 def _open(run: RunDirectory, config: Config, part: QueuePart) -> GroupQueue:

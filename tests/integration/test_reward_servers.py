@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +23,7 @@ from quickstart.words import prompt_of, train_word
 from reward_servers import launch
 from reward_servers.client import RewardClient, RewardRefused
 from reward_servers.deployment import build, deployment_of
-from reward_servers.launch import RewardsNotReady, start_rewards, stop_rewards
+from reward_servers.launch import RewardsNotReady, scale_reward, start_rewards, stop_rewards
 from reward_servers.protocol import JSON_TYPE, TENSOR_TYPE, ErrorBody
 from reward_servers.server_config import ServerConfig
 from reward_servers.wire import encode_tensors
@@ -163,6 +164,37 @@ def test_a_scorer_of_another_package_is_served_by_where_it_is(urls: dict[str, st
         assert client.score(np.zeros((2, 2, 2, 3), np.uint8), "p").scores == (0.0, 0.0)
     finally:
         client.close()
+
+
+def test_replicas_come_and_go_and_those_that_are_there_stay(urls: dict[str, str], token_file: Path) -> None:
+    timed = RewardConfig(name="counted", app=TIMED, args={"image_s": 0}, num_cpus=0.1)
+    found = start_rewards([timed], token_file=token_file, port=0, deadline_s=DEADLINE_S)
+    client = RewardClient("counted", found["counted"], TOKEN, DEADLINE_S, app=TIMED)
+
+    def processes() -> set[int]:
+        title = f"ray::ServeReplica:{urls_owner}-counted:reward"
+        seen = psutil.process_iter(["pid", "cmdline"])
+        return {one.pid for one in seen if "".join(one.info["cmdline"] or ()).startswith(title)}
+
+    def become(count: int) -> set[int]:
+        scale_reward(timed, count, token_file=token_file)
+        give_up = time.monotonic() + DEADLINE_S
+        while len(there := processes()) != count:
+            assert time.monotonic() < give_up, there
+            # Whatever comes and goes, every request is answered.
+            assert client.score(np.zeros((1, 2, 2, 3), np.uint8), "p").scores == (0.0,)
+        return there
+
+    urls_owner = f"reward-{found['counted'].split('/')[-2]}"
+    first = become(1)
+    assert become(3) > first, "a replica was replaced where others should have come beside it"
+    assert len(become(1)) == 1
+    client.close()
+
+
+def test_a_reward_of_somebody_else_is_not_scaled(token_file: Path) -> None:
+    with pytest.raises(ValueError, match="reward 'nobodys' was not started here"):
+        scale_reward(RewardConfig(name="nobodys", app="jpeg"), 2, token_file=token_file)
 
 
 def test_a_wrong_token_is_refused(urls: dict[str, str], words: tuple[list[str], NDArray[np.uint8]]) -> None:

@@ -73,6 +73,28 @@ def test_what_every_part_does_is_told_and_who_is_silent(run: RunDirectory, queue
     assert "rollout-1 died 5 times" in text_of(run)
 
 
+def test_what_is_wanted_is_told_to_the_driver_and_what_cannot_be_is_named(
+    run: RunDirectory, queue: GroupQueue
+) -> None:
+    def scale(*arguments: str) -> tuple[int, str]:
+        said = CliRunner().invoke(app, ["scale", str(run.root), *arguments])
+        return said.exit_code, str(said.exception)
+
+    assert "the run is not there" in scale("--replicas", "ocr=4")[1]
+    queue.set_state("degraded")
+    assert scale("--workers", "3", "--replicas", "ocr=4")[0] == 0
+    assert (queue.wanted_workers(), queue.wanted_replicas(["ocr", "tesseract"])) == (3, {"ocr": 4})
+    for arguments, named in (
+        ([], "nothing to do"),
+        (["--replicas", "ocr"], "give REWARD=N"),
+        (["--replicas", "ocr=0"], "N from 1 on"),
+        (["--replicas", "beauty=2"], "'beauty' is none that the run has started; those are: ocr, tesseract"),
+    ):
+        code, told = scale(*arguments)
+        assert code != 0 and named in told
+    assert queue.wanted_replicas(["ocr"]) == {"ocr": 4}
+
+
 def test_looking_changes_nothing_and_a_driver_is_told(run: RunDirectory, queue: GroupQueue) -> None:
     assert run_status(run).driver is None
     with run.locked():
