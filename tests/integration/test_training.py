@@ -1,7 +1,8 @@
 """Whole runs on real Ray, Valkey, Ray Train and reward servers: what must hold whatever happens in between.
 
 At `max_staleness: 0` the weights are a pure function of configuration and seed, so the digest of an
-undisturbed run is what every disturbed one is held against.
+undisturbed run is what every disturbed one is held against. Runs that lose their parts are slow here: beside
+them there is the schedule of faults in tests/chaos.
 """
 
 from __future__ import annotations
@@ -133,6 +134,7 @@ def test_the_weights_do_not_depend_on_the_number_of_workers_nor_on_their_way_to_
     assert {row.when for row in metrics.evals} == {"before", "after"}
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_same_weights(recipe: Callable[..., Config], digest: str) -> None:
     config = recipe("rollout.workers=2", "learner.publish_through=shared_directory")
     directory = RunDirectory.create(config)
@@ -168,6 +170,7 @@ def test_a_finished_run_goes_on_with_more_and_larger_steps(recipe: Callable[...,
     assert "held-out ocr" in card
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced_and_nothing_is_lost(
     recipe: Callable[..., Config], digest: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,7 +205,8 @@ def queue_server_of(directory: RunDirectory) -> psutil.Process:
     return server
 
 
-@pytest.mark.parametrize("forgets", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("forgets", [False, True])
 def test_a_killed_queue_server_is_started_again_and_nothing_is_lost(
     recipe: Callable[..., Config], digest: str, forgets: bool
 ) -> None:
@@ -245,6 +249,7 @@ def test_a_queue_server_that_keeps_dying_fails_the_run_with_its_name(
         train(config, directory, Watching(at_row=kill))
 
 
+@pytest.mark.slow
 def test_a_killed_learner_goes_back_to_its_checkpoint(recipe: Callable[..., Config], digest: str) -> None:
     """With all that saves memory and changes nothing of what is computed."""
     pids: list[int] = []
