@@ -155,7 +155,9 @@ def run_chaos_bench(
         place = runs or Path(temporary)
         settings = _settings(server.url, place, steps, on_serve=bool(SERVE & set(chosen)))
         _say(screen, "a run that nobody disturbs")
-        undisturbed = _round(settings, flaky, Schedule((), rng, 0.0), screen)
+        # Of one worker: weights depend on their number as little as on faults.
+        alone = [*settings, "rollout.workers=1"]
+        undisturbed = _round(alone, flaky, Schedule((), rng, 0.0), screen)
         schedule = Schedule(chosen, rng, time.monotonic() + 60 * minutes, most)
         rounds = list[Round]()
         while not rounds or schedule.goes_on:

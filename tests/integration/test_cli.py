@@ -177,8 +177,14 @@ def test_eval_and_report_and_export_work_on_a_run(finished: dict[str, Any], tmp_
     assert (tmp_path / "out" / "pipeline" / "model_index.json").is_file()
 
 
-def test_a_signal_to_the_group_ends_cleanly_and_resume_goes_on(tmp_path: Path) -> None:
-    command = [*DGPO, "train", "quickstart", "--json", *settings(tmp_path, "learner.max_steps=400")]
+def test_a_signal_to_the_group_ends_cleanly(tmp_path: Path) -> None:
+    """Going on from there: tests/chaos, and the slow ones of test_training.py."""
+    alone = (
+        "learner.max_steps=400",
+        "rewards=[{name: ocr, app: ocr, num_cpus: 0.05}]",
+        "eval.final_prompts=1",
+    )
+    command = [*DGPO, "train", "quickstart", "--json", *settings(tmp_path, *alone)]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -209,13 +215,6 @@ def test_a_signal_to_the_group_ends_cleanly_and_resume_goes_on(tmp_path: Path) -
     assert stopped["interrupted"]
     step = stopped["steps"]
     assert (Path(stopped["run_dir"]) / "checkpoints" / f"step-{step}" / "manifest.json").is_file()
-
-    resumed = dgpo(
-        "train", "--resume", stopped["run_dir"], "--json", "--set", f"learner.max_steps={step + 2}"
-    )
-    assert resumed.returncode == 0, resumed.stderr
-    final = result_of(resumed.stdout)
-    assert (final["steps"], final["epoch"]) == (step + 2, 1)
 
 
 @pytest.mark.slow

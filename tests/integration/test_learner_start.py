@@ -41,6 +41,7 @@ def test_a_learner_without_a_place_says_what_it_asked_for(make) -> None:  # type
     assert "has 4 CPU and 0 GPU" in text
 
 
+@pytest.mark.slow
 def test_a_model_that_is_not_there_is_not_looked_for_again(make) -> None:  # type: ignore[no-untyped-def]
     context = make("model.path=no/such/model/here", "learner.num_cpus=0.1")
     with pytest.raises(LearnerFailed, match=r"^PolicyError: .*no/such/model/here"):

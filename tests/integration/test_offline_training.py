@@ -93,6 +93,7 @@ def live(settings: list[str], ray_local: None) -> tuple[Config, Path, str]:
     return config, outcome.run.root, outcome.weights_digest
 
 
+@pytest.mark.slow
 def test_an_offline_run_ends_with_the_weights_of_the_run_it_was_recorded_from(
     live: tuple[Config, Path, str], settings: list[str]
 ) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
-import signal
 import subprocess
 import sys
 import time
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import pytest
 from diffusers import StableDiffusion3Pipeline
 from test_cli import settings
@@ -65,7 +66,11 @@ def cluster() -> Iterator[Cluster]:
             time.sleep(1)
         yield made
     finally:
-        head.send_signal(signal.SIGTERM)
+        # Ray takes half a minute to end by itself.
+        processes = psutil.Process(head.pid).children(recursive=True)
+        for process in (psutil.Process(head.pid), *processes):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         head.wait(timeout=60)
 
 

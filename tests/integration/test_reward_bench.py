@@ -17,6 +17,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_local")]
 os.environ.setdefault(reward_servers.TOKEN_ENV, "a-token-for-tests-only")
 
 
+@pytest.mark.slow
 def test_replicas_follow_the_load_and_go_back(monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
     def on_the_ray_of_the_tests(cpus: int) -> Iterator[str]:

@@ -120,6 +120,7 @@ def digest(recipe: Callable[..., Config], undisturbed: dict[str, str]) -> str:
     return undisturbed["digest"]
 
 
+@pytest.mark.slow
 def test_the_weights_do_not_depend_on_the_number_of_workers_nor_on_their_way_to_them(
     recipe: Callable[..., Config], digest: str
 ) -> None:
@@ -232,6 +233,7 @@ def test_a_killed_queue_server_is_started_again_and_nothing_is_lost(
     assert {row.step for row in written.updates} == set(range(1, STEPS + 1))
 
 
+@pytest.mark.slow
 def test_a_queue_server_that_keeps_dying_fails_the_run_with_its_name(
     recipe: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
