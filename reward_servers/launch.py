@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import random
 import secrets
 import socket
 import time
@@ -41,6 +42,10 @@ from services.config import RewardConfig
 log = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
+PORTS = range(20_000, 32_768)
+STARTS = 4
+TAKEN = "Failed to bind to address"
+"""What Serve says of a port that another process has."""
 _POLL_S = 0.2
 _GRACE_S = 5.0
 """How much later than the replica Serve gives a request up, so that the replica's reason is what is seen."""
@@ -187,24 +192,33 @@ def start_serve(host: str, port: int, *, deadline_s: float, request_timeout_s: f
     global _owns_serve
     running = _running_options()
     if running is None:
-        running = HTTPOptions(
-            host=host,
-            port=port or _free_port(host),
-            request_timeout_s=request_timeout_s,
-        )
         # From here on there may be a controller to stop, whether or not the proxy comes up.
         _owns_serve = True
-        try:
-            _start(running, deadline_s)
-        except (RayError, TimeoutError) as error:
-            reason = str(error).strip().splitlines()
-            raise RewardsNotReady(
-                f"Ray Serve did not start on {running.host}:{running.port} within {deadline_s:g} s "
-                f"({type(error).__name__}: {reason[-1] if reason else ''}); is the machine overloaded?"
-            ) from error
+        ports = [port] if port else [_free_port(host) for _ in range(STARTS)]
+        running = _start_on(host, ports, deadline_s=deadline_s, request_timeout_s=request_timeout_s)
     elif (running.host, running.port) != (host, port or running.port):
         log.warning("Serve already runs on %s:%s, and keeps that address", running.host, running.port)
     return f"http://{running.host}:{running.port}"
+
+
+def _start_on(host: str, ports: Sequence[int], *, deadline_s: float, request_timeout_s: float) -> HTTPOptions:
+    """On the first of these ports that nobody has taken by then."""
+    for port in ports:
+        options = HTTPOptions(host=host, port=port, request_timeout_s=request_timeout_s)
+        try:
+            _start(options, deadline_s)
+        except (RayError, TimeoutError) as error:
+            if TAKEN in str(error) and port != ports[-1]:
+                log.warning("port %d was taken while Serve started; another one is tried", port)
+                serve.shutdown()
+                continue
+            reason = str(error).strip().splitlines()
+            raise RewardsNotReady(
+                f"Ray Serve did not start on {host}:{port} within {deadline_s:g} s "
+                f"({type(error).__name__}: {reason[-1] if reason else ''}); is the machine overloaded?"
+            ) from error
+        return options
+    raise AssertionError("unreachable: the last port is started on, or raises")
 
 
 def _start(options: HTTPOptions, deadline_s: float) -> None:
@@ -342,6 +356,14 @@ def _last_lines(messages: Sequence[str]) -> str:
 
 
 def _free_port(host: str) -> int:
+    """One that is free now, below those that the system hands out by itself: Ray's processes take many of
+    those between this look and the start of the proxy."""
+    for port in random.SystemRandom().sample(PORTS, 20):
+        try:
+            with socket.create_server((host, port)):
+                return port
+        except OSError:
+            continue
     with socket.create_server((host, 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
+        found: int = probe.getsockname()[1]
+        return found
