@@ -26,10 +26,11 @@ POLL_S = 0.1
 
 
 class QueueKeeper:
-    """See the module.
+    """See the module; a server runs inside the block (`server.url`, `server.password`).
 
-    >>> with QueueKeeper(Path("runs/demo/queue")) as keeper:  # doctest: +SKIP
-    ...     client = connect(keeper.server.url, keeper.server.password)
+    Args:
+        directory: the server's.
+        max_restarts: in all.
     """
 
     def __init__(self, directory: Path, *, max_restarts: int = MAX_RESTARTS) -> None:
