@@ -1,7 +1,8 @@
 """What everyone may read and say about a run: status, state, heartbeats, announced weights, metrics.
 
 Promises
-- Everything here is bounded: announcements to 16, metrics to about 4096 rows, heartbeats by a time to live.
+- Everything here is bounded: announcements to 16, metrics to about 512 rows, which the driver moves into the
+  run directory, heartbeats by a time to live.
 - Reads change nothing.
 """
 
@@ -15,7 +16,7 @@ from services.messages import DeadLetter, Heartbeat, PolicyVersion, WeightsAnnou
 from services.queue_types import Frontier, HeldLease, QueueStatus, RunState
 from services.queue_worker import QueueWorker
 
-METRICS_ROWS = 4096
+METRICS_ROWS = 512
 HEARTBEAT_TTL_S = 15.0
 
 
