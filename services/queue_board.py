@@ -54,13 +54,17 @@ class QueueBoard(QueueWorker):
         )
 
     def frontier(self) -> Frontier:
-        """Which ordinals are resolved now."""
+        """Which ordinals are resolved now; of a learner that has begun, in its own epoch and step."""
         pipeline = self._client.pipeline(transaction=True)
-        pipeline.hget(self._keys.key("policy"), "below")
+        pipeline.hmget(self._keys.key("policy"), "below", "epoch", "step")
         pipeline.zrange(self._keys.key("trained"), 0, -1)
         pipeline.smembers(self._keys.key("dead_ordinals"))
-        below, above, dead = pipeline.execute()
+        (below, epoch, step), above, dead = pipeline.execute()
+        self._check_place(epoch, step)
         return Frontier.of(int(below or 0), map(int, above), map(int, dead))
+
+    def _check_place(self, epoch: bytes | None, step: bytes | None) -> None:
+        """Who only looks takes what is there."""
 
     def dead_letters(self) -> list[DeadLetter]:
         """The ordinals that were given up, oldest first, with their reasons."""

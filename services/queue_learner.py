@@ -171,8 +171,23 @@ class QueueLearner(QueueIntake):
         self._accept(self._scripts.run("plan", version.epoch, version.step, *pairs), version)
 
     def frontier_after(self, ordinals: Sequence[int]) -> Frontier:
-        """The frontier as it will be after the commit of these, for a checkpoint written before it."""
+        """The frontier as it will be after the commit of these, for a checkpoint written before it.
+
+        Raises:
+            Fenced, StateLost: see the module; the checkpoint must not be written then.
+        """
         return self.frontier().with_trained(ordinals)
+
+    def _check_place(self, epoch: bytes | None, step: bytes | None) -> None:
+        # A server that has lost its data would give a checkpoint an empty frontier: all was trained again.
+        if self._version is None:
+            return
+        found = None if epoch is None else PolicyVersion(epoch=int(epoch), step=int(step or 0))
+        if found == self._version:
+            return
+        fenced = found is not None and found.epoch > self._version.epoch
+        told = b"none" if found is None else str(found).encode()
+        self._accept([b"FENCED" if fenced else b"LOST", told], self._version)
 
     def _at(self) -> PolicyVersion:
         if self._version is None:

@@ -233,6 +233,10 @@ def test_a_server_that_lost_everything_is_noticed_and_refilled_from_the_checkpoi
         run.learner.take(2, deadline_s=10)
     with pytest.raises(StateLost):
         run.learner.commit(weights(version(0, 3)), [4, 5])
+    # A checkpoint is written before the commit: it must not say that nothing was trained before.
+    for look in (run.learner.frontier, lambda: run.learner.frontier_after([4, 5])):
+        with pytest.raises(StateLost, match=r"learner is at 0\.2, the queue at none"):
+            look()
     assert run.worker.issue("w0") is None
     assert run.begin(checkpoint=version(0, 2), frontier=frontier) == version(1, 2)
     assert run.fill() == [4, 5]
@@ -253,6 +257,8 @@ def test_a_server_that_lost_the_last_commit_is_noticed(run: Run, valkey: Embedde
     client.hset(run.raw("policy"), "step", 1)
     with pytest.raises(StateLost, match=r"learner is at 0\.2, the queue at 0\.1"):
         run.learner.take(2, deadline_s=10)
+    with pytest.raises(StateLost, match=r"learner is at 0\.2, the queue at 0\.1"):
+        run.learner.frontier_after([4, 5])
 
 
 def test_a_commit_sent_twice_is_one_commit(run: Run) -> None:
