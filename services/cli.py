@@ -9,14 +9,14 @@ Promises
 from __future__ import annotations
 
 import importlib.metadata
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from services import cli_eval
+from services.cli_bench import bench
+from services.cli_options import Json, Overrides, Recipe, emit, screen
 from services.cli_reward import reward
 from services.config_file import ConfigError, dump_config, load_config
 from services.exit_codes import run
@@ -29,24 +29,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-bench = typer.Typer(
-    help="Measure the system's own overheads, side by side with the floor.", no_args_is_help=True
-)
 app.add_typer(bench, name="bench")
 app.add_typer(reward, name="reward")
-
-screen = Console(stderr=True)
-
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="SECTION.KEY=VALUE", help="Override a value of the recipe; may be repeated."
-    ),
-]
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object as the last line of standard output.")
-]
-Recipe = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe (quickstart).")]
 
 
 @app.callback()
@@ -101,7 +85,7 @@ def record(
 
     result = record_groups(load_config(recipe, overrides or ()), groups, out, screen)
     if as_json:
-        _emit(result)
+        emit(result)
     if result["interrupted"]:
         raise typer.Exit(INTERRUPTED)
 
@@ -142,7 +126,7 @@ def status(
     found = run_status(run)
     screen.print(drawn(found))
     if as_json:
-        _emit(found.model_dump(mode="json"))
+        emit(found.model_dump(mode="json"))
 
 
 @app.command()
@@ -193,7 +177,7 @@ def doctor(recipe: Recipe, overrides: Overrides = None, as_json: Json = False) -
     findings = examine(load_config(recipe, overrides or ()))
     screen.print(table(findings))
     if as_json:
-        _emit({"ok": all(f.ok for f in findings), "findings": [f.model_dump() for f in findings]})
+        emit({"ok": all(f.ok for f in findings), "findings": [f.model_dump() for f in findings]})
     if not all(f.ok for f in findings):
         raise typer.Exit(1)
 
@@ -219,7 +203,7 @@ def config(
         raise ConfigError("give a recipe, or --docs for the reference of all settings")
     resolved = load_config(recipe, overrides or ())
     if as_json:
-        _emit(resolved.model_dump(mode="json"))
+        emit(resolved.model_dump(mode="json"))
     else:
         typer.echo(dump_config(resolved), nl=False)
 
@@ -237,7 +221,7 @@ def encode(recipe: Recipe, overrides: Overrides = None, as_json: Json = False) -
         soft_wrap=True,
     )
     if as_json:
-        _emit(result)
+        emit(result)
 
 
 @app.command()
@@ -270,139 +254,6 @@ def prompts(
         raise ConfigError(str(error)) from error
     write_records(out, records)
     screen.print(f"wrote {len(records)} prompts to {out}", highlight=False, soft_wrap=True)
-
-
-@bench.command("queue")
-def bench_queue(as_json: Json = False) -> None:
-    """Whole groups through the queue, against raw pipelined XADD/XREAD of the same bytes."""
-    from benchmarks.queue import run_queue_bench
-
-    _bench(run_queue_bench(screen), as_json)
-
-
-@bench.command("weights")
-def bench_weights(as_json: Json = False) -> None:
-    """75 MB of LoRA tensors to 8 workers, against the bare copies."""
-    from benchmarks.weights import run_weights_bench
-
-    _bench(run_weights_bench(screen), as_json)
-
-
-@bench.command("overlap")
-def bench_overlap(as_json: Json = False) -> None:
-    """Step time at staleness 0 and 1 with timed waits for model work."""
-    from benchmarks.overlap import run_overlap_bench
-
-    _bench(run_overlap_bench(screen), as_json)
-
-
-@bench.command("memory")
-def bench_memory(as_json: Json = False) -> None:
-    """Peak memory of an update against group size, with the deferred group weight and without."""
-    from benchmarks.memory import run_memory_bench
-
-    _bench(run_memory_bench(screen), as_json)
-
-
-@bench.command("cost")
-def bench_cost(as_json: Json = False) -> None:
-    """Forward passes and time of sampling and of an update, for each objective and several models."""
-    from benchmarks.cost import run_cost_bench
-
-    _bench(run_cost_bench(screen), as_json)
-
-
-@bench.command("ranks")
-def bench_ranks(as_json: Json = False) -> None:
-    """The same updates on one, two and four ranks of this machine."""
-    from benchmarks.ranks import run_ranks_bench
-
-    _bench(run_ranks_bench(screen), as_json)
-
-
-@bench.command("gpu")
-def bench_gpu(
-    tiny: Annotated[
-        bool, typer.Option("--tiny", help="A functional check on the CPU, no measurement.")
-    ] = False,
-    overrides: Overrides = None,
-    as_json: Json = False,
-) -> None:
-    """SD3.5-medium with random weights on this GPU: rollouts, updates, weights and whole steps."""
-    from benchmarks.gpu import run_gpu_bench
-
-    def say(line: str) -> None:
-        screen.print(line, markup=False, highlight=False, soft_wrap=True)
-
-    _bench(run_gpu_bench(say, tiny=tiny, overrides=overrides or ()), as_json)
-
-
-@bench.command("load")
-def bench_load(as_json: Json = False) -> None:
-    """The group queue under 8, 64 and 512 simulated workers with groups of 3 MB."""
-    from benchmarks.load import run_load_bench
-
-    _bench(run_load_bench(screen), as_json)
-
-
-@bench.command("soak")
-def bench_soak(
-    groups: Annotated[int, typer.Option(min=400, help="Trained in all.")] = 50_000, as_json: Json = False
-) -> None:
-    """Many groups through the real loops without any model: does memory grow?"""
-    from benchmarks.soak import run_soak_bench
-
-    _bench(run_soak_bench(screen, groups=groups), as_json)
-
-
-@bench.command("chaos")
-def bench_chaos(
-    faults: Annotated[
-        str, typer.Option("--faults", help="Names with commas between them; none: all of them.")
-    ] = "",
-    minutes: Annotated[float, typer.Option(help="No new run is begun behind these.")] = 10.0,
-    seed: Annotated[int, typer.Option(help="Of the order and the moments of the faults.")] = 0,
-    runs: Annotated[
-        Path | None, typer.Option(help="Folder that keeps the runs; none: a temporary one.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Kill and pause parts of real runs, and hold their weights against those of an undisturbed one."""
-    from benchmarks.chaos import run_chaos_bench
-
-    names = tuple(filter(None, map(str.strip, faults.split(","))))
-    result = run_chaos_bench(screen, minutes=minutes, faults=names, seed=seed, runs=runs)
-    _bench(result, as_json)
-    if not result["equal"] or result["lost"] or result["repeated"] or result["dead"]:
-        raise typer.Exit(1)
-
-
-@bench.command("compare")
-def bench_compare(
-    name: Annotated[str, typer.Argument(help="search, objectives, ablations, staleness or conditions.")],
-    runs: Annotated[Path, typer.Option(help="Folder of the runs; what is finished there is kept.")] = Path(
-        "runs/compare"
-    ),
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each entry.")] = 3,
-    overrides: Overrides = None,
-    as_json: Json = False,
-) -> None:
-    """Whole training runs side by side: score against seconds and images, over seeds."""
-    from benchmarks.comparison import run_comparison
-    from benchmarks.comparisons import COMPARISONS
-
-    if name not in COMPARISONS:
-        raise typer.BadParameter(f"{name!r} is none of {', '.join(COMPARISONS)}")
-    _bench(run_comparison(name, seeds=seeds, runs=runs, screen=screen, overrides=overrides or ()), as_json)
-
-
-def _bench(result: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        _emit(result)
-
-
-def _emit(result: dict[str, Any]) -> None:
-    typer.echo(json.dumps(result))
 
 
 def main() -> None:

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
+from services.cli_options import Json, emit, screen
 from services.config_file import ConfigError
 
 if TYPE_CHECKING:
     from services.config import Config
     from services.suites.prompts import Suite
-
-screen = Console(stderr=True)
-
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object as the last line of standard output.")
-]
 
 
 def evaluate(
@@ -127,7 +120,7 @@ def evaluate(
             images=images,
         )
     if as_json:
-        typer.echo(json.dumps(result))
+        emit(result)
 
 
 def compare(
@@ -154,7 +147,7 @@ def compare(
         _say(f"beside their scores they differ in:\n{told}")
     screen.print(comparison_table(found))
     if as_json:
-        typer.echo(json.dumps(found))
+        emit(found)
 
 
 def _evaluate_suite(

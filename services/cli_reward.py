@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from services.cli_options import Json, emit, screen
 from services.config_file import ConfigError
 from services.exit_codes import FAILED
 
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 reward = typer.Typer(
     help="Reward servers on their own: serve one, score images, measure.", no_args_is_help=True
 )
-screen = Console(stderr=True)
 
 ScorerArgs = Annotated[
     str, typer.Option("--args", metavar="JSON", help="Arguments of the scorer, as a JSON object.")
@@ -44,9 +44,6 @@ TokenFile = Annotated[
     Path | None, typer.Option("--token-file", help="File with the bearer token, mode 0600.")
 ]
 TokenEnv = Annotated[str | None, typer.Option("--token-env", help="Variable that holds the bearer token.")]
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object as the last line of standard output.")
-]
 
 
 def default_token_file() -> Path:
@@ -68,7 +65,7 @@ def list_scorers(as_json: Json = False) -> None:
         table.add_row(name, Text(summary))
     if as_json:
         screen.print(table)
-        _emit({"scorers": [{"app": name, "summary": summary} for name, summary in summaries.items()]})
+        emit({"scorers": [{"app": name, "summary": summary} for name, summary in summaries.items()]})
     else:
         Console().print(table)
 
@@ -116,7 +113,7 @@ def serve(
         if host not in (LOOPBACK, "localhost", "::1"):
             screen.print("plain HTTP: put TLS in front of it, or the token can be read on its way")
         if as_json:
-            _emit({"app": app, "url": url, "token_file": None if token_file is None else str(token_file)})
+            emit({"app": app, "url": url, "token_file": None if token_file is None else str(token_file)})
             sys.stdout.flush()
 
     try:
@@ -185,7 +182,7 @@ def score(
         result["scores"] = [item.score for item in items]
         result["details"] = [item.details for item in items]
         result["errors"] = [{"index": i, "error": item.error} for i, item in enumerate(items) if item.error]
-        _emit(result)
+        emit(result)
     if any(item.error for item in items):
         raise typer.Exit(FAILED)
 
@@ -217,7 +214,7 @@ def bench(
         pass_s=seconds,
     )
     if as_json:
-        _emit(result)
+        emit(result)
 
 
 def _summary(name: str) -> str:
@@ -290,7 +287,3 @@ def _scores_table(images: list[Path], items: list[ItemScore]) -> Table:
         said = item.error or ", ".join(f"{key}: {value}" for key, value in item.details.items())
         table.add_row(Text(str(path)), shown, Text(said, style="red" if item.error else ""))
     return table
-
-
-def _emit(result: dict[str, Any]) -> None:
-    typer.echo(json.dumps(result))

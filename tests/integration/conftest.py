@@ -1,13 +1,24 @@
-"""What integration tests share: one small Ray on loopback."""
+"""What integration tests share: one small Ray, a reward server, and small whole runs with their digest."""
+
+from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import ray
+from small_runs import SMALL, STEPS, TOKEN_VARIABLE, run
+
+from reward_servers.app import create_app
+from reward_servers.local import LocalServer
+from reward_servers.server_config import ServerConfig
+from services.config import Config
+from services.config_file import load_config
+from services.ray_runtime import on_loopback
 
 # Ray's workers inherit the environment of the moment in which Ray starts.
-os.environ["DGPO_TEST_REWARD_TOKEN"] = "a-token-for-tests-only"
+os.environ[TOKEN_VARIABLE] = "a-token-for-tests-only"
 
 
 @pytest.fixture(scope="session")
@@ -15,13 +26,56 @@ def ray_local() -> Iterator[None]:
     """A Ray of four (logical) CPUs on loopback, for the whole test session."""
     # Ray's workers are nice (15) by default: beside anything else they would get next to no time.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        _node_ip_address="127.0.0.1",
-        object_store_memory=200 * 1024**2,
-        log_to_driver=False,
-    )
+    with on_loopback():
+        ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            _node_ip_address="127.0.0.1",
+            object_store_memory=200 * 1024**2,
+            log_to_driver=False,
+        )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def ocr_url() -> Iterator[str]:
+    """A reward server that reads words."""
+    with LocalServer(create_app(ServerConfig(app="ocr", token_env=TOKEN_VARIABLE))) as server:
+        yield server.url
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, ocr_url: str) -> Callable[..., Config]:
+    """Overrides -> the quickstart, over in seconds."""
+
+    def make(*overrides: str) -> Config:
+        return load_config(
+            "quickstart",
+            [
+                f"run.directory={tmp_path}",
+                *SMALL,
+                "learner.groups_per_step=2",
+                f"learner.max_steps={STEPS}",
+                "eval.every_steps=0",
+                "eval.final_prompts=4",
+                f"rewards=[{{name: ocr, url: '{ocr_url}', token_env: {TOKEN_VARIABLE}}}]",
+                *overrides,
+            ],
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def undisturbed() -> dict[str, str]:
+    """The digest of a run that nobody disturbed, once it is known."""
+    return {}
+
+
+@pytest.fixture
+def digest(recipe: Callable[..., Config], undisturbed: dict[str, str]) -> str:
+    if not undisturbed:
+        undisturbed["digest"] = run(recipe("rollout.workers=1")).weights_digest
+    return undisturbed["digest"]

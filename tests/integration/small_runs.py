@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from rich.console import Console
 
-from services.messages import Heartbeat
-from services.metrics import UpdateRow
+from services.config import Config
+from services.driver import train
+from services.messages import Heartbeat, PolicyVersion
+from services.metrics import AnyRow, UpdateRow
+from services.monitor import Outcome
 from services.progress import Progress
+from services.queue_types import RunState
+from services.ray_metrics import RunMetrics
+from services.run_directory import RunDirectory
+
+STEPS = 4
+TOKEN_VARIABLE = "DGPO_TEST_REWARD_TOKEN"
 
 SMALL = (
     "rollout.group_size=4",
@@ -47,3 +56,33 @@ class Watching(Progress):
         super().heartbeats(beats)
         self.pids |= {beat.part: beat.pid for beat in beats}
         self._at_beats(beats)
+
+
+def run(config: Config, view: Progress | None = None) -> Outcome:
+    return train(config, RunDirectory.create(config), view or Watching())
+
+
+class Heard(RunMetrics):
+    """What a run tells Ray's metrics."""
+
+    last: Heard
+
+    def __init__(self, run: str, rewards: Iterable[str] = ()) -> None:
+        self.rows: list[AnyRow] = []
+        self.states: list[str] = []
+        self.parts: set[str] = set()
+        Heard.last = self
+        super().__init__(run, rewards)
+
+    def add(self, row: AnyRow) -> None:
+        self.rows.append(row)
+        super().add(row)
+
+    def state(self, state: RunState) -> None:
+        self.states.append(state)
+        super().state(state)
+
+    def beats(self, alive: Iterable[Heartbeat], newest: PolicyVersion | None) -> None:
+        beats = list(alive)
+        self.parts |= {beat.part for beat in beats}
+        super().beats(beats, newest)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from queue_support import Run, version
-from small_runs import SMALL, Watching
+from small_runs import SMALL, TOKEN_VARIABLE, Watching
 
 from reward_servers.app import create_app
 from reward_servers.local import LocalServer
@@ -31,7 +31,6 @@ from services.telemetry import read_metrics
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 STEPS = 6
-TOKEN_VARIABLE = "DGPO_TEST_REWARD_TOKEN"
 
 
 class Brightness(Scorer):

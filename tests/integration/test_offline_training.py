@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from small_runs import TOKEN_VARIABLE
 
-from reward_servers.app import create_app
-from reward_servers.local import LocalServer
-from reward_servers.server_config import ServerConfig
 from services.config import Config
 from services.config_file import load_config
 from services.driver import train
@@ -28,14 +25,7 @@ from services.telemetry import read_metrics
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_local"), pytest.mark.timeout(600)]
 
-TOKEN_VARIABLE = "DGPO_TEST_REWARD_TOKEN"
 STEPS = 4
-
-
-@pytest.fixture(scope="module")
-def ocr_url() -> Iterator[str]:
-    with LocalServer(create_app(ServerConfig(app="ocr", token_env=TOKEN_VARIABLE))) as server:
-        yield server.url
 
 
 @pytest.fixture(scope="module")

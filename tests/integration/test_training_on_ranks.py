@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_runs import SMALL, Watching
+from small_runs import SMALL, TOKEN_VARIABLE, Watching
 from torch import Tensor
 
 from learner.checkpoint import newest_checkpoint
 from learner.ray_train import LearnerFailed, fit
-from reward_servers.app import create_app
-from reward_servers.local import LocalServer
-from reward_servers.server_config import ServerConfig
 from services.config import Config
 from services.config_file import load_config
 from services.context import RunContext, SecretPlace
@@ -36,15 +33,8 @@ from services.telemetry import read_metrics
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_local"), pytest.mark.timeout(900)]
 
-TOKEN_VARIABLE = "DGPO_TEST_REWARD_TOKEN"
 STEPS, GROUPS = 4, 3
 """Three groups for two ranks: the shares of an update are never the same."""
-
-
-@pytest.fixture(scope="module")
-def ocr_url() -> Iterator[str]:
-    with LocalServer(create_app(ServerConfig(app="ocr", token_env=TOKEN_VARIABLE))) as server:
-        yield server.url
 
 
 @pytest.fixture(scope="module")

