@@ -22,15 +22,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.queue import announcement, header, latents_of
 from services.config import QueueConfig
 from services.embedded import EmbeddedValkey
-from services.group_queue import Admitted, GroupQueue, Lease, RunEnded, connect, encode_group
-from services.messages import GroupHeader, PolicyVersion, Prompt, WeightsAnnouncement
+from services.group_queue import Admitted, GroupQueue, RunEnded, connect, encode_group
+from services.messages import PolicyVersion
 
 WORKERS: Final = (8, 64, 512)
 PROCESSES: Final = 4
-GROUP_SIZE: Final = 16
-CHANNELS: Final = 16
 LATENCY_TARGET_S: Final = 0.05
 """Of `issue`, 99th percentile."""
 DEADLINE_S: Final = 120.0
@@ -87,7 +86,7 @@ def _measure(
     window = (MAX_STALENESS + 1) * groups
     config = QueueConfig(max_staleness=MAX_STALENESS, max_groups=2 * window)
     queue = GroupQueue(connect(server.url, server.password), RUN, config)
-    version = queue.begin_epoch(_announcement, limit=10**9, window=window)
+    version = queue.begin_epoch(announcement, limit=10**9, window=window)
     spawn = multiprocessing.get_context("spawn")
     shares = [range(workers)[part::PROCESSES] for part in range(min(PROCESSES, workers))]
     begun, measuring = spawn.Barrier(len(shares) + 1), spawn.Event()
@@ -106,7 +105,7 @@ def _measure(
     while (now := time.monotonic()) < over:
         taken = queue.take(groups, deadline_s=DEADLINE_S)
         following = PolicyVersion(epoch=version.epoch, step=version.step + 1)
-        version = queue.commit(_announcement(following), [group.header.ordinal for group in taken])
+        version = queue.commit(announcement(following), [group.header.ordinal for group in taken])
         if measuring.is_set():
             trained += groups
             deepest = max(deepest, queue.status().depth)
@@ -151,7 +150,7 @@ def _simulate(
     """Some of the workers, each a thread with a connection of its own."""
     torch.set_num_threads(1)
     url, password, config = place
-    latents = torch.randn(GROUP_SIZE, CHANNELS, group_bytes // (4 * GROUP_SIZE * CHANNELS))
+    latents = latents_of(group_bytes)
     latencies: list[float] = []
     waits, counts = [0] * len(share), [0] * len(share)
 
@@ -169,7 +168,7 @@ def _simulate(
                     queue.wait_for_work(1.0)
                     continue
                 time.sleep(sample_s * rng.uniform(0.8, 1.2))
-                group = encode_group(_header(name, lease), {"latents": latents})
+                group = encode_group(header(RUN, lease, name), {"latents": latents})
                 while queue.admit(group) is Admitted.FULL:
                     time.sleep(0.1)
                 counts[index] += measuring.is_set()
@@ -183,26 +182,6 @@ def _simulate(
     for thread in threads:
         thread.join()
     answers.put((latencies, sum(waits), counts))
-
-
-def _header(worker: str, lease: Lease) -> GroupHeader:
-    return GroupHeader(
-        run=RUN,
-        ordinal=lease.ordinal,
-        attempt=lease.attempt,
-        version=lease.version,
-        prompt=Prompt(text="a sign"),
-        seeds=tuple(range(GROUP_SIZE)),
-        rewards={"ocr": (0.5,) * GROUP_SIZE},
-        details={},
-        worker=worker,
-        sample_s=1.0,
-        reward_s=0.1,
-    )
-
-
-def _announcement(version: PolicyVersion) -> WeightsAnnouncement:
-    return WeightsAnnouncement(version=version, digest="0" * 64, tensors=1, bytes=1)
 
 
 def _table(result: dict[str, Any]) -> Table:

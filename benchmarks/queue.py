@@ -75,8 +75,8 @@ def run_queue_bench(
 
 def _compare(server: EmbeddedValkey, size: int, groups: int, steps: int, passes: int) -> dict[str, Any]:
     client = redis.Redis.from_url(server.url, password=server.password, protocol=2)
-    latents = torch.randn(GROUP_SIZE, CHANNELS, size // (4 * GROUP_SIZE * CHANNELS))
-    group = encode_group(_header("raw", Lease(0, 1, PolicyVersion(epoch=0, step=0))), {"latents": latents})
+    latents = latents_of(size)
+    group = encode_group(header("raw", Lease(0, 1, PolicyVersion(epoch=0, step=0))), {"latents": latents})
     entry = {"ordinal": 0, "header": group.header, "sha256": group.sha256, "payload": group.payload}
     _raw_pass(client, entry, groups, 1)
     _our_pass(server, "warm-up", latents, groups, 1)
@@ -123,27 +123,34 @@ def _our_pass(server: EmbeddedValkey, run: str, latents: torch.Tensor, groups: i
     config = QueueConfig(max_staleness=0)
     worker = GroupQueue(connect(server.url, server.password), run, config)
     learner = GroupQueue(connect(server.url, server.password), run, config)
-    version = learner.begin_epoch(_announcement, limit=groups * steps, window=groups)
+    version = learner.begin_epoch(announcement, limit=groups * steps, window=groups)
     seconds = 0.0
     for _ in range(steps):
         leases = [lease for _ in range(groups) if (lease := worker.issue("bench")) is not None]
-        encoded = [encode_group(_header(run, lease), {"latents": latents}) for lease in leases]
+        encoded = [encode_group(header(run, lease), {"latents": latents}) for lease in leases]
         started = time.perf_counter()
         answers = worker.admit_many(encoded)
         taken = learner.take(groups, deadline_s=60.0)
         following = PolicyVersion(epoch=version.epoch, step=version.step + 1)
-        version = learner.commit(_announcement(following), [group.header.ordinal for group in taken])
+        version = learner.commit(announcement(following), [group.header.ordinal for group in taken])
         seconds += time.perf_counter() - started
         if set(answers) != {Admitted.OK}:
             raise RuntimeError(f"the queue refused a group: {answers}")
     return seconds
 
 
-def _announcement(version: PolicyVersion) -> WeightsAnnouncement:
+def latents_of(size: int) -> torch.Tensor:
+    """Of one group, so many bytes."""
+    return torch.randn(GROUP_SIZE, CHANNELS, size // (4 * GROUP_SIZE * CHANNELS))
+
+
+def announcement(version: PolicyVersion) -> WeightsAnnouncement:
+    """Of weights that nobody fetches."""
     return WeightsAnnouncement(version=version, digest="0" * 64, tensors=1, bytes=1)
 
 
-def _header(run: str, lease: Lease) -> GroupHeader:
+def header(run: str, lease: Lease, worker: str = "bench") -> GroupHeader:
+    """Of a group of `GROUP_SIZE` samples."""
     return GroupHeader(
         run=run,
         ordinal=lease.ordinal,
@@ -152,7 +159,7 @@ def _header(run: str, lease: Lease) -> GroupHeader:
         prompt=Prompt(text='a sign that says "K7QX"', metadata={"word": "K7QX"}),
         seeds=tuple(range(GROUP_SIZE)),
         rewards={"ocr": tuple(place / GROUP_SIZE for place in range(GROUP_SIZE))},
-        worker="bench",
+        worker=worker,
         sample_s=1.0,
         reward_s=1.0,
     )
