@@ -1,6 +1,6 @@
 """Whole runs under a seeded schedule of faults, held against one that nobody disturbed.
 
-Rounds of the quickstart's model in a small configuration at `max_staleness: 0`, where the final weights are a
+Runs of the quickstart's model in a small configuration at `max_staleness: 0`, where the final weights are a
 pure function of configuration and seed: a group that was lost, trained twice, or sampled with other weights
 than it should have been gives another digest. Parts are hit by real signals, from outside, in a run with
 processes of its own (embedded queue, Ray, Ray Train; Ray Serve where a fault needs it). One fault at a time:
@@ -16,21 +16,21 @@ import math
 import os
 import random
 import secrets
+import shutil
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.chaos_faults import FAULTS, SERVE, FaultError, Flaky, Site
+from benchmarks.chaos_faults import FAULTS, SERVE, FaultError, Flaky, Site, resumed
 from reward_servers.app import create_app
 from reward_servers.local import LocalServer
 from reward_servers.server_config import ServerConfig
@@ -80,16 +80,21 @@ class Injected:
     fault: str
     seconds: float
     """Until the next trained step."""
+    aimed: bool
+    """Whether it met what it was aimed at."""
 
 
 @dataclass
-class Round:
-    """One run from start to end."""
+class Disturbed:
+    """One run from its start to its end."""
 
     digest: str
-    groups: int
+    trained: Counter[int]
+    """Ordinal -> how often it was trained, in the surviving lineage."""
+    untold: int
+    """Groups of updates of which the row is lost: metrics wait in the queue for half a second."""
     dead: int
-    injected: list[Injected] = field(default_factory=list)
+    injected: list[Injected]
 
 
 class Schedule:
@@ -116,6 +121,11 @@ class Schedule:
         self._left -= 1
         return self._order.pop()
 
+    def give_back(self, fault: str) -> None:
+        """It could not be seen what became of it: the run had ended."""
+        self._order.append(fault)
+        self._left += 1
+
 
 def run_chaos_bench(
     screen: Console | None = None,
@@ -126,19 +136,22 @@ def run_chaos_bench(
     steps: int = STEPS,
     most: int | None = None,
     runs: Path | None = None,
+    overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Rounds until so many minutes are over; the last one is finished without more faults.
+    """Runs until so many minutes are over; the last one is finished without more faults.
 
     Args:
         faults: names of benchmarks/chaos_faults.py `FAULTS`; none: all of them.
         seed: of the order and the moments of the faults.
         steps: of a run.
         most: faults, in all; None: as many as there is time for.
-        runs: where run directories are made; None: a temporary place.
+        runs: where run directories are made; None: a temporary place, which stays if anything went wrong.
+        overrides: of all runs, `learner.publish_through=process_groups`, say.
 
     Returns:
-        `faults` (by name: times, median and longest seconds), `injected`, `rounds`, groups that were `lost`,
-        `repeated` and `dead`, `equal` (whether every digest is that of the undisturbed run).
+        `faults` (by name: times, how often it met what it was aimed at, median and longest seconds),
+        `injected`, `runs`, groups that were `lost`, `repeated` and `dead` by the ordinals of the updates,
+        `equal` (whether every digest is that of the undisturbed run), `survived` (all is as it should be).
 
     Raises:
         ConfigError: a fault of an unknown name.
@@ -151,18 +164,20 @@ def run_chaos_bench(
     os.environ.setdefault(TOKEN_ENV, secrets.token_urlsafe(32))
     flaky = Flaky(create_app(ServerConfig(app="jpeg", token_env=TOKEN_ENV)))
     rng = random.Random(seed)
-    with tempfile.TemporaryDirectory() as temporary, LocalServer(flaky) as server:
-        place = runs or Path(temporary)
-        settings = _settings(server.url, place, steps, on_serve=bool(SERVE & set(chosen)))
-        _say(screen, "a run that nobody disturbs")
+    place = runs or Path(tempfile.mkdtemp(prefix="dgpo-chaos-"))
+    with LocalServer(flaky) as server:
+        settings = _settings(server.url, place, steps, on_serve=bool(SERVE & set(chosen))) + list(overrides)
+        _say(screen, f"a run that nobody disturbs, in {place}")
         # Of one worker: weights depend on their number as little as on faults.
         alone = [*settings, "rollout.workers=1"]
-        undisturbed = _round(alone, flaky, Schedule((), rng, 0.0), screen)
+        undisturbed = _run(alone, flaky, Schedule((), rng, 0.0), screen)
         schedule = Schedule(chosen, rng, time.monotonic() + 60 * minutes, most)
-        rounds = list[Round]()
-        while not rounds or schedule.goes_on:
-            rounds.append(_round(settings, flaky, schedule, screen))
-    result = _summary(rounds, undisturbed, steps * GROUPS_PER_STEP) | {"seed": seed, "steps": steps}
+        disturbed = list[Disturbed]()
+        while not disturbed or schedule.goes_on:
+            disturbed.append(_run(settings, flaky, schedule, screen))
+    result = _summary(disturbed, undisturbed, steps) | {"seed": seed, "steps": steps}
+    if runs is None and result["survived"]:
+        shutil.rmtree(place)
     if screen is not None:
         screen.print(_table(result))
     return result
@@ -176,13 +191,12 @@ def _settings(url: str, place: Path, steps: int, *, on_serve: bool) -> list[str]
     return [*SMALL, *own]
 
 
-def _round(settings: Sequence[str], flaky: Flaky, schedule: Schedule, screen: Console | None) -> Round:
+def _run(settings: Sequence[str], flaky: Flaky, schedule: Schedule, screen: Console | None) -> Disturbed:
     directory = RunDirectory.create(load_config("quickstart", settings))
 
     def start() -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "services.cli", "train", "--resume", str(directory.root), "--json"]
         with (directory.logs / "chaos-driver.log").open("a") as log:
-            return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+            return resumed(directory, stdout=subprocess.PIPE, stderr=log)
 
     site = Site(directory, flaky, start, start())
     injected: list[Injected] = []
@@ -193,24 +207,34 @@ def _round(settings: Sequence[str], flaky: Flaky, schedule: Schedule, screen: Co
             if _steps_left(site) < SPARE_STEPS:
                 break
             fault = schedule.next()
-            FAULTS[fault](site, schedule.rng)
+            aimed = FAULTS[fault](site, schedule.rng)
             began = time.time()
             row = _next_step(site, began, RECOVERY_S, fault)
             if row is None:
+                schedule.give_back(fault)
                 break
-            injected.append(Injected(fault, row.time - began))
-            _say(screen, f"  {fault}: next step after {row.time - began:.1f} s (step {row.step})")
+            injected.append(Injected(fault, row.time - began, aimed))
+            missed = "" if aimed else " (aim missed)"
+            _say(screen, f"  {fault}{missed}: next step after {row.time - began:.1f} s (step {row.step})")
         out, _ = site.driver.communicate(timeout=RECOVERY_S)
+    except subprocess.TimeoutExpired:
+        raise FaultError(f"the run in {directory.root} did not end within {RECOVERY_S:g} s") from None
     finally:
         if site.driver.poll() is None:
             site.driver.kill()
             site.driver.wait(START_S)
     if site.driver.returncode != 0:
         raise FaultError(f"the run in {directory.root} ended with exit code {site.driver.returncode}")
-    result = json.loads(out.strip().splitlines()[-1])
-    dead = [row for row in read_metrics(directory.root).events if row.what == "dead letter"]
-    _say(screen, f"run over: {len(injected)} faults, digest {result['weights_digest'][:16]}")
-    return Round(result["weights_digest"], result["groups"], len(dead), injected)
+    digest = json.loads(out.strip().splitlines()[-1])["weights_digest"]
+    written = read_metrics(directory.root)
+    _say(screen, f"run over: {len(injected)} faults, digest {digest[:16]}")
+    return Disturbed(
+        digest,
+        trained=Counter(ordinal for row in written.updates for ordinal in row.ordinals),
+        untold=GROUPS_PER_STEP * (written.updates[-1].step - len(written.updates)),
+        dead=sum(row.what == "dead letter" for row in written.events),
+        injected=injected,
+    )
 
 
 def _steps_left(site: Site) -> int:
@@ -234,38 +258,52 @@ def _next_step(site: Site, since: float, deadline_s: float, behind: str) -> Upda
     raise FaultError(f"{behind}: no step within {deadline_s:g} s in {site.directory.root}")
 
 
-def _summary(rounds: Sequence[Round], undisturbed: Round, groups: int) -> dict[str, Any]:
-    seconds: dict[str, list[float]] = defaultdict(list)
-    for one in rounds:
+def _summary(disturbed: Sequence[Disturbed], undisturbed: Disturbed, steps: int) -> dict[str, Any]:
+    by_fault: dict[str, list[Injected]] = defaultdict(list)
+    for one in disturbed:
         for injected in one.injected:
-            seconds[injected.fault].append(injected.seconds)
+            by_fault[injected.fault].append(injected)
+    wanted = range(steps * GROUPS_PER_STEP)
+    lost = [sum(ordinal not in one.trained for ordinal in wanted) - one.untold for one in disturbed]
+    found = {
+        "lost": sum(lost),
+        "repeated": sum(count - 1 for one in disturbed for count in one.trained.values()),
+        "dead": sum(one.dead for one in disturbed),
+    }
+    equal = all(one.digest == undisturbed.digest for one in disturbed)
     return {
         "benchmark": "chaos",
         "faults": {
-            fault: {"times": len(found), "median_s": statistics.median(found), "longest_s": max(found)}
-            for fault, found in sorted(seconds.items())
+            fault: {
+                "times": len(hits),
+                "aimed": sum(hit.aimed for hit in hits),
+                "median_s": statistics.median(hit.seconds for hit in hits),
+                "longest_s": max(hit.seconds for hit in hits),
+            }
+            for fault, hits in sorted(by_fault.items())
         },
-        "injected": sum(map(len, seconds.values())),
-        "rounds": len(rounds),
-        "lost": sum(max(0, groups - one.groups) for one in rounds),
-        "repeated": sum(max(0, one.groups - groups) for one in rounds),
-        "dead": sum(one.dead for one in rounds),
-        "equal": all(one.digest == undisturbed.digest for one in rounds),
+        "injected": sum(map(len, by_fault.values())),
+        "runs": len(disturbed),
+        **found,
+        "untold": sum(one.untold for one in disturbed),
+        "equal": equal,
+        "survived": equal and not any(found.values()),
     }
 
 
 def _table(result: dict[str, Any]) -> Table:
     told = "every digest is that of the undisturbed run" if result["equal"] else "DIGESTS DIFFER"
     title = (
-        f"{result['injected']} faults in {result['rounds']} runs; groups lost {result['lost']}, repeated "
+        f"{result['injected']} faults in {result['runs']} runs; groups lost {result['lost']}, repeated "
         f"{result['repeated']}, dead {result['dead']}; {told}"
     )
     table = Table(title=title, title_justify="left")
     table.add_column("fault")
-    for heading in ("times", "s to the next step, median", "longest"):
+    for heading in ("times", "as aimed", "s to the next step, median", "longest"):
         table.add_column(heading, justify="right")
     for fault, found in result["faults"].items():
-        table.add_row(fault, str(found["times"]), f"{found['median_s']:.1f}", f"{found['longest_s']:.1f}")
+        counts = str(found["times"]), str(found["aimed"])
+        table.add_row(fault, *counts, f"{found['median_s']:.1f}", f"{found['longest_s']:.1f}")
     return table
 
 

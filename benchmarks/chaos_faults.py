@@ -11,11 +11,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import urlsplit
 
 import psutil
+import redis
 
 from reward_servers.protocol import SCORE_PATH
 from services.embedded import EmbeddedServerError, EmbeddedValkey
@@ -41,11 +42,14 @@ class Flaky:
     def __init__(self, app: Any) -> None:
         self._app = app
         self.mode = "well"
+        self.met = 0
+        """Requests that were answered otherwise than well."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http" or scope["path"] != SCORE_PATH or self.mode == "well":
             await self._app(scope, receive, send)
             return
+        self.met += 1
         if self.mode == "slow":
             await asyncio.sleep(1.0)
             await self._app(scope, receive, send)
@@ -68,28 +72,29 @@ class Site:
     start: Callable[[], subprocess.Popen[str]]
     """Start, or resume, the driver."""
     driver: subprocess.Popen[str]
-    stopped: list[psutil.Process] = field(default_factory=list)
-
-    def queue(self) -> GroupQueue:
-        url, password = EmbeddedValkey.join(self.directory.queue)
-        return GroupQueue(connect(url, password), self.directory.name, self.directory.config().queue)
+    _queue: GroupQueue | None = None
 
     def beats(self) -> dict[str, Heartbeat]:
         """Of the parts that live; none while the queue is down."""
         try:
-            return {part: beat for part, beat in self.queue().heartbeats().items() if beat is not None}
-        except (QueueUnreachable, EmbeddedServerError, OSError):
+            if self._queue is None:
+                url, password = EmbeddedValkey.join(self.directory.queue)
+                queue = self.directory.config().queue
+                self._queue = GroupQueue(connect(url, password), self.directory.name, queue)
+            return {part: beat for part, beat in self._queue.heartbeats().items() if beat is not None}
+        except (QueueUnreachable, EmbeddedServerError, OSError, redis.RedisError):
+            self._queue = None
             return {}
 
-    def aim(self, part: str, state: str, rng: random.Random) -> Heartbeat:
-        """A part of this kind, if it can be while it is doing this."""
+    def aim(self, part: str, state: str, rng: random.Random) -> tuple[int, bool]:
+        """The process of a part of this kind, if it can be while it is doing this; and whether it is."""
         give_up, found = time.monotonic() + AIM_S, list[Heartbeat]()
         while True:
             beats = [beat for name, beat in self.beats().items() if name.startswith(part)]
             aimed = [beat for beat in beats if beat.state.startswith(state)]
             found = beats or found
             if aimed or (found and time.monotonic() > give_up):
-                return rng.choice(aimed or found)
+                return rng.choice(aimed or found).pid, bool(aimed)
             if time.monotonic() > give_up + AIM_S:
                 raise FaultError(f"there is no {part} to hit")
             time.sleep(POLL_S)
@@ -113,68 +118,92 @@ class Site:
         raise FaultError("there is no queue server to hit")
 
 
-Fault = Callable[[Site, random.Random], None]
+Fault = Callable[[Site, random.Random], bool]
+"""Injects it; returns whether it met what it was aimed at: a part in that state, a request."""
 
 
 def _kill(part: str, state: str = "") -> Fault:
-    def inject(site: Site, rng: random.Random) -> None:
-        os.kill(site.aim(part, state, rng).pid, signal.SIGKILL)
+    def inject(site: Site, rng: random.Random) -> bool:
+        pid, aimed = site.aim(part, state, rng)
+        os.kill(pid, signal.SIGKILL)
+        return aimed
 
     return inject
 
 
-def _pause_worker(site: Site, rng: random.Random) -> None:
+def _pause_worker(site: Site, rng: random.Random) -> bool:
     """Past its lease, which another worker then gets."""
-    process = psutil.Process(site.aim("rollout-", "sampling", rng).pid)
+    pid, aimed = site.aim("rollout-", "sampling", rng)
+    process = psutil.Process(pid)
     process.suspend()
     try:
         time.sleep(site.directory.config().queue.lease_s * 1.5)
     finally:
         if process.is_running():
             process.resume()
+    return aimed
 
 
-def _kill_queue(site: Site, rng: random.Random) -> None:
+def _kill_queue(site: Site, rng: random.Random) -> bool:
     site.queue_server().kill()
+    return True
 
 
-def _wipe_queue(site: Site, rng: random.Random) -> None:
+def _wipe_queue(site: Site, rng: random.Random) -> bool:
     server = site.queue_server()
     server.suspend()
-    shutil.rmtree(site.directory.queue / "appendonlydir")
-    server.kill()
+    try:
+        shutil.rmtree(site.directory.queue / "appendonlydir")
+    finally:
+        server.kill()
+    return True
 
 
-def _kill_driver(site: Site, rng: random.Random) -> None:
+def _kill_driver(site: Site, rng: random.Random) -> bool:
     site.driver.kill()
     site.driver.wait(REFUSED_S)
     site.driver = site.start()
+    return True
 
 
-def _second_driver(site: Site, rng: random.Random) -> None:
-    command = [sys.executable, "-m", "services.cli", "train", "--resume", str(site.directory.root), "--json"]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=REFUSED_S, check=False)
-    if found.returncode == 0:
-        raise FaultError(f"a second driver was not refused: {found.stdout[-400:]}")
+def resumed(directory: RunDirectory, **streams: Any) -> subprocess.Popen[str]:
+    """A driver of the run, as from the command line."""
+    command = [sys.executable, "-m", "services.cli", "train", "--resume", str(directory.root), "--json"]
+    return subprocess.Popen(command, text=True, **streams)
+
+
+def _second_driver(site: Site, rng: random.Random) -> bool:
+    second = resumed(site.directory, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        _, told = second.communicate(timeout=REFUSED_S)
+    finally:
+        second.kill()
+    if site.driver.poll() is not None:
+        return False  # the run had ended by then
+    if second.returncode != 2 or "another driver" not in told:
+        raise FaultError(f"a second driver was not refused: {second.returncode}: {told[-400:]}")
+    return True
 
 
 def _reward(mode: str) -> Fault:
-    def inject(site: Site, rng: random.Random) -> None:
-        site.flaky.mode = mode
+    def inject(site: Site, rng: random.Random) -> bool:
+        site.flaky.mode, before = mode, site.flaky.met
         try:
             time.sleep(rng.uniform(1.0, 3.0))
         finally:
             site.flaky.mode = "well"
+        return site.flaky.met > before
 
     return inject
 
 
 def _kill_serve(title: str) -> Fault:
-    def inject(site: Site, rng: random.Random) -> None:
+    def inject(site: Site, rng: random.Random) -> bool:
         found = site.processes(title)
         if not found:
             raise FaultError(f"there is no process {title}... to hit")
         rng.choice(found).kill()
+        return True
 
     return inject
 

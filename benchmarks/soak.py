@@ -52,8 +52,11 @@ def run_soak_bench(screen: Console | None = None, *, groups: int = GROUPS) -> di
         groups: trained in all, a multiple of 8.
 
     Returns:
-        `parts`: name -> `early` and `late` (bytes; the mean over a twentieth of the run), `growth`;
-        `seconds`, `groups_s`, `target`, `met`.
+        `parts`: name -> `early` and `late` (bytes; the mean over a tenth of the run), `growth`; `seconds`,
+        `groups_s`, `target`, `met`.
+
+    Raises:
+        RuntimeError: not all groups were trained.
     """
     steps = groups // GROUPS_PER_STEP
     config = load_config(
@@ -68,7 +71,7 @@ def run_soak_bench(screen: Console | None = None, *, groups: int = GROUPS) -> di
     seen: dict[str, list[tuple[float, int]]] = {}
     with tempfile.TemporaryDirectory() as folder, EmbeddedValkey(Path(folder) / "queue") as server:
         place = (server.url, server.password, config)
-        queue = _open(place)
+        queue, client = _open(place), connect(server.url, server.password)
         queue.set_state("running")
         parts = {"learner-0": spawn.Process(target=_learn, args=(place,))}
         parts |= {
@@ -85,7 +88,7 @@ def run_soak_bench(screen: Console | None = None, *, groups: int = GROUPS) -> di
                 done = queue.status().trained / groups
                 for name, looked_at in watched.items():
                     seen.setdefault(name, []).append((done, looked_at.memory_info().rss))
-                used = int(queue._client.info("memory")["used_memory"])
+                used = int(client.info("memory")["used_memory"])
                 seen.setdefault("data in the queue", []).append((done, used))
                 while rows := queue.read_metrics(last):
                     give_up = time.monotonic() + DEADLINE_S
@@ -95,11 +98,14 @@ def run_soak_bench(screen: Console | None = None, *, groups: int = GROUPS) -> di
                     queue.metrics_written(last)
                 if time.monotonic() > give_up:
                     raise RuntimeError(f"no update for {DEADLINE_S:g} s at {done:.0%} of the run")
-                time.sleep(0.25)
+                time.sleep(0.05)
         seconds = time.monotonic() - began
+        code, trained = parts["learner-0"].exitcode, queue.status().trained
         queue.set_state("done")
         for process in parts.values():
             process.join(DEADLINE_S)
+    if code != 0 or trained != steps * GROUPS_PER_STEP:
+        raise RuntimeError(f"the learner ended with {code} and {trained} of {groups} groups trained")
     found = {name: _growth(points) for name, points in seen.items()}
     result = {
         "benchmark": "soak",
@@ -116,10 +122,8 @@ def run_soak_bench(screen: Console | None = None, *, groups: int = GROUPS) -> di
 
 
 def _growth(points: Sequence[tuple[float, int]]) -> dict[str, float]:
-    early, late = (
-        [size for done, size in points if start <= done < start + 0.05] for start in (BEHIND, 0.95)
-    )
-    means = [sum(sizes) / max(1, len(sizes)) for sizes in (early, late)]
+    early, late = ([size for done, size in points if start <= done <= start + 0.1] for start in (BEHIND, 0.9))
+    means = [sum(sizes) / len(sizes) for sizes in (early, late)]
     return {"early": means[0], "late": means[1], "growth": means[1] / means[0] - 1}
 
 

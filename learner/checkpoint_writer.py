@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -88,12 +88,12 @@ def written(begun: Future[Result], directory: Path) -> Result:
     Raises:
         CheckpointError: it could not be written, or is not by now.
     """
-    try:
-        return begun.result(WRITE_DEADLINE_S)
-    except TimeoutError:
+    # Not `result(timeout)`: a file system has time-outs of its own.
+    if not wait([begun], WRITE_DEADLINE_S).done:
         raise CheckpointError(
             f"{directory}: a checkpoint was not written within {WRITE_DEADLINE_S:g} s: does the storage hang?"
-        ) from None
+        )
+    return begun.result()
 
 
 def copied(state: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:

@@ -50,8 +50,8 @@ _POLL_S = 0.2
 _GRACE_S = 5.0
 """How much later than the replica Serve gives a request up, so that the replica's reason is what is seen."""
 
-_started: list[str] = []
-"""Applications of this process."""
+_started: dict[str, tuple[str, str]] = {}
+"""Applications of this process -> the id of the call that started them, and the reward."""
 _owns_serve = False
 """Whether this process has started the Serve that runs."""
 
@@ -101,7 +101,7 @@ def start_rewards(
         base = start_serve(host, port, deadline_s=deadline_s, request_timeout_s=request_s)
         _refuse_taken(names)
         made = names
-        _started.extend(made)
+        _started.update((target.name, (owner, name)) for name, target in targets.items())
         serve.run_many(
             list(targets.values()),
             wait_for_ingress_deployment_creation=False,
@@ -119,7 +119,7 @@ def start_rewards(
 def scale_reward(reward: RewardConfig, replicas: int, *, token_file: Path) -> None:
     """Give a reward that `start_rewards` has started so many replicas from now on, and no autoscaling.
 
-    Those that it has go on; those that are too many answer what they have first. Returns at once.
+    Those that it has go on; those that are too many answer what they have first. Returns when Serve knows.
 
     Args:
         token_file: as it was started with.
@@ -127,12 +127,10 @@ def scale_reward(reward: RewardConfig, replicas: int, *, token_file: Path) -> No
     Raises:
         ValueError: this process has not started it.
     """
-    ending = f"-{reward.name}"
-    name = next((name for name in _started if name.endswith(ending)), None)
-    if name is None:
+    owner = next((owner for owner, name in _started.values() if name == reward.name), None)
+    if owner is None:
         raise ValueError(f"reward {reward.name!r} was not started here")
     scaled = reward.model_copy(update={"replicas": replicas, "max_replicas": None})
-    owner = name.removeprefix("reward-").removesuffix(ending)
     serve.run_many(
         [_target(scaled, token_file, owner)],
         wait_for_ingress_deployment_creation=False,
@@ -157,7 +155,8 @@ def _stop(names: Sequence[str], *, end_serve: bool) -> None:
                 serve.delete(name, _blocking=False)
     else:
         _owns_serve = False
-    _started[:] = [name for name in _started if name not in names]
+    for name in names:
+        _started.pop(name, None)
 
 
 def _others(names: Sequence[str]) -> list[str]:

@@ -104,18 +104,30 @@ def chaos(
     ] = "",
     minutes: Annotated[float, typer.Option(help="No new run is begun behind these.")] = 10.0,
     seed: Annotated[int, typer.Option(help="Of the order and the moments of the faults.")] = 0,
+    steps: Annotated[int, typer.Option(min=4, help="Updates of a run.")] = 150,
+    most: Annotated[int | None, typer.Option(min=1, help="Faults in all; none: while there is time.")] = None,
     runs: Annotated[
         Path | None, typer.Option(help="Folder that keeps the runs; none: a temporary one.")
     ] = None,
+    overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
     """Kill and pause parts of real runs, and hold their weights against those of an undisturbed one."""
     from benchmarks.chaos import run_chaos_bench
 
     names = tuple(filter(None, map(str.strip, faults.split(","))))
-    result = run_chaos_bench(screen, minutes=minutes, faults=names, seed=seed, runs=runs)
+    result = run_chaos_bench(
+        screen,
+        minutes=minutes,
+        faults=names,
+        seed=seed,
+        steps=steps,
+        most=most,
+        runs=runs,
+        overrides=overrides or (),
+    )
     _bench(result, as_json)
-    if not result["equal"] or result["lost"] or result["repeated"] or result["dead"]:
+    if not result["survived"]:
         raise typer.Exit(1)
 
 

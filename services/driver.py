@@ -105,7 +105,7 @@ def train(
         queue.want_workers(config.rollout.workers)
         for reward in config.rewards:
             if reward.app is not None:
-                queue.want_replicas(reward.name, reward.replicas)
+                queue.want_replicas(reward.name, None)
         queue.set_state("starting")
         stack.push(partial(_tell_failure, queue))
         store = _actor(PolicyStore, context, "policy-store", num_cpus=0).remote()

@@ -83,6 +83,8 @@ class UpdateRow(Row):
     """Groups trained since the run began."""
     images: int = 0
     """Samples trained since the run began."""
+    ordinals: tuple[int, ...] = ()
+    """Of the groups that were trained, in their order."""
     groups_per_s: Number = None
     """Groups trained a second in this update."""
     loss: Number = None

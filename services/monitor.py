@@ -16,8 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ray.exceptions import RayError
-
 from learner.ray_train import LearnerFailed
 from services.context import RunContext
 from services.evaluation_schedule import EvaluationSchedule
@@ -31,6 +29,7 @@ from services.progress import Progress
 from services.queue_keeper import QueueKeeper
 from services.queue_types import RunState
 from services.ray_metrics import RunMetrics
+from services.reward_scaling import RewardScaling
 from services.run_directory import RunDirectory
 from services.stop_signals import StopSignals
 from services.supervisor import PartFailed, Supervisor
@@ -93,8 +92,8 @@ class Monitor:
         supervisor: Supervisor,
         learner: LearnerThread,
         signals: StopSignals,
-        keeper: QueueKeeper | None = None,
-        scale_reward: Callable[[str, int], None] = lambda reward, replicas: None,
+        keeper: QueueKeeper | None,
+        scale_reward: Callable[[str, int], None],
     ) -> None:
         self._context = context
         self._queue = queue
@@ -105,9 +104,9 @@ class Monitor:
         self._learner = learner
         self._signals = signals
         self._keeper = keeper
-        self._scale_reward = scale_reward
-        self._replicas = {one.name: one.replicas for one in context.config.rewards if one.app is not None}
-        self._wanted: int | None = None
+        self._own_rewards = [one.name for one in context.config.rewards if one.app is not None]
+        self._scaling = RewardScaling(scale_reward)
+        self._wanted = context.config.rollout.workers
         self._told: tuple[RunState, str] = ("running", "")
         # A resumed run's server may remember what the driver before this one has written down.
         self._last_row_id = queue.last_written_metrics()
@@ -163,11 +162,10 @@ class Monitor:
         self._tell_state()
         self._watch_queue_server()
         wanted = self._queue.wanted_workers()
-        if wanted is None and self._wanted is not None:
-            # A server that has lost its data does not know it any more.
-            self._queue.want_workers(self._wanted)
+        if wanted is None:
+            self._say_again()
         self._wanted = wanted or self._wanted
-        if self._wanted is not None and not self._draining and not self._context.config.offline:
+        if not self._draining and not self._context.config.offline:
             self._supervisor.resize(self._wanted, self._beats)
         self._scale_rewards()
         self._supervisor.poll(POLL_S)
@@ -189,18 +187,22 @@ class Monitor:
             self._told = state, "; ".join(problems)
             self._queue.set_state(*self._told)
 
+    def _say_again(self) -> None:
+        """To a queue server that has lost its data: what the driver has said before."""
+        self._queue.want_workers(self._wanted)
+        for name, count in self._scaling.asked.items():
+            self._queue.want_replicas(name, count)
+        if self._draining:
+            self._queue.set_state("draining")
+        else:
+            self._queue.set_state(*self._told)
+
     def _scale_rewards(self) -> None:
         """As `dgpo scale` says."""
-        for name, count in self._queue.wanted_replicas(list(self._replicas)).items():
-            if self._replicas[name] != count and not self._draining:
-                self._replicas[name] = count
-                try:
-                    self._scale_reward(name, count)
-                except RayError as error:
-                    detail = f"{name} keeps its replicas: {reason(error)}"
-                    self._view.row(self._telemetry.event("reward not scaled", detail, level="warning"))
-                else:
-                    self._view.row(self._telemetry.event("reward scaled", f"{name}: {count} replicas"))
+        if self._draining:
+            return
+        for what, detail, failed in self._scaling.turn(self._queue.wanted_replicas(self._own_rewards)):
+            self._view.row(self._telemetry.event(what, detail, level="warning" if failed else "info"))
 
     def _watch_queue_server(self) -> None:
         for detail in self._keeper.news() if self._keeper is not None else ():
@@ -244,6 +246,12 @@ class Monitor:
         newest = self._queue.latest("policy")
         self._metrics.beats(alive.values(), newest.version if newest is not None else None)
         self._view.heartbeats(list(alive.values()))
+        for part, beat in alive.items():
+            before = self._beats.get(part)
+            # Workers' deaths are told by who makes them anew.
+            if part.startswith("learner-") and before is not None and before.pid != beat.pid:
+                detail = f"{part}: process {beat.pid} in place of {before.pid}, last seen {before.state!r}"
+                self._view.row(self._telemetry.event("learner restarted", detail, level="warning"))
         self._beats |= alive
         return alive
 

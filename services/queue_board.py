@@ -54,17 +54,8 @@ class QueueBoard(QueueWorker):
         )
 
     def frontier(self) -> Frontier:
-        """Which ordinals are resolved now; of a learner that has begun, in its own epoch and step."""
-        pipeline = self._client.pipeline(transaction=True)
-        pipeline.hmget(self._keys.key("policy"), "below", "epoch", "step")
-        pipeline.zrange(self._keys.key("trained"), 0, -1)
-        pipeline.smembers(self._keys.key("dead_ordinals"))
-        (below, epoch, step), above, dead = pipeline.execute()
-        self._check_place(epoch, step)
-        return Frontier.of(int(below or 0), map(int, above), map(int, dead))
-
-    def _check_place(self, epoch: bytes | None, step: bytes | None) -> None:
-        """Who only looks takes what is there."""
+        """Which ordinals are resolved now."""
+        return frontier_of(self._scripts.run("frontier"))
 
     def dead_letters(self) -> list[DeadLetter]:
         """The ordinals that were given up, oldest first, with their reasons."""
@@ -97,9 +88,14 @@ class QueueBoard(QueueWorker):
         found = self._client.hget(self._keys.key("policy"), "workers")
         return int(found) if found is not None else None
 
-    def want_replicas(self, reward: str, count: int) -> None:
-        """Say how many replicas a reward of the run should have that its driver has started."""
-        self._client.hset(self._keys.key("policy"), f"replicas:{reward}", count)
+    def want_replicas(self, reward: str, count: int | None) -> None:
+        """Say how many replicas a reward of the run should have that its driver has started; None: as many as
+        the configuration says."""
+        field = f"replicas:{reward}"
+        if count is None:
+            self._client.hdel(self._keys.key("policy"), field)
+        else:
+            self._client.hset(self._keys.key("policy"), field, count)
 
     def wanted_replicas(self, rewards: Sequence[str]) -> dict[str, int]:
         """Of these rewards, those of which somebody has said so."""
@@ -176,3 +172,9 @@ def _held(ordinal: bytes, record: str, expires_ms: float, now_ms: int) -> HeldLe
         age_s=(now_ms - int(issued_ms)) / 1000,
         expires_in_s=(expires_ms - now_ms) / 1000,
     )
+
+
+def frontier_of(answer: Sequence[Any]) -> Frontier:
+    """What the script of that name says."""
+    _, below, above, dead = answer
+    return Frontier.of(int(below), map(int, above), map(int, dead))

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from services.codec import Group
 from services.messages import PolicyVersion, WeightsAnnouncement
+from services.queue_board import frontier_of
 from services.queue_intake import QueueIntake
 from services.queue_types import (
     ENDED,
@@ -170,24 +171,26 @@ class QueueLearner(QueueIntake):
         pairs = [number for pair in places.items() for number in pair]
         self._accept(self._scripts.run("plan", version.epoch, version.step, *pairs), version)
 
+    def frontier(self) -> Frontier:
+        """Which ordinals are resolved now; of a learner that has begun, at the version that it is at.
+
+        Raises:
+            Fenced, StateLost: see the module.
+        """
+        version = self._version
+        if version is None:
+            return super().frontier()
+        answer = self._scripts.run("frontier", version.epoch, version.step)
+        self._accept(answer, version)
+        return frontier_of(answer)
+
     def frontier_after(self, ordinals: Sequence[int]) -> Frontier:
         """The frontier as it will be after the commit of these, for a checkpoint written before it.
 
         Raises:
-            Fenced, StateLost: see the module; the checkpoint must not be written then.
+            Fenced, StateLost: as `frontier`; the checkpoint must not be written then.
         """
         return self.frontier().with_trained(ordinals)
-
-    def _check_place(self, epoch: bytes | None, step: bytes | None) -> None:
-        # A server that has lost its data would give a checkpoint an empty frontier: all was trained again.
-        if self._version is None:
-            return
-        found = None if epoch is None else PolicyVersion(epoch=int(epoch), step=int(step or 0))
-        if found == self._version:
-            return
-        fenced = found is not None and found.epoch > self._version.epoch
-        told = b"none" if found is None else str(found).encode()
-        self._accept([b"FENCED" if fenced else b"LOST", told], self._version)
 
     def _at(self) -> PolicyVersion:
         if self._version is None:

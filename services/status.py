@@ -25,6 +25,7 @@ from services.formatting import duration, number, size
 from services.group_queue import GroupQueue, QueueUnreachable
 from services.messages import DeadLetter, Heartbeat, Message, PolicyVersion
 from services.metrics import EvalRow, UpdateRow
+from services.prompts import evaluates
 from services.queue_types import QueueStatus
 from services.run_directory import RunDirectory
 from services.telemetry import read_metrics
@@ -173,7 +174,8 @@ def scale_run(
     config = run.config()
     if config.offline and workers is not None:
         raise ConfigError(f"{run.root}: it trains from a recording, by one feeder; there is nothing to scale")
-    own = [reward.name for reward in config.rewards if reward.app is not None]
+    served = not config.offline or evaluates(config)
+    own = [reward.name for reward in config.rewards if reward.app is not None and served]
     for name in replicas or {}:
         if name not in own:
             raise ConfigError(

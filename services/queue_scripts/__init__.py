@@ -30,6 +30,7 @@ Name = Literal[
     "plan",
     "set_state",
     "status",
+    "frontier",
 ]
 Argument = str | bytes | int | float
 INLINE, BESIDE = "inline", "beside"

@@ -10,6 +10,7 @@ from services.safetensors_layout import Bytes
 DEADLINE_S: Final = 180.0
 """Of every wait for another process; covers the start of the store's actor too."""
 KEPT_BUFFER_BYTES: Final = 256 * 1024**2
+"""Of a payload that was sent, for the next one."""
 
 
 class WeightsTransport(Protocol):

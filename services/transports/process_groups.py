@@ -88,9 +88,11 @@ class ProcessGroupsTransport:
         return found[1] if found is not None and done else None
 
     def send(self, announcement: WeightsAnnouncement, payload: Bytes) -> None:
+        # At every version: without the store nobody would hear of it.
+        listened = ray.get(self._store.publisher_there.remote(self._name), timeout=self._deadline_s)
         with self._changed:
             self._kept[announcement.kind] = (announcement, payload)
-        if self._listener is None or not self._listener.is_alive():
+        if not listened or self._listener is None or not self._listener.is_alive():
             ray.get(self._store.publisher_begins.remote(self._name), timeout=self._deadline_s)
             self._listener = threading.Thread(target=self._listen, name="weights", daemon=True)
             self._listener.start()
@@ -116,7 +118,7 @@ class ProcessGroupsTransport:
                     raise Broken("the publisher is another one")
                 connection = self._connection or self._connect(self._next)
                 self._connection = connection
-                payload = connection.receive()
+                payload = connection.receive(announcement.bytes)
             except Broken as error:
                 log.info("%s: the connection to their publisher is made anew: %s", where, error)
                 broken, self._connection = self._connection, None
@@ -184,7 +186,9 @@ class ProcessGroupsTransport:
             log.warning(
                 "weights %s %s did not reach %s: %s", asked.kind, asked.version, asked.receiver, error
             )
-            own = self._connections.pop(asked.receiver, None)
+            # Not one that the receiver has made since.
+            if own is not None and self._connections.get(asked.receiver) is own:
+                del self._connections[asked.receiver]
             if own is not None:
                 own.close()
 
@@ -225,14 +229,14 @@ class _Connection:
         self._peer, self._deadline = 1 - rank, timedelta(seconds=deadline_s)
         self._one_at_a_time = threading.Lock()
         gloo: Any = dist.ProcessGroupGloo
-        options = gloo._Options()
-        options._timeout = self._deadline
-        # Where Ray's own connections are: loopback, unless the cluster has several nodes.
-        options._devices = [gloo.create_device(hostname=ray.util.get_node_ip_address())]
         # Kept: the group refers to it, but does not keep its Python half alive.
         self._members = _RendezvousStore(store, name)
         self._forget = partial(store.forget.remote, name)
         try:
+            options = gloo._Options()
+            options._timeout = self._deadline
+            # Where Ray's own connections are: loopback, unless the cluster has several nodes.
+            options._devices = [gloo.create_device(hostname=ray.util.get_node_ip_address())]
             self._group: Any = gloo(self._members, rank, 2, options)
         except (RuntimeError, TimeoutError, GetTimeoutError, RayActorError) as error:
             self._forget()
@@ -247,11 +251,18 @@ class _Connection:
             for chunk in _chunks(payload):
                 self._travel("send", chunk)
 
-    def receive(self) -> Bytes | None:
+    def receive(self, expected: int) -> Bytes | None:
+        """So many bytes, or None.
+
+        Raises:
+            Broken: the other side is gone, or sends something else.
+        """
         size = torch.zeros(1, dtype=torch.int64)
         with self._one_at_a_time:
             self._travel("recv", size)
-            payload = np.empty(int(size), dtype=np.uint8) if size else None
+            if int(size) not in (0, expected):
+                raise Broken(f"{int(size)} bytes are sent, {expected} were announced")
+            payload = np.empty(expected, dtype=np.uint8) if size else None
             for chunk in _chunks(payload):
                 self._travel("recv", chunk)
         return payload

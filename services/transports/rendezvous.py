@@ -58,6 +58,10 @@ class Rendezvous:
         self._end()
         self._publisher, self._heard = publisher, time.monotonic()
 
+    async def publisher_there(self, publisher: str) -> bool:
+        """Whether requests still go to this one."""
+        return publisher == self._publisher
+
     async def publisher_ends(self, publisher: str) -> None:
         if publisher == self._publisher:
             self._end()

@@ -140,7 +140,7 @@ def another_run() -> Any:
 def test_serve_outlives_the_run_that_started_it_while_another_uses_it(
     urls: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "_started", [])
+    monkeypatch.setattr(launch, "_started", {})
     monkeypatch.setattr(launch, "_owns_serve", True)
     before = set(serve.status().applications)
     stop_rewards()

@@ -9,7 +9,7 @@ from benchmarks.soak import run_soak_bench
 
 @pytest.mark.slow
 def test_every_part_is_measured_from_early_on_to_the_end() -> None:
-    result = run_soak_bench(groups=2000)
+    result = run_soak_bench(groups=8000)
     assert set(result["parts"]) == {
         *("learner-0", "rollout-0", "rollout-1", "driver", "queue server", "data in the queue")
     }
