@@ -55,8 +55,8 @@ def run_load_bench(
     Returns:
         `workers`: their number -> `groups_s`, `offered_s` (what they could bring), `issue_p50_s` and
         `issue_p99_s`, `waits` (share of calls that were told to wait), `fewest` and `most` (groups of a
-        worker), `jain` (fairness, 1 is best), `starved` (workers without any group), `deepest` (groups in the
-        queue at once), `window`; and `met`.
+        worker), `jain` (fairness, 1 is best), `starved` (workers without any group), `outstanding` (the most
+        that was leased or queued, before a take and behind it), `window`; and `met`.
     """
     result: dict[str, Any] = {
         "benchmark": "load",
@@ -99,16 +99,17 @@ def _measure(
     for process in processes:
         process.start()
     begun.wait(DEADLINE_S)
-    trained, deepest = 0, 0
+    trained, most = 0, 0
     warm = time.monotonic() + seconds / 5
     over = warm + seconds
     while (now := time.monotonic()) < over:
+        most = max(most, queue.status().outstanding)
         taken = queue.take(groups, deadline_s=DEADLINE_S)
+        most = max(most, queue.status().outstanding)
         following = PolicyVersion(epoch=version.epoch, step=version.step + 1)
         version = queue.commit(announcement(following), [group.header.ordinal for group in taken])
         if measuring.is_set():
             trained += groups
-            deepest = max(deepest, queue.status().depth)
         elif now >= warm:
             measuring.set()
             warm = time.monotonic()
@@ -118,7 +119,7 @@ def _measure(
     heard = [answers.get(timeout=DEADLINE_S) for _ in processes]
     for process in processes:
         process.join(DEADLINE_S)
-    return _found(heard, trained, took, sample_s) | {"deepest": deepest, "window": window}
+    return _found(heard, trained, took, sample_s) | {"outstanding": most, "window": window}
 
 
 def _found(heard: Sequence[Any], trained: int, took: float, sample_s: float) -> dict[str, Any]:
@@ -192,7 +193,7 @@ def _table(result: dict[str, Any]) -> Table:
     table = Table(title=title, title_justify="left")
     for heading in (
         *("workers", "groups/s", "offered", "issue ms p50", "p99", "told to wait", "groups of a worker"),
-        *("fairness", "deepest of window"),
+        *("fairness", "outstanding of window"),
     ):
         table.add_column(heading, justify="right")
     for workers, found in result["workers"].items():
@@ -205,6 +206,6 @@ def _table(result: dict[str, Any]) -> Table:
             f"{found['waits']:.0%}",
             f"{found['fewest']} to {found['most']}",
             f"{found['jain']:.3f}",
-            f"{found['deepest']} of {found['window']}",
+            f"{found['outstanding']} of {found['window']}",
         )
     return table

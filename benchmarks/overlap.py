@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.queue import announcement
 from learner.loop import LearnerLoop, Start
 from rollout_workers.loop import RolloutLoop, SampledGroup
 from rollout_workers.scoring import GroupScores
@@ -79,7 +80,7 @@ class TimedTrainer:
         return {"reward_mean": 0.5, "reward_std": 0.5}
 
     def publish(self, version: PolicyVersion, *, kind: str) -> WeightsAnnouncement:
-        return WeightsAnnouncement(version=version, kind=kind, digest="0" * 64, tensors=1, bytes=1)
+        return announcement(version).model_copy(update={"kind": kind})
 
     def checkpoint(self, version: PolicyVersion, frontier: Frontier) -> None:
         pass

@@ -314,6 +314,7 @@ class Updater:
         assert self._ranks is not None
         own: dict[int | None, list[LiveGroup]] = {}
 
+        # Inside the exchange: if it fails here, the other ranks hear of it and do not wait for this one.
         def wanted() -> dict[int | None, int]:
             own.update(self._by_reference(live, share.step))
             return {key: self.objective.passes(len(groups)) for key, groups in own.items()}

@@ -29,7 +29,7 @@ import numpy as np
 import ray
 import torch
 import torch.distributed as dist
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from torch import Tensor
 
 from services.messages import WeightsAnnouncement
@@ -238,7 +238,7 @@ class _Connection:
             # Where Ray's own connections are: loopback, unless the cluster has several nodes.
             options._devices = [gloo.create_device(hostname=ray.util.get_node_ip_address())]
             self._group: Any = gloo(self._members, rank, 2, options)
-        except (RuntimeError, TimeoutError, GetTimeoutError, RayActorError) as error:
+        except (RuntimeError, TimeoutError, RayError) as error:
             self._forget()
             raise Broken(str(error)) from error
 

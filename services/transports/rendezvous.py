@@ -134,7 +134,7 @@ class Rendezvous:
                 await asyncio.wait_for(self._new_value.wait_for(lambda: key in self._values), seconds)
             except TimeoutError:
                 return None
-            return self._values[key]
+            return self._values.get(key)
 
     async def forget(self, connection: str) -> None:
         """The values of a connection that is made, or is no more."""

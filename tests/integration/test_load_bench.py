@@ -15,5 +15,5 @@ def test_it_measures_workers_that_take_turns() -> None:
         assert 0 < found["issue_p50_s"] <= found["issue_p99_s"]
         assert 0 < found["fewest"] <= found["most"] and found["starved"] == 0
         assert 1 / int(workers) < found["jain"] <= 1
-        assert 0 < found["deepest"] <= found["window"]
+        assert 0 < found["outstanding"] <= found["window"]
         assert 0 < found["waits"] < 1

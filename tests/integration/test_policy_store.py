@@ -56,8 +56,6 @@ class Box:
     def __init__(self, payload: Bytes | None) -> None:
         self.payload = payload
 
-    keeps_payload = False
-
     def send(self, announcement: WeightsAnnouncement, payload: Bytes) -> None:
         self.payload = payload.copy()
 

@@ -35,8 +35,6 @@ GROUPS = 6
 class Store:
     """A transport within one process."""
 
-    keeps_payload = False
-
     def __init__(self) -> None:
         self._payloads: dict[tuple[str, str], Bytes] = {}
 

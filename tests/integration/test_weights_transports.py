@@ -5,20 +5,23 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import ray
 import torch
+from ray.exceptions import RayActorError
 
+from benchmarks.weights import transport_of
 from services.codec import weights_digest
-from services.config import Config
 from services.config_file import load_config
 from services.messages import PolicyVersion, WeightsAnnouncement
-from services.policy_store import PolicyStore, WeightsGone, WeightsMismatch, fetch
-from services.transports import open_transport
+from services.policy_store import PolicyStore, WeightsGone, WeightsMismatch, fetch, publish
+from services.transports import open_transport, process_groups
 from services.transports.object_store import ObjectStoreTransport
 from services.transports.process_groups import CHUNK_BYTES, CONNECT_S, ProcessGroupsTransport
 from services.transports.rendezvous import SILENCE_S, WeightsRequest
@@ -41,17 +44,11 @@ def tensors(seed: float, size: int = 1000) -> dict[str, torch.Tensor]:
     }
 
 
-def config(kind: str) -> Config:
-    return load_config("quickstart", [f"learner.publish_through={kind}"])
-
-
 def publisher() -> Any:
     """In a process of its own; defined in here, Ray ships its code and not a module name."""
 
     class Publisher:
         def begin(self, kind: str, directory: Path, store: Any) -> None:
-            from services.config_file import load_config
-            from services.transports import open_transport
 
             own = load_config("quickstart", [f"learner.publish_through={kind}"])
             self._transport = open_transport(own, directory, store)
@@ -73,7 +70,7 @@ class Rig:
 
     def __init__(self, kind: str, directory: Path, store: Any) -> None:
         self._begins = (kind, directory, store)
-        self.another = lambda: open_transport(config(kind), directory, store)
+        self.another = lambda: transport_of(kind, directory, store)
         self.receiver = self.another()
         self.begin()
 
@@ -105,7 +102,7 @@ def rig(store: Any, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[
     zip(TRANSPORTS, (ObjectStoreTransport, SharedDirectoryTransport, ProcessGroupsTransport), strict=True),
 )
 def test_the_configuration_chooses(kind: str, transport: type, store: Any, tmp_path: Path) -> None:
-    assert type(open_transport(config(kind), tmp_path, store)) is transport
+    assert type(transport_of(kind, tmp_path, store)) is transport
 
 
 @pytest.mark.parametrize("rig", BESIDE, indirect=True)
@@ -211,8 +208,6 @@ def test_files_of_a_shared_directory_are_few_whole_and_waited_for(tmp_path: Path
 
 
 def test_a_file_that_was_cut_short_is_refused(tmp_path: Path) -> None:
-    from services.policy_store import publish
-
     transport = SharedDirectoryTransport(tmp_path)
     announcement = publish(transport, {"a": torch.ones(8)}, version(1))
     file = tmp_path / FOLDER / "policy-0.1.safetensors"
@@ -222,8 +217,6 @@ def test_a_file_that_was_cut_short_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_publisher_over_process_groups_holds_one_version_of_a_kind(store: Any) -> None:
-    from services.policy_store import publish
-
     transport = ProcessGroupsTransport(store)
     places = []
     for step in range(3):
@@ -232,4 +225,112 @@ def test_a_publisher_over_process_groups_holds_one_version_of_a_kind(store: Any)
     assert len(set(places)) == 1, "a new version was not written over the former one"
     found = fetch(ProcessGroupsTransport(store), announcement)
     assert found["a"].tolist() == [2.0] * 8
+    transport.close()
+
+
+@pytest.fixture
+def blocked(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """A publisher stops where it begins to send (the first event), until it may go on (the second)."""
+    begun, go = threading.Event(), threading.Event()
+    send = process_groups._Connection.send
+
+    def slow(self: Any, payload: Any) -> None:
+        begun.set()
+        assert go.wait(DEADLINE_S)
+        send(self, payload)
+
+    monkeypatch.setattr(process_groups._Connection, "send", slow)
+    return begun, go
+
+
+def test_what_is_being_received_is_not_written_over(
+    store: Any, blocked: tuple[threading.Event, threading.Event]
+) -> None:
+    begun, go = blocked
+    transport, receiver = ProcessGroupsTransport(store), ProcessGroupsTransport(store)
+    announcement = publish(transport, {"a": torch.ones(8)}, version(1))
+    with ThreadPoolExecutor() as beside:
+        fetched = beside.submit(fetch, receiver, announcement)
+        assert begun.wait(DEADLINE_S)
+        reclaimed = beside.submit(transport.reclaim, "policy")
+        assert not wait([reclaimed], timeout=0.5).done, "the next version would be written over this one"
+        go.set()
+        assert weights_digest(fetched.result(DEADLINE_S)) == announcement.digest
+        assert reclaimed.result(DEADLINE_S) is not None
+    transport.close()
+
+
+def test_a_receiver_that_takes_too_long_costs_memory_and_not_the_run(
+    store: Any, blocked: tuple[threading.Event, threading.Event]
+) -> None:
+    begun, go = blocked
+    transport = ProcessGroupsTransport(store, deadline_s=0.5)
+    announcement = publish(transport, {"a": torch.ones(8)}, version(1))
+    with ThreadPoolExecutor() as beside:
+        fetched = beside.submit(ProcessGroupsTransport(store).receive, announcement)
+        assert begun.wait(DEADLINE_S)
+        assert transport.reclaim("policy") is None
+        go.set()
+        assert fetched.result(DEADLINE_S) is not None
+    transport.close()
+
+
+def test_a_connection_that_breaks_in_the_middle_is_made_anew_within_a_receive(
+    store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receive, broken = process_groups._Connection.receive, []
+
+    def cut(self: Any, expected: int) -> Any:
+        if not broken:
+            broken.append(self)
+            self._travel("recv", torch.zeros(1, dtype=torch.int64))
+            self.close()
+            raise process_groups.Broken("cut off")
+        return receive(self, expected)
+
+    monkeypatch.setattr(process_groups._Connection, "receive", cut)
+    transport = ProcessGroupsTransport(store)
+    announcement = publish(transport, {"a": torch.ones(CHUNK_BYTES // 2)}, version(1))
+    assert weights_digest(fetch(ProcessGroupsTransport(store), announcement)) == announcement.digest
+    assert len(broken) == 1
+    later = publish(transport, {"a": torch.zeros(CHUNK_BYTES // 2)}, version(2))
+    assert weights_digest(fetch(ProcessGroupsTransport(store), later)) == later.digest
+    transport.close()
+
+
+def test_another_size_than_the_announced_one_is_not_received(store: Any) -> None:
+    transport, receiver = ProcessGroupsTransport(store), ProcessGroupsTransport(store)
+    announcement = publish(transport, {"a": torch.ones(8)}, version(1))
+    assert receiver.receive(announcement.model_copy(update={"bytes": 10**15})) is None
+    assert receiver.receive(announcement) is not None
+    transport.close()
+
+
+def test_connections_listen_where_ray_does(store: Any) -> None:
+    transport, receiver = ProcessGroupsTransport(store), ProcessGroupsTransport(store)
+    receiver.receive(publish(transport, {"a": torch.ones(8)}, version(1)))
+    own = {place.laddr.ip for place in psutil.Process().net_connections() if place.status == "LISTEN"}
+    assert own and {ip.removeprefix("::ffff:") for ip in own} == {"127.0.0.1"}
+    transport.close()
+
+
+def test_a_publisher_without_a_store_is_told(ray_local: None) -> None:
+    own = ray.remote(PolicyStore).options(num_cpus=0).remote()
+    transport = ProcessGroupsTransport(own)
+    publish(transport, {"a": torch.ones(8)}, version(1))
+    ray.kill(own)
+    with pytest.raises(RayActorError):
+        publish(transport, {"a": torch.ones(8)}, version(2))
+    transport.close()
+
+
+def test_idle_connections_are_closed_and_made_anew(store: Any) -> None:
+    transport, receiver = ProcessGroupsTransport(store), ProcessGroupsTransport(store)
+    announcement = publish(transport, {"a": torch.ones(8)}, version(1))
+    fetch(receiver, announcement)
+    (idle,) = transport._connections.values()
+    idle.used -= 2 * process_groups.IDLE_S
+    fetch(ProcessGroupsTransport(store), announcement)
+    assert idle not in transport._connections.values() and len(transport._connections) == 1
+    assert weights_digest(fetch(receiver, announcement)) == announcement.digest
     transport.close()

@@ -46,8 +46,6 @@ FILE_BYTES = 2**20
 class Shelf(Reused):
     """What was published (services/transports `WeightsTransport`)."""
 
-    keeps_payload = False
-
     def __init__(self) -> None:
         super().__init__()
         self.sent: list[tuple[Any, Any]] = []

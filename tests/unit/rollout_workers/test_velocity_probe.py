@@ -25,8 +25,6 @@ LORA = ("model.train=lora", "model.lora.rank=4", "model.lora.alpha=8")
 class Store:
     """A weights transport within the process."""
 
-    keeps_payload = False
-
     def send(self, announcement: WeightsAnnouncement, payload: Bytes) -> None:
         self.payload = payload.copy()
 
