@@ -25,7 +25,9 @@ class QueueBoard(QueueWorker):
 
     def status(self) -> QueueStatus:
         """One consistent look."""
-        fields, scores, records, queued, again_count, again, dead, now = self._scripts.run("status")
+        fields, scores, records, queued, again_count, again, dead, now, waiting, called = self._scripts.run(
+            "status"
+        )
         policy = dict(zip(map(bytes.decode, fields[::2]), map(bytes.decode, fields[1::2]), strict=True))
         expiries = dict(zip(scores[::2], scores[1::2], strict=True))
         leases = [
@@ -51,6 +53,8 @@ class QueueBoard(QueueWorker):
             dead=int(dead),
             window=number("window"),
             limit=number("limit"),
+            waiting=int(waiting),
+            called=tuple(name.decode() for name in called),
         )
 
     def frontier(self) -> Frontier:

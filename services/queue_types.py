@@ -172,6 +172,10 @@ class QueueStatus:
     """Ordinals that may be outstanding."""
     limit: int
     """Groups that the run trains in all."""
+    waiting: int
+    """Workers that stand in line for an ordinal."""
+    called: tuple[str, ...]
+    """Workers whose turn it is, and that have not come yet."""
 
     @property
     def outstanding(self) -> int:

@@ -44,7 +44,7 @@ class QueueWorker:
         self._config = config
         self._keys = Keys(run)
         self._scripts = Scripts(client, self._keys)
-        self._wake_after = b"0-0"
+        self._waits_as: str | None = None
         self._next_expiry_s: float | None = None
 
     @property
@@ -55,7 +55,8 @@ class QueueWorker:
         """The next ordinal for `worker`, or None if it has to wait (see `wait_for_work`).
 
         An expired lease comes first, then the lowest ordinal that is to be issued again, then the next number
-        while the window and the run's limit allow it.
+        while the window and the run's limit allow it. Workers that have to wait stand in a line: who has
+        waited longest is next, and loses its turn if it does not ask within two seconds of being called.
 
         Raises:
             RunEnded: the run is draining, done or failed.
@@ -65,26 +66,23 @@ class QueueWorker:
         if answer[0] == b"ENDED":
             raise RunEnded(answer[1].decode())
         if answer[0] == b"WAIT":
-            self._wake_after = answer[1]
-            self._next_expiry_s = int(answer[2]) / 1000 if int(answer[2]) >= 0 else None
+            self._waits_as = worker
+            self._next_expiry_s = int(answer[1]) / 1000 if int(answer[1]) >= 0 else None
             return None
         ordinal, attempt, epoch, step = map(int, answer[1:])
         return Lease(ordinal, attempt, PolicyVersion(epoch=epoch, step=step))
 
     def wait_for_work(self, timeout_s: float) -> bool:
-        """After `issue` said None: block until asking again may help, at most `timeout_s`.
+        """After `issue` said None: block until it is this worker's turn, at most `timeout_s`.
 
-        Returns at once if something became issuable since that `issue`; False when the time has passed.
+        Returns at once if it has been since that `issue`; False when the time has passed.
         """
+        assert self._waits_as is not None, "nothing was asked for"
         if self._next_expiry_s is not None:
             timeout_s = min(timeout_s, self._next_expiry_s + 0.001)
         give_up = time.monotonic() + timeout_s
         while (left := give_up - time.monotonic()) > 0:
-            block_ms = max(1, int(min(left, BLOCK_S) * 1000))
-            answer = self._client.xread({self._keys.key("wake"): self._wake_after}, count=1, block=block_ms)
-            if answer:
-                # Woken once by each change, whether or not `issue` is called in between.
-                self._wake_after = answer[0][1][-1][0]
+            if self._client.blpop([self._keys.call(self._waits_as)], timeout=max(0.001, min(left, BLOCK_S))):
                 return True
         return False
 

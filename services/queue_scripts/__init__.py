@@ -58,6 +58,10 @@ class Keys:
         """Where the payload of a large group is."""
         return self.key(f"payload:{sha256}")
 
+    def call(self, worker: str) -> str:
+        """Where a waiting worker is called."""
+        return self.key(f"call:{worker}")
+
     @property
     def scripted(self) -> tuple[str, ...]:
         """In the order in which prelude.lua names them."""
@@ -78,7 +82,8 @@ _SCRIPTED = (
     "weights",
     "latest",
     "lineage",
-    "wake",
+    "line",
+    "called",
     "issued",
     "plan",
 )

@@ -2,9 +2,9 @@
 -- Whole groups in, each with a verdict of its own. Without memory the server refuses the script as a whole.
 -- ARGV: three bounds, then "ordinal epoch step header_bytes payload_bytes place sha256 worker" and the body of each
 -- group. The body is header and payload, or the header alone where the place is 'beside': the payload was SET before,
--- with a time to live, under the next of the keys after the sixteen, and is kept by this script or not at all.
+-- with a time to live, under the next of the keys after the seventeen, and is kept by this script or not at all.
 local max_attempts, max_groups, max_bytes = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
-local BOUNDS, VALUES, blobs_seen = 3, 2, 16
+local BOUNDS, VALUES, blobs_seen = 3, 2, 17
 
 local now_epoch, now_step, max_staleness, next, below, bytes =
   policy('epoch', 'step', 'max_staleness', 'next', 'below', 'bytes')

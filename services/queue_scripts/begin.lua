@@ -99,5 +99,5 @@ redis.call('XGROUP', 'CREATE', GROUPS, 'learner:' .. epoch, '0', 'MKSTREAM')
 local state = redis.call('HGET', POLICY, 'state')
 if not state or state == 'starting' then redis.call('HSET', POLICY, 'state', 'running') end
 announce(checkpoint.kind, announcement)
-wake()
+call_waiting()
 return {'OK', epoch}

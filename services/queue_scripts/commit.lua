@@ -23,5 +23,5 @@ end
 redis.call('HINCRBY', POLICY, 'trained', #ordinals)
 redis.call('HSET', POLICY, 'step', step + 1, 'committed', mark)
 announce(kind, announcement)
-wake()
+call_waiting()
 return {'OK'}

@@ -3,12 +3,17 @@
 local worker, nonce, lease_ms, max_attempts = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 
 local state = redis.call('HGET', POLICY, 'state')
-if state == 'draining' or state == 'done' or state == 'failed' then return {'ENDED', state} end
-local epoch, step, window, limit = policy('epoch', 'step', 'window', 'limit')
-local function wait(expires_in)
-  return {'WAIT', redis.call('HGET', POLICY, 'wake') or '0-0', expires_in}
+if is_ended(state) then return {'ENDED', state} end
+redis.call('DEL', call_key(worker))
+local function stand_in_line()
+  if redis.call('ZSCORE', LINE, worker) or redis.call('ZSCORE', CALLED, worker) then return end
+  redis.call('ZADD', LINE, redis.call('HINCRBY', POLICY, 'ticket', 1), worker)
 end
-if not epoch then return wait(-1) end
+local epoch, step = policy('epoch', 'step')
+if not epoch then
+  stand_in_line()
+  return {'WAIT', -1}
+end
 
 -- A client whose connection broke asks again with the same nonce: it gets what it was already given.
 local last_nonce, last_ordinal = string.match(redis.call('HGET', ISSUED, worker) or '', '^(%S+) (%d+)$')
@@ -19,6 +24,8 @@ end
 
 local now = now_ms()
 local function give(ordinal)
+  redis.call('ZREM', LINE, worker)
+  redis.call('ZREM', CALLED, worker)
   local attempt = redis.call('HINCRBY', ATTEMPTS, ordinal, 1)
   redis.call('ZADD', LEASES, now + lease_ms, ordinal)
   redis.call('HSET', LEASE, ordinal, attempt .. ' ' .. epoch .. ' ' .. step .. ' ' .. now .. ' ' .. worker)
@@ -35,16 +42,22 @@ while true do
   give_up(ordinal, holder, 'its lease expired ' .. attempts .. ' times, last held by ' .. holder)
 end
 
-local outstanding = redis.call('ZCARD', LEASES) + redis.call('HLEN', QUEUED)
-local trained = policy('trained')
-if outstanding < window and trained + outstanding < limit then
-  local ordinal = redis.call('ZPOPMIN', AGAIN)[1]
-  if not ordinal then
-    ordinal = redis.call('HINCRBY', POLICY, 'next', 1) - 1
+-- Nobody overtakes those who have waited longer.
+stand_in_line()
+call_waiting()
+if redis.call('ZREM', CALLED, worker) == 1 then
+  if room() > 0 then
+    redis.call('DEL', call_key(worker))
+    local ordinal = redis.call('ZPOPMIN', AGAIN)[1]
+    if not ordinal then
+      ordinal = redis.call('HINCRBY', POLICY, 'next', 1) - 1
+    end
+    return give(ordinal)
   end
-  return give(ordinal)
+  -- Its place was taken by a group that nobody had leased any more.
+  redis.call('ZADD', LINE, 0, worker)
 end
 
-local first = redis.call('ZRANGE', LEASES, 0, 0, 'WITHSCORES')
-local expires_in = first[2] and math.max(0, tonumber(first[2]) - now) or -1
-return wait(expires_in)
+-- The first in the line comes for the next lease that expires.
+local first = redis.call('ZRANK', LINE, worker) == 0 and redis.call('ZRANGE', LEASES, 0, 0, 'WITHSCORES') or {}
+return {'WAIT', first[2] and math.max(0, tonumber(first[2]) - now) or -1}

@@ -6,5 +6,4 @@ if fenced then return fenced end
 redis.call('DEL', PLAN)
 redis.call('HSET', PLAN, 'epoch', ARGV[1])
 for i = 3, #ARGV, 2 do redis.call('HSET', PLAN, ARGV[i], ARGV[i + 1]) end
-wake()
 return {'OK'}

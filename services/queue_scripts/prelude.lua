@@ -4,7 +4,10 @@
 -- (place 'inline'), or the header alone: a large payload has a key of its own, named by the sha256 ('beside').
 -- An ordinal is in exactly one place: leased, queued, again (issuable), resolved, or never issued (>= next).
 local POLICY, GROUPS, QUEUED, LEASES, LEASE, ATTEMPTS, AGAIN, RESOLVED, DEAD, DEAD_ORDINALS, WEIGHTS, LATEST,
-  LINEAGE, WAKE, ISSUED, PLAN = unpack(KEYS)
+  LINEAGE, LINE, CALLED, ISSUED, PLAN = unpack(KEYS)
+
+-- A worker that is called and does not come for so long has lost its turn.
+local CALL_MS = 2000
 
 local function now_ms()
   local time = redis.call('TIME')
@@ -19,10 +22,44 @@ local function policy(...)
   return unpack(values, 1, #values)
 end
 
--- Waiting workers block on this stream; `issue` tells them the last id it saw, so none misses a wake-up.
-local function wake()
-  local id = redis.call('XADD', WAKE, 'MAXLEN', 1, '*', 'w', 1)
-  redis.call('HSET', POLICY, 'wake', id)
+local function key(name)
+  return string.sub(POLICY, 1, -7) .. name
+end
+
+local function payload_key(sha256) return key('payload:' .. sha256) end
+local function call_key(worker) return key('call:' .. worker) end
+
+local function is_ended(state)
+  return state == 'draining' or state == 'done' or state == 'failed'
+end
+
+-- How many more ordinals may be given out now.
+local function room()
+  local window, limit, trained = policy('window', 'limit', 'trained')
+  if not window then return 0 end
+  local outstanding = redis.call('ZCARD', LEASES) + redis.call('HLEN', QUEUED)
+  return math.min(window, limit - trained) - outstanding
+end
+
+-- Each waiting worker blocks on a list of its own. What is put there before it does is not missed.
+local function wake(worker)
+  local list = call_key(worker)
+  redis.call('RPUSH', list, 1)
+  redis.call('PEXPIRE', list, CALL_MS)
+end
+
+-- Those who have waited longest are called, as many as there is room for, and have it kept for them for a while.
+local function call_waiting()
+  local now = now_ms()
+  redis.call('ZREMRANGEBYSCORE', CALLED, '-inf', now)
+  local free = room() - redis.call('ZCARD', CALLED)
+  while free > 0 do
+    local worker = redis.call('ZPOPMIN', LINE)[1]
+    if not worker then break end
+    redis.call('ZADD', CALLED, now + CALL_MS, worker)
+    wake(worker)
+    free = free - 1
+  end
 end
 
 local function is_resolved(ordinal)
@@ -59,10 +96,6 @@ end
 local function unlease(ordinal)
   redis.call('ZREM', LEASES, ordinal)
   redis.call('HDEL', LEASE, ordinal)
-end
-
-local function payload_key(sha256)
-  return string.sub(POLICY, 1, -7) .. 'payload:' .. sha256
 end
 
 -- `blob` is the key of a payload that lies beside. What another version of this queue wrote has no sha256: it is good
@@ -103,7 +136,7 @@ local function make_issuable(ordinal, counted)
     redis.call('HINCRBY', ATTEMPTS, ordinal, -1)
   end
   redis.call('ZADD', AGAIN, ordinal, ordinal)
-  wake()
+  call_waiting()
 end
 
 local function give_up(ordinal, worker, reason)
@@ -116,7 +149,7 @@ local function give_up(ordinal, worker, reason)
   redis.call('SADD', DEAD_ORDINALS, ordinal)
   resolve(ordinal)
   advance_frontier()
-  wake()
+  call_waiting()
 end
 
 local function retry_or_give_up(ordinal, worker, reason, max_attempts)

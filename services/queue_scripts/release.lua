@@ -11,6 +11,11 @@ local function give_back(ordinal)
   end
   released[#released + 1] = ordinal
 end
+if counted then
+  redis.call('ZREM', LINE, worker)
+  redis.call('ZREM', CALLED, worker)
+  call_waiting()
+end
 if #ARGV > 4 then
   for i = 5, #ARGV do give_back(ARGV[i]) end
 else

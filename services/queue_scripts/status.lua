@@ -9,4 +9,6 @@ return {
   redis.call('ZRANGE', AGAIN, 0, 15),
   redis.call('SCARD', DEAD_ORDINALS),
   now_ms(),
+  redis.call('ZCARD', LINE),
+  redis.call('ZRANGE', CALLED, 0, -1),
 }

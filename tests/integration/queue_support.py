@@ -87,10 +87,11 @@ class Run:
         return encode_group(header, tensors or {"latents": torch.full((GROUP_SIZE, 4), float(ordinal))})
 
     def leases(self, worker: str = "w0", queue: GroupQueue | None = None) -> list[Lease]:
-        """All that can be had now."""
+        """All that can be had now; the worker does not stand in line for more."""
         found = []
         while (lease := (queue or self.worker).issue(worker)) is not None:
             found.append(lease)
+        self.learner._client.zrem(self.raw("line"), worker)
         return found
 
     def fill(self, worker: str = "w0") -> list[int]:

@@ -88,9 +88,10 @@ class QueueMachine(RuleBasedStateMachine):
         before = self.run.learner.status()
         lease = self.run.worker.issue(worker)
         if lease is None:
-            assert (
-                before.outstanding >= before.window or before.trained + before.outstanding >= before.limit
-            ), "a worker had to wait though there was room"
+            kept = before.outstanding + len(set(before.called) - {worker})
+            assert kept >= before.window or before.trained + kept >= before.limit, (
+                "a worker had to wait though there was room"
+            )
             return
         assert lease.ordinal not in self.model.trained | self.model.dead
         assert lease.version == self.model.at
@@ -230,6 +231,8 @@ class QueueMachine(RuleBasedStateMachine):
                 break
             for held in self.run.learner.status().leases:
                 self.client.zadd(self.run.raw("leases"), {str(held.ordinal): 0})
+            # Nobody else is left to take its turn.
+            self.client.delete(self.run.raw("line"), self.run.raw("called"))
             for lease in self.run.leases("closer"):
                 self.run.worker.admit(self.run.group(lease, worker="closer"))
             self.finish_step()

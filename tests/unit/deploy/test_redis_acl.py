@@ -119,7 +119,16 @@ def whole_run(server: AclServer, run: str, opened: Callable[[str], GroupQueue]) 
     # Back to before the first step: what was queued is dropped, payload and all.
     third = opened("learner")
     third.begin_epoch(weights, limit=LIMIT, window=WINDOW)
+    # Whoever waits is called by the part that makes room, or ends the run.
+    while worker.issue("rollout-0"):
+        pass
+    assert worker.issue("rollout-1") is None and observer.status().waiting == 2
+    driver.release_worker("rollout-1", "it died")
+    worker.release("rollout-0", 0)
+    assert observer.status().called == ("rollout-0",) and observer.status().waiting == 0
+    assert worker.issue("rollout-0") is not None and worker.issue("rollout-0") is None
     driver.set_state("draining", "asked to")
+    assert worker.wait_for_work(60)
 
     status = observer.status()
     assert (status.state, status.dead, status.depth) == ("draining", 1, 0)

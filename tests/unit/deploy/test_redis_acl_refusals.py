@@ -48,7 +48,8 @@ FORBIDDEN = {
         ("HSET", "policy", "state", "done"),
         ("ZADD", "trained", "0", "0"),
         ("XADD", "metrics", "*", "row", "{}"),
-        ("XADD", "wake", "*", "w", "1"),
+        ("ZADD", "line", "0", "me"),
+        ("RPUSH", "call:rollout-0", "1"),
         ("SADD", "parts", "me"),
         ("SET", "hb:me", "{}"),
         ("DEL", "policy"),
@@ -63,7 +64,9 @@ NAMES = {key.rpartition(":")[2] for key in KEYS}
 
 def with_keys(run: str, words: tuple[str, ...]) -> list[str]:
     own = Keys(run)
-    return [own.key(word) if word in NAMES or re.match(r"(payload|hb):", word) else word for word in words]
+    return [
+        own.key(word) if word in NAMES or re.match(r"(payload|hb|call):", word) else word for word in words
+    ]
 
 
 @pytest.mark.parametrize(
@@ -117,6 +120,7 @@ def test_a_script_does_no_more_than_its_caller_may(
     What a script wrote to the policy hash before it was refused stays: every part may write there anyway.
     """
     queue(server, "learner", run).begin_epoch(weights, limit=LIMIT, window=WINDOW)
+    assert queue(server, "worker", run).issue("w") is not None, "so that its group could be admitted"
     with server.admin() as admin:
         policy = Keys(run).key("policy").encode()
         before = {key: admin.dump(key) for key in admin.keys("*") if key != policy}
