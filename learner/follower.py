@@ -53,7 +53,7 @@ def follow(
         Why the run must end, as rank 0 says; None: it has been trained to its end.
     """
     while True:
-        pulse.enter("waiting for rank 0")
+        pulse.enter("waiting for rank 0", waits=True)
         order, payload = ranks.next_order(beside_s=beside_s)
         if order.do == "end":
             return order.reason

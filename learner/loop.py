@@ -173,7 +173,7 @@ class LearnerLoop:
     def _step(self, epoch: int, step: int) -> dict[str, Any]:
         settings = self._config.learner
         clock, opened = PhaseClock(), self._queue.opening_s
-        self._pulse.enter(f"waiting for the groups of step {step + 1}")
+        self._pulse.enter(f"waiting for the groups of step {step + 1}", waits=True)
         groups = self._queue.take(
             settings.groups_per_step,
             deadline_s=self._config.queue.take_deadline_s,

@@ -84,7 +84,8 @@ def train_rank(settings: dict[str, Any]) -> str | None:
     ttl = BEATS_TO_LIVE * config.telemetry.heartbeat_s
     try:
         queue = together(ranks, "the opening of the queue", partial(context.open_queue, "learner"))
-        with Pulse(part, lambda beat: queue.beat(beat, ttl), every_s=config.telemetry.heartbeat_s) as pulse:
+        every_s, hang_s = config.telemetry.heartbeat_s, config.learner.hang_s
+        with Pulse(part, lambda beat: queue.beat(beat, ttl), every_s=every_s, hang_s=hang_s) as pulse:
             pulse.enter("loading the model")
             transport = open_transport(config, context.directory, settings["store"])
             if ranks is None:

@@ -6,7 +6,8 @@ Promises
 - While a group is being scored the next one is being sampled; at most one group waits for its scores.
 - A group that cannot be had, or its scores cannot, is given back with the reason, and nothing of it reaches
   the learner.
-- A lease is renewed while its group is alive; the loop ends by `RunEnded` only: anything else is a failure.
+- A lease is renewed while its group is alive, for `rollout.hang_s` at most; the loop ends by `RunEnded` only:
+  anything else is a failure.
 
 Sampler and scorer are handed in: rollout_workers/worker.py binds the real ones, benchmarks/overlap.py waits
 of a measured length.
@@ -77,6 +78,7 @@ def worker_pulse(worker: str, queue: GroupQueue, config: Config) -> Pulse:
         lambda beat: queue.beat(beat, ttl),
         lambda ordinal: queue.renew(worker, ordinal),
         every_s=min(config.telemetry.heartbeat_s, config.queue.lease_s / 3),
+        hang_s=config.rollout.hang_s,
     )
 
 
@@ -139,7 +141,7 @@ class RolloutLoop:
         started = time.monotonic()
         lease = self._queue.issue(self.worker)
         if lease is None:
-            self._pulse.enter("waiting for an ordinal")
+            self._pulse.enter("waiting for an ordinal", waits=True)
             # A failure of the scoring thread must not hide behind an idle queue.
             if self._scoring is not None and self._scoring.done():
                 self._settle()
@@ -156,7 +158,8 @@ class RolloutLoop:
             logger.warning("ordinal %d given back: %s", lease.ordinal, error)
             self._queue.release(self.worker, lease.ordinal)
             self._pulse.let_go(lease.ordinal)
-            self._pulse.enter(f"waiting for {'weights' if isinstance(error, WeightsGone) else 'a prompt'}")
+            what = "weights" if isinstance(error, WeightsGone) else "a prompt"
+            self._pulse.enter(f"waiting for {what}", waits=True)
             # Not `wait_for_work`: what was given back wakes everyone who waits there, this worker too.
             time.sleep(self._poll_s)
             return
@@ -230,7 +233,7 @@ class RolloutLoop:
         # The window keeps the queue below its bounds; a full one means that it is bounded too tightly or
         # shared. The lease is renewed meanwhile, so waiting loses nothing.
         while (answer := self._queue.admit(encoded)) is Admitted.FULL:
-            self._pulse.enter("waiting for room in the queue", ordinal=header.ordinal)
+            self._pulse.enter("waiting for room in the queue", ordinal=header.ordinal, waits=True)
             if self._queue.state() in ENDED:
                 return False
             time.sleep(FULL_RETRY_S)

@@ -137,7 +137,7 @@ def train(
 
         def worker_died(part: str, why: str) -> None:
             queue.release_worker(part, why)
-            view.row(telemetry.event("worker died", f"{part}: {why}", level="warning"))
+            monitor.worker_died(part, why)
 
         def worker_left(part: str) -> None:
             monitor.forget(part)

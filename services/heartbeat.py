@@ -1,10 +1,13 @@
-"""The pulse of a part: says every few seconds what it is doing, and keeps its leases alive.
+"""The pulse of a part: says every few seconds what it is doing, keeps its leases alive, ends it if it hangs.
 
 Promises
 - A beat carries the state, since when, the policy version and the peak memory: whoever watches can name what
   a silent part was last doing.
 - Leases are renewed by the same thread, so a part that is stopped or dead loses both at once.
 - A failed beat is logged and tried again; it never ends the work.
+- A part that does one thing for longer than it may writes the stacks of its threads into its log, says so in
+  a last beat, and ends its process: whoever keeps it alive makes it anew. What it waits for others to do is
+  not counted: that has deadlines of its own.
 """
 
 from __future__ import annotations
@@ -13,8 +16,10 @@ import logging
 import os
 import resource
 import socket
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from types import TracebackType
 
@@ -24,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 BEATS_TO_LIVE = 5
 """A heartbeat is kept this many intervals: five missed ones and the part is gone."""
+HUNG_EXIT_CODE = 70
+"""EX_SOFTWARE of sysexits.h."""
 
 
 def peak_rss_bytes() -> int:
@@ -39,6 +46,7 @@ class Pulse:
         beat: sends one heartbeat (GroupQueue.beat with a time to live).
         renew: keeps the lease of one ordinal alive; None for parts without leases.
         every_s: seconds between two beats.
+        hang_s: seconds that the part may be at one thing; None: as long as it likes.
     """
 
     def __init__(
@@ -48,6 +56,7 @@ class Pulse:
         renew: Callable[[int], object] | None = None,
         *,
         every_s: float = 2.0,
+        hang_s: float | None = None,
     ) -> None:
         self.part = part
         self.groups = 0
@@ -55,9 +64,11 @@ class Pulse:
         self.probe_error: float | None = None
         self._beat = beat
         self._renew = renew
-        self._every_s = every_s
+        self._every_s = every_s if hang_s is None else min(every_s, hang_s / 3)
+        self._hang_s = hang_s
         self._state = "starting"
         self._since = time.time()
+        self._until: float | None = None
         self._ordinal: int | None = None
         self._held: set[int] = set()
         self._lock = threading.Lock()
@@ -79,11 +90,16 @@ class Pulse:
         self._thread.join(timeout=10)
         self._send()
 
-    def enter(self, state: str, *, ordinal: int | None = None) -> None:
-        """From now on the part is doing this."""
+    def enter(self, state: str, *, ordinal: int | None = None, waits: bool = False) -> None:
+        """From now on the part is doing this.
+
+        Args:
+            waits: for what others do, however long it takes.
+        """
         with self._lock:
             if (state, ordinal) != (self._state, self._ordinal):
                 self._state, self._ordinal, self._since = state, ordinal, time.time()
+                self._until = None if waits or self._hang_s is None else time.monotonic() + self._hang_s
 
     def hold(self, ordinal: int) -> None:
         """Renew this lease with every beat."""
@@ -113,7 +129,25 @@ class Pulse:
 
     def _run(self) -> None:
         while not self._stop.wait(self._every_s):
+            self._end_if_hung()
             self._send()
+
+    def _end_if_hung(self) -> None:
+        with self._lock:
+            if self._until is None or time.monotonic() < self._until:
+                return
+            self._state = f"hung: {self._state}"
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        stacks = [
+            f"{names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}"
+            for ident, frame in sys._current_frames().items()
+        ]
+        logger.critical(
+            "%s %s for %g s; it ends\n%s", self.part, self._state, self._hang_s, "\n".join(stacks)
+        )
+        self._held.clear()
+        self._send()
+        os._exit(HUNG_EXIT_CODE)
 
     def _send(self) -> None:
         with self._lock:

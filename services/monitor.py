@@ -2,7 +2,8 @@
 
 Promises
 - A failure of any part ends `watch` with an exception that names it; the end of the work ends it normally.
-- Nothing is waited for in silence: a part without a heartbeat is named, with what it was doing last.
+- Nothing is waited for in silence: a part without a heartbeat is named, with what it was doing last. A worker
+  that stays silent for `rollout.hang_s` is killed and made anew; a learner that does ends the run.
 - As many workers are kept as the queue is told (`dgpo scale`).
 - A guard that fires is an event; with `guard.action: stop` the run drains and says why.
 - Evaluations happen when services/evaluation_schedule.py says; a run that is done has the one after training.
@@ -124,7 +125,10 @@ class Monitor:
             on_gone=self._put_off,
         )
         self._beats: dict[str, Heartbeat] = {}
-        self._silent: set[str] = set()
+        self._silent: dict[str, float] = {}
+        """Part -> since when (monotonic)."""
+        self._died: set[str] = set()
+        """Workers that nothing has been heard of since their last life."""
 
     def watch(self) -> Outcome:
         """Returns when the run is done or drained; raises when it failed."""
@@ -233,13 +237,28 @@ class Monitor:
                 self._guarded = self._guarded or str(fall)
 
     def _watch_heartbeats(self) -> None:
-        alive = self._move_heartbeats()
+        alive, now = self._move_heartbeats(), time.monotonic()
         silent = set(self._beats) - set(alive)
-        for part in () if self._draining else silent - self._silent:
-            last = self._beats[part]
-            detail = f"{part}: last seen {last.state!r} since {time.time() - last.since:.0f} s"
-            self._view.row(self._telemetry.event("no heartbeat", detail, level="warning"))
-        self._silent = silent
+        for part in () if self._draining else silent - set(self._silent):
+            self._view.row(self._telemetry.event("no heartbeat", self._last_seen(part), level="warning"))
+        self._silent = {part: self._silent.get(part, now) for part in silent}
+        self._died -= set(alive)
+        for part in silent - self._died:
+            self._end_if_lost(part, now - self._silent[part])
+
+    def _end_if_lost(self, part: str, seconds: float) -> None:
+        """A process that is stopped, or cut off from the queue, says nothing and does not die."""
+        config = self._context.config
+        why = f"no heartbeat for {seconds:.0f} s; {self._last_seen(part)}"
+        if part.startswith("learner-"):
+            if seconds > config.learner.hang_s:
+                raise PartFailed(f"{why}; go on with --resume")
+        elif seconds > config.rollout.hang_s:
+            self._supervisor.end(part, why)
+
+    def _last_seen(self, part: str) -> str:
+        last = self._beats[part]
+        return f"{part}: last seen {last.state!r} since {time.time() - last.since:.0f} s"
 
     def _move_heartbeats(self) -> dict[str, Heartbeat]:
         alive = {part: beat for part, beat in self._queue.heartbeats().items() if beat is not None}
@@ -255,12 +274,20 @@ class Monitor:
         self._beats |= alive
         return alive
 
+    def worker_died(self, part: str, why: str) -> None:
+        """What it was doing is told too."""
+        self._died.add(part)
+        last = self._beats.get(part)
+        detail = f"{part}: {why}" if last is None else f"{part}: {why}; last seen {last.state!r}"
+        self._view.row(self._telemetry.event("worker died", detail, level="warning"))
+
     def forget(self, part: str) -> None:
         """A part that has been taken away is no silent one."""
         self._queue.forget(part)
         self._metrics.forget(part)
         self._beats.pop(part, None)
-        self._silent.discard(part)
+        self._silent.pop(part, None)
+        self._died.discard(part)
 
     def _count_dead_letters(self) -> None:
         letters = self._queue.dead_letters()

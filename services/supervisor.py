@@ -50,6 +50,8 @@ class _Worker:
     restart_at: float | None = None
     last_error: str = ""
     lasting: bool = False
+    killed: str = ""
+    """Why, where the supervisor did it."""
 
 
 @dataclass
@@ -116,6 +118,13 @@ class Supervisor:
                 worker.actor, worker.done = self.spawn(worker.index)
                 worker.restart_at = None
 
+    def end(self, part: str, why: str) -> None:
+        """Kill a worker; it is made anew as if it had died of this."""
+        for worker in self._workers:
+            if f"{self.part}-{worker.index}" == part and worker.done is not None and not worker.killed:
+                worker.killed = why
+                ray.kill(worker.actor)
+
     def restarting(self) -> list[str]:
         """Workers that died and wait for their next life."""
         return [f"{self.part}-{one.index}" for one in self._workers if one.restart_at is not None]
@@ -136,7 +145,7 @@ class Supervisor:
         try:
             dismissed = ray.get(reference) == DISMISSED
         except ray.exceptions.RayError as error:
-            worker.last_error = _last_line(error)
+            worker.last_error, worker.killed = worker.killed or _last_line(error), ""
             worker.lasting = not worker.restarts and isinstance(getattr(error, "cause", None), LASTING)
         else:
             if not dismissed:

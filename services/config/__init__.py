@@ -141,6 +141,12 @@ class Config(Section):
             raise ValueError(
                 f"rewards: {', '.join(idle)} has weight 0 and trains nothing; set heldout: true to watch it"
             )
+        slow = [one.name for one in self.rewards if one.deadline_s >= self.rollout.hang_s]
+        if slow:
+            raise ValueError(
+                f"rewards: deadline_s of {', '.join(slow)} must be less than rollout.hang_s "
+                f"{self.rollout.hang_s:g}: a worker that waits for them would be taken for hung"
+            )
         if self.learner.micro_batch == "auto" and self.learner.activation_offload:
             raise ValueError(
                 "learner.micro_batch: auto tries what fits on the GPU; with activation_offload it is host "

@@ -152,8 +152,9 @@ class QueueConfig(Section):
     """Groups the queue holds at most."""
     max_bytes: int = Field(default=2 * 1024**3, ge=1024)
     """Payload bytes the queue holds at most."""
-    take_deadline_s: float = Field(default=600.0, gt=0)
-    """Seconds the learner waits for the groups of a step before it fails and names what is missing."""
+    take_deadline_s: float = Field(default=1200.0, gt=0)
+    """Seconds the learner waits for the groups of a step before it fails and names what is missing; longer
+    than `rollout.hang_s`, so that a worker that hangs is made anew before."""
 
     @model_validator(mode="after")
     def _no_password(self) -> QueueConfig:

@@ -101,6 +101,9 @@ class RolloutConfig(Section):
     """Ray GPUs a worker reserves."""
     max_restarts: int = Field(default=5, ge=0)
     """Restarts of one worker before the run fails with its last error."""
+    hang_s: float = Field(default=600.0, gt=0)
+    """Seconds that a worker may be at one thing (loading the model, sampling a group, installing weights,
+    waiting for scores) before it is taken for hung: its stacks go into its log, and it is made anew."""
 
     @model_validator(mode="after")
     def _heeded(self) -> RolloutConfig:
@@ -201,6 +204,9 @@ class LearnerConfig(Section):
     """Ray GPUs a rank reserves."""
     max_restarts: int = Field(default=3, ge=0)
     """Restarts of the learner by Ray Train before the run fails; what a restart cannot mend fails at once."""
+    hang_s: float = Field(default=1800.0, gt=0)
+    """Seconds that a rank may be at one thing (loading the model, an update, publishing, a checkpoint) before
+    it is taken for hung: its stacks go into its log, and the learner is started anew."""
 
     @field_validator("betas")
     @classmethod

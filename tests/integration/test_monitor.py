@@ -19,7 +19,7 @@ from services.monitor import LearnerThread, Monitor
 from services.ray_metrics import RunMetrics
 from services.run_directory import RunDirectory
 from services.stop_signals import StopSignals
-from services.supervisor import Supervisor
+from services.supervisor import PartFailed, Supervisor
 from services.telemetry import Telemetry, read_metrics
 
 pytestmark = pytest.mark.integration
@@ -30,7 +30,13 @@ class Rig:
     """A monitor without workers, learner and evaluator."""
 
     def __init__(self, folder: Path, server: EmbeddedValkey) -> None:
-        config = load_config("quickstart", [f"run.directory={folder}", "rollout.workers=2"])
+        hang = [
+            "rollout.hang_s=0.3",
+            "learner.hang_s=0.3",
+            "rewards.0.deadline_s=0.1",
+            "rewards.1.deadline_s=0.1",
+        ]
+        config = load_config("quickstart", [f"run.directory={folder}", "rollout.workers=2", *hang])
         self.directory = RunDirectory.create(config)
         secret = folder / "password"
         secret.write_text(server.password)
@@ -47,6 +53,7 @@ class Rig:
         self.restarting: list[str] = []
         self.sizes: list[int] = []
         self.scaled: list[tuple[str, int]] = []
+        self.ended: list[tuple[str, str]] = []
         rig = self
 
         class Workers(Supervisor):
@@ -55,6 +62,9 @@ class Rig:
 
             def poll(self, timeout_s: float) -> None:
                 """There is none."""
+
+            def end(self, part: str, why: str) -> None:
+                rig.ended.append((part, why))
 
             def restarting(self) -> list[str]:
                 return rig.restarting
@@ -137,3 +147,30 @@ def test_a_learner_that_was_started_again_is_told(rig: Rig) -> None:
     rig.turns(lambda: "learner restarted" in rig.events())
     (row,) = read_metrics(rig.directory.root).events
     assert "learner-0: process 8 in place of 7, last seen 'updating'" in row.detail
+
+
+def test_a_worker_that_stays_silent_is_ended_and_a_new_one_has_its_time(rig: Rig) -> None:
+    rig.queue.beat(beat("rollout-0", 7), 0.05)
+    rig.monitor._turn()
+    rig.turns(lambda: rig.ended != [])
+    part, why = rig.ended[0]
+    assert part == "rollout-0" and "no heartbeat for 0 s; rollout-0: last seen 'updating'" in why
+    rig.monitor.worker_died("rollout-0", why)
+    (row,) = [row for row in read_metrics(rig.directory.root).events if row.what == "worker died"]
+    assert row.detail == f"rollout-0: {why}; last seen 'updating'"
+    # It may wait for a place in the cluster for ever.
+    rig.ended.clear()
+    silent = rig.monitor._silent["rollout-0"]
+    rig.monitor._silent["rollout-0"] = silent - 100
+    rig.monitor._turn()
+    assert rig.ended == []
+    rig.queue.beat(beat("rollout-0", 8), 0.05)
+    rig.monitor._turn()
+    rig.turns(lambda: rig.ended != [])
+
+
+def test_a_learner_that_stays_silent_ends_the_run(rig: Rig) -> None:
+    rig.queue.beat(beat("learner-0", 7), 0.05)
+    rig.monitor._turn()
+    with pytest.raises(PartFailed, match="no heartbeat for 0 s; learner-0: last seen 'updating' since"):
+        rig.turns(lambda: False)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 
@@ -61,6 +64,48 @@ def test_a_worker_that_was_made_anew_keeps_its_budget() -> None:
     made, said = supervise(RuntimeError("node lost"), PolicyError("no model here"), max_restarts=2)
     assert made == [0, 0, 0]
     assert "rollout-0 died 3 times" in said
+
+
+@ray.remote(num_cpus=0)
+class Stopped:
+    """Its first life does not end, and does nothing any more: its process is stopped."""
+
+    def __init__(self, marker: Path) -> None:
+        self._marker = marker
+
+    def run(self) -> None:
+        if self._marker.exists():
+            return
+        self._marker.write_text(str(os.getpid()))
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def test_a_worker_whose_process_is_stopped_is_killed_and_made_anew(tmp_path: Path) -> None:
+    marker, made, died = tmp_path / "pid", list[int](), list[tuple[str, str]]()
+
+    def spawn(index: int) -> tuple[Any, Any]:
+        worker = Stopped.remote(marker)
+        made.append(index)
+        return worker, worker.run.remote()
+
+    def until(condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < deadline, (made, died)
+            supervisor.poll(0.05)
+
+    supervisor = Supervisor(
+        spawn, count=1, max_restarts=1, on_death=lambda part, why: died.append((part, why))
+    )
+    supervisor.start()
+    until(lambda: marker.exists() and marker.read_text() != "")
+    process = psutil.Process(int(marker.read_text()))
+    until(lambda: process.status() == psutil.STATUS_STOPPED)
+    supervisor.end("rollout-0", "no heartbeat for 9 s")
+    until(lambda: made == [0, 0])
+    assert died == [("rollout-0", "no heartbeat for 9 s")]
+    until(lambda: not process.is_running())
+    supervisor.join(60)
 
 
 @ray.remote(num_cpus=0)
