@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -30,7 +31,8 @@ from typing import Any, Final
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.chaos_faults import FAULTS, SERVE, FaultError, Flaky, Site, resumed
+from benchmarks.chaos_faults import CLOCK, DISK, FAULTS, RANKS, SERVE, FaultError, Flaky, Site, resumed
+from benchmarks.chaos_machine import Clock, mount_small_disk, unmount
 from reward_servers.app import create_app
 from reward_servers.local import LocalServer
 from reward_servers.server_config import ServerConfig
@@ -54,6 +56,7 @@ SMALL: Final = (
     "rollout.workers=2",
     "rollout.num_cpus=0.1",
     "rollout.max_restarts=1000",
+    "rollout.hang_s=20",
     "objective.timesteps.first=4",
     "objective.timesteps.skip=0",
     "learner.micro_batch=4",
@@ -141,11 +144,13 @@ def run_chaos_bench(
     """Runs until so many minutes are over; the last one is finished without more faults.
 
     Args:
-        faults: names of benchmarks/chaos_faults.py `FAULTS`; none: all of them.
+        faults: names of benchmarks/chaos_faults.py `FAULTS`; none: all of them, those of a second rank where
+            there is one.
         seed: of the order and the moments of the faults.
         steps: of a run.
         most: faults, in all; None: as many as there is time for.
         runs: where run directories are made; None: a temporary place, which stays if anything went wrong.
+            With `disk-full` it is a disk in memory, which `umount` frees.
         overrides: of all runs, `learner.publish_through=process_groups`, say.
 
     Returns:
@@ -154,29 +159,42 @@ def run_chaos_bench(
         `equal` (whether every digest is that of the undisturbed run), `survived` (all is as it should be).
 
     Raises:
-        ConfigError: a fault of an unknown name.
+        ConfigError: a fault of an unknown name, or one that cannot be had here.
         FaultError: a run did not survive; the text names the fault and the run directory.
     """
     unknown = sorted(set(faults) - set(FAULTS))
     if unknown:
         raise ConfigError(f"--faults: unknown {', '.join(unknown)}; valid: {', '.join(FAULTS)}")
-    chosen = tuple(faults) or tuple(FAULTS)
+    one_rank = load_config("quickstart", list(overrides)).learner.ranks == 1
+    if one_rank and (alone := sorted(RANKS & set(faults))):
+        raise ConfigError(f"--faults: {', '.join(alone)} needs --set learner.ranks=2")
+    chosen = tuple(faults) or tuple(fault for fault in FAULTS if not (one_rank and fault in RANKS))
     os.environ.setdefault(TOKEN_ENV, secrets.token_urlsafe(32))
     flaky = Flaky(create_app(ServerConfig(app="jpeg", token_env=TOKEN_ENV)))
     rng = random.Random(seed)
     place = runs or Path(tempfile.mkdtemp(prefix="dgpo-chaos-"))
-    with LocalServer(flaky) as server:
+    place.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        if DISK & set(chosen):
+            mount_small_disk(place)
+        clock = None
+        if CLOCK & set(chosen):
+            clock = Clock(Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        server = stack.enter_context(LocalServer(flaky))
         settings = _settings(server.url, place, steps, on_serve=bool(SERVE & set(chosen))) + list(overrides)
+        settings += [f"queue.server={clock.server}"] if clock is not None else []
         _say(screen, f"a run that nobody disturbs, in {place}")
         # Of one worker: weights depend on their number as little as on faults.
         alone = [*settings, "rollout.workers=1"]
-        undisturbed = _run(alone, flaky, Schedule((), rng, 0.0), screen)
+        undisturbed = _run(alone, flaky, clock, Schedule((), rng, 0.0), screen)
         schedule = Schedule(chosen, rng, time.monotonic() + 60 * minutes, most)
         disturbed = list[Disturbed]()
         while not disturbed or schedule.goes_on:
-            disturbed.append(_run(settings, flaky, schedule, screen))
+            disturbed.append(_run(settings, flaky, clock, schedule, screen))
     result = _summary(disturbed, undisturbed, steps) | {"seed": seed, "steps": steps}
     if runs is None and result["survived"]:
+        if place.is_mount():
+            unmount(place)
         shutil.rmtree(place)
     if screen is not None:
         screen.print(_table(result))
@@ -186,19 +204,21 @@ def run_chaos_bench(
 def _settings(url: str, place: Path, steps: int, *, on_serve: bool) -> list[str]:
     rewards = [f"{{name: size, url: '{url}', token_env: {TOKEN_ENV}, deadline_s: 4}}"]
     if on_serve:
-        rewards.append("{name: served, app: jpeg, weight: 0.1, num_cpus: 0.05, deadline_s: 60}")
+        rewards.append("{name: served, app: jpeg, weight: 0.1, num_cpus: 0.05, deadline_s: 15}")
     own = [f"run.directory={place}", f"learner.max_steps={steps}", f"rewards=[{', '.join(rewards)}]"]
     return [*SMALL, *own]
 
 
-def _run(settings: Sequence[str], flaky: Flaky, schedule: Schedule, screen: Console | None) -> Disturbed:
+def _run(
+    settings: Sequence[str], flaky: Flaky, clock: Clock | None, schedule: Schedule, screen: Console | None
+) -> Disturbed:
     directory = RunDirectory.create(load_config("quickstart", settings))
 
     def start() -> subprocess.Popen[str]:
         with (directory.logs / "chaos-driver.log").open("a") as log:
             return resumed(directory, stdout=subprocess.PIPE, stderr=log)
 
-    site = Site(directory, flaky, start, start())
+    site = Site(directory, flaky, start, start(), clock)
     injected: list[Injected] = []
     try:
         _next_step(site, 0.0, START_S, "the start")

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import psutil
 import redis
 
+from benchmarks.chaos_machine import Clock, fill
 from reward_servers.protocol import SCORE_PATH
 from services.embedded import EmbeddedServerError, EmbeddedValkey
 from services.group_queue import GroupQueue, QueueUnreachable, connect
@@ -30,6 +31,9 @@ POLL_S: Final = 0.01
 SILENCE_S: Final = 5.0
 """Longer than an attempt of a client."""
 REFUSED_S: Final = 60.0
+FULL_S: Final = 240.0
+"""A run whose disk is full has ended after this long."""
+JUMP_S: Final = 3600
 
 
 class FaultError(RuntimeError):
@@ -72,6 +76,8 @@ class Site:
     start: Callable[[], subprocess.Popen[str]]
     """Start, or resume, the driver."""
     driver: subprocess.Popen[str]
+    clock: Clock | None = None
+    """Of the queue server."""
     _queue: GroupQueue | None = None
 
     def beats(self) -> dict[str, Heartbeat]:
@@ -144,6 +150,19 @@ def _pause_worker(site: Site, rng: random.Random) -> bool:
     return aimed
 
 
+def _stop_worker(site: Site, rng: random.Random) -> bool:
+    """For good: its process neither works nor dies."""
+    pid, aimed = site.aim("rollout-", "sampling", rng)
+    stopped = psutil.Process(pid)
+    stopped.suspend()
+    try:
+        stopped.wait(site.directory.config().rollout.hang_s + REFUSED_S)
+    except psutil.TimeoutExpired:
+        stopped.kill()
+        raise FaultError(f"a worker that is stopped was not killed: {pid}") from None
+    return aimed
+
+
 def _kill_queue(site: Site, rng: random.Random) -> bool:
     site.queue_server().kill()
     return True
@@ -164,6 +183,30 @@ def _kill_driver(site: Site, rng: random.Random) -> bool:
     site.driver.wait(REFUSED_S)
     site.driver = site.start()
     return True
+
+
+def _fill_disk(site: Site, rng: random.Random) -> bool:
+    """Of the run directory; once the run has ended there is room again, and it is resumed."""
+    filler = fill(site.directory.root.parent)
+    try:
+        site.driver.wait(FULL_S)
+    except subprocess.TimeoutExpired:
+        raise FaultError(f"the run goes on without room on its disk for {FULL_S:g} s") from None
+    finally:
+        filler.unlink()
+    if site.driver.returncode == 0:
+        return False  # it was at its end
+    site.driver = site.start()
+    return True
+
+
+def _jump(seconds: int) -> Fault:
+    def inject(site: Site, rng: random.Random) -> bool:
+        assert site.clock is not None
+        site.clock.jump(seconds)
+        return True
+
+    return inject
 
 
 def resumed(directory: RunDirectory, **streams: Any) -> subprocess.Popen[str]:
@@ -213,10 +256,12 @@ FAULTS: Final[dict[str, Fault]] = {
     "worker-killed-sampling": _kill("rollout-", "sampling"),
     "worker-killed-scoring": _kill("rollout-", "waiting for scores"),
     "worker-paused": _pause_worker,
+    "worker-stopped": _stop_worker,
     "learner-killed-updating": _kill("learner-0", "updating"),
     "learner-killed-publishing": _kill("learner-0", "publishing step"),
     "learner-killed-checkpointing": _kill("learner-0", "checkpointing"),
     "learner-killed-waiting": _kill("learner-0", "waiting"),
+    "rank-killed": _kill("learner-1"),
     "queue-killed": _kill_queue,
     "queue-wiped": _wipe_queue,
     "reward-slow": _reward("slow"),
@@ -225,8 +270,15 @@ FAULTS: Final[dict[str, Fault]] = {
     "reward-silent": _reward("silent"),
     "replica-killed": _kill_serve("ray::ServeReplica"),
     "proxy-killed": _kill_serve("ray::ProxyActor"),
+    "clock-ahead": _jump(JUMP_S),
+    "clock-back": _jump(-JUMP_S),
+    "disk-full": _fill_disk,
     "driver-killed": _kill_driver,
     "second-driver": _second_driver,
 }
 SERVE: Final = frozenset({"replica-killed", "proxy-killed"})
 """Need rewards on Ray Serve."""
+CLOCK: Final = frozenset({"clock-ahead", "clock-back"})
+DISK: Final = frozenset({"disk-full"})
+RANKS: Final = frozenset({"rank-killed"})
+"""Need `learner.ranks=2`."""

@@ -100,14 +100,16 @@ def soak(
 @bench.command("chaos")
 def chaos(
     faults: Annotated[
-        str, typer.Option("--faults", help="Names with commas between them; none: all of them.")
+        str,
+        typer.Option("--faults", help="Names with commas between them; none: all that one rank can have."),
     ] = "",
     minutes: Annotated[float, typer.Option(help="No new run is begun behind these.")] = 10.0,
     seed: Annotated[int, typer.Option(help="Of the order and the moments of the faults.")] = 0,
     steps: Annotated[int, typer.Option(min=4, help="Updates of a run.")] = 150,
     most: Annotated[int | None, typer.Option(min=1, help="Faults in all; none: while there is time.")] = None,
     runs: Annotated[
-        Path | None, typer.Option(help="Folder that keeps the runs; none: a temporary one.")
+        Path | None,
+        typer.Option(help="Folder that keeps the runs (disk-full: until umount); none: a temporary one."),
     ] = None,
     overrides: Overrides = None,
     as_json: Json = False,

@@ -198,7 +198,7 @@ def _queue_server(config: Config, run: RunDirectory) -> Iterator[tuple[str, Secr
     if config.queue.url is not None:
         yield config.queue.url, SecretPlace(env=config.queue.password_env), None
         return
-    with QueueKeeper(run.queue) as keeper:
+    with QueueKeeper(run.queue, server=config.queue.server) as keeper:
         yield keeper.server.url, SecretPlace(file=run.queue / "password"), keeper
 
 

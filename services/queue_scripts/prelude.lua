@@ -52,6 +52,8 @@ end
 local function call_waiting()
   local now = now_ms()
   redis.call('ZREMRANGEBYSCORE', CALLED, '-inf', now)
+  -- What lies further ahead than it can was there before the clock went back.
+  redis.call('ZREMRANGEBYSCORE', CALLED, '(' .. now + CALL_MS, '+inf')
   local free = room() - redis.call('ZCARD', CALLED)
   while free > 0 do
     local worker = redis.call('ZPOPMIN', LINE)[1]
