@@ -13,7 +13,10 @@ def test_it_measures_workers_that_take_turns() -> None:
     for workers, found in result["workers"].items():
         assert 0 < found["groups_s"] <= found["offered_s"] * 1.1
         assert 0 < found["issue_p50_s"] <= found["issue_p99_s"]
+        assert found["crowded_p99_s"] > 0
         assert 0 < found["fewest"] <= found["most"] and found["starved"] == 0
         assert 1 / int(workers) < found["jain"] <= 1
         assert 0 < found["outstanding"] <= found["window"]
-        assert 0 < found["waits"] < 1
+        assert 0 <= found["waits"] < 1
+    crowd = result["workers"]["16"]
+    assert crowd["window"] < 16 and crowd["waits"] > 0
