@@ -270,6 +270,7 @@ FAULTS: Final[dict[str, Fault]] = {
     "reward-silent": _reward("silent"),
     "replica-killed": _kill_serve("ray::ServeReplica"),
     "proxy-killed": _kill_serve("ray::ProxyActor"),
+    "evaluator-killed": _kill("evaluator"),
     "clock-ahead": _jump(JUMP_S),
     "clock-back": _jump(-JUMP_S),
     "disk-full": _fill_disk,

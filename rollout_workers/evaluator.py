@@ -44,7 +44,10 @@ class Evaluator:
         telemetry = self._context.config.telemetry
         ttl = BEATS_TO_LIVE * telemetry.heartbeat_s
         self._pulse = Pulse(
-            "evaluator", lambda beat: self._queue.beat(beat, ttl), every_s=telemetry.heartbeat_s
+            "evaluator",
+            lambda beat: self._queue.beat(beat, ttl),
+            every_s=telemetry.heartbeat_s,
+            hang_s=self._context.config.eval.deadline_s,
         )
         self._pulse.__enter__()
         self._pulse.enter("loading the model")
@@ -52,7 +55,7 @@ class Evaluator:
         self._sampler = PolicySampler(config, directory, open_transport(config, directory, store))
         self._scorer = RewardServers(self._context.config.rewards, self._context.rewards)
         self._prompts = prompt_source(self._context.config)
-        self._pulse.enter("waiting for weights")
+        self._pulse.enter("waiting for weights", waits=True)
 
     def evaluate(self, announcement: str, when: When) -> str | None:
         """One evaluation of announced weights.
@@ -84,7 +87,7 @@ class Evaluator:
         )
         if final:
             self._keep(found, when)
-        self._pulse.enter("waiting for weights")
+        self._pulse.enter("waiting for weights", waits=True)
         row = EvalRow(
             time=time.time(),
             when=when,

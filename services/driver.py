@@ -22,6 +22,7 @@ from typing import Any
 
 import ray
 import redis
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from learner.checkpoint import newest_checkpoint
 from learner.ray_train import fit
@@ -108,7 +109,9 @@ def train(
                 queue.want_replicas(reward.name, None)
         queue.set_state("starting")
         stack.push(partial(_tell_failure, queue))
-        store = _actor(PolicyStore, context, "policy-store", num_cpus=0).remote()
+        # What it has is in no other place: it is lost with the driver's node, and with no other.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        store = _actor(PolicyStore, context, "policy-store", num_cpus=0, scheduling_strategy=here).remote()
         # By hand: an actor lives as long as anything refers to it, and its name with it.
         stack.callback(ray.kill, store)
         # The learner takes longest to start and needs no rewards until the first groups are there.
@@ -131,8 +134,7 @@ def train(
         text = context.model_dump_json()
         evaluator = None
         if evaluating:
-            reserved = {"num_cpus": config.eval.num_cpus, "num_gpus": config.eval.num_gpus}
-            evaluator = _actor(Evaluator, context, "evaluator", **reserved).remote(text, store)
+            evaluator = _evaluator(context).remote(text, store)
             stack.callback(ray.kill, evaluator)
 
         def worker_died(part: str, why: str) -> None:
@@ -252,8 +254,16 @@ def _refuse_merging(name: str, place: RewardPlace) -> None:
         )
 
 
-def _actor(kind: type, context: RunContext, part: str, **resources: float) -> Any:
-    return ray.remote(kind).options(name=f"{context.run}/{part}", namespace=NAMESPACE, **resources)
+def _actor(kind: type, context: RunContext, part: str, **options: Any) -> Any:
+    return ray.remote(kind).options(name=f"{context.run}/{part}", namespace=NAMESPACE, **options)
+
+
+def _evaluator(context: RunContext) -> Any:
+    """Made anew by Ray, which asks again for an evaluation that was lost: it would come out the same."""
+    settings, lives = context.config.eval, context.config.rollout.max_restarts
+    reserved = {"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus}
+    again = {"max_restarts": lives, "max_task_retries": lives}
+    return _actor(Evaluator, context, "evaluator", **reserved, **again)
 
 
 def _part(config: Config) -> str:

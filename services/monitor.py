@@ -268,9 +268,10 @@ class Monitor:
         for part, beat in alive.items():
             before = self._beats.get(part)
             # Workers' deaths are told by who makes them anew.
-            if part.startswith("learner-") and before is not None and before.pid != beat.pid:
+            kind = part.partition("-")[0]
+            if kind in ("learner", "evaluator") and before is not None and before.pid != beat.pid:
                 detail = f"{part}: process {beat.pid} in place of {before.pid}, last seen {before.state!r}"
-                self._view.row(self._telemetry.event("learner restarted", detail, level="warning"))
+                self._view.row(self._telemetry.event(f"{kind} restarted", detail, level="warning"))
         self._beats |= alive
         return alive
 

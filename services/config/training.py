@@ -100,7 +100,7 @@ class RolloutConfig(Section):
     num_gpus: float = Field(default=0.0, ge=0)
     """Ray GPUs a worker reserves."""
     max_restarts: int = Field(default=5, ge=0)
-    """Restarts of one worker before the run fails with its last error."""
+    """Restarts of one worker, and of the evaluator, before the run fails with the last error."""
     hang_s: float = Field(default=600.0, gt=0)
     """Seconds that a worker may be at one thing (loading the model, sampling a group, installing weights,
     waiting for scores) before it is taken for hung: its stacks go into its log, and it is made anew."""

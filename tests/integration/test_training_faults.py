@@ -78,6 +78,26 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(
     assert "running" in Heard.last.states[at:], "the run stays degraded once all is well again"
 
 
+@pytest.mark.slow
+def test_a_killed_evaluator_is_made_anew(
+    recipe: Callable[..., Config], digest: str
+) -> None:
+    killed: list[int] = []
+
+    def kill(beats: list[Heartbeat]) -> None:
+        for beat in beats:
+            if beat.part == "evaluator" and beat.state.startswith("evaluating") and not killed:
+                killed.append(beat.pid)
+                os.kill(beat.pid, signal.SIGKILL)
+
+    outcome = run(recipe("rollout.workers=1", "telemetry.heartbeat_s=0.05"), Watching(at_beats=kill))
+    assert killed and outcome.weights_digest == digest
+    written = read_metrics(outcome.run.root)
+    # The first evaluation is asked for again, unless training has come to its end meanwhile.
+    assert [row.step for row in written.evals] in ([0, STEPS], [STEPS])
+    assert "evaluator restarted" in [row.what for row in written.events]
+
+
 def queue_server_of(directory: RunDirectory) -> psutil.Process:
     def ports(process: psutil.Process) -> set[int]:
         return {socket.laddr.port for socket in process.net_connections() if socket.status == "LISTEN"}
