@@ -80,11 +80,19 @@ def gpu(
 
 
 @bench.command("load")
-def load(as_json: Json = False) -> None:
+def load(
+    plot: Annotated[Path | None, typer.Option(help="Draw it into this file (.svg).")] = None,
+    as_json: Json = False,
+) -> None:
     """The group queue under 8, 64 and 512 simulated workers with groups of 3 MB."""
     from benchmarks.load import run_load_bench
 
-    _bench(run_load_bench(screen), as_json)
+    result = run_load_bench(screen)
+    if plot is not None:
+        from benchmarks.plots import draw_load
+
+        result["plot"] = str(draw_load(result["workers"], result["target_s"], plot))
+    _bench(result, as_json)
 
 
 @bench.command("soak")
