@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -180,11 +181,21 @@ def _groups(app: FastAPI, watch: Watch) -> None:
 
 
 def _configuration(app: FastAPI, watch: Watch, compare: dict[str, Path]) -> None:
+    @lru_cache(maxsize=64)
+    def flat(run_dir: Path, changed: int) -> dict[str, str]:
+        return flat_config(run_dir)
+
+    def known(run_dir: Path) -> dict[str, str]:
+        try:
+            return flat(run_dir, (run_dir / "config.yaml").stat().st_mtime_ns)
+        except OSError as error:
+            raise ConfigError(f"{run_dir}: {error}") from error
+
     @app.get("/api/config")
     def config(against: str = "") -> dict[str, Any]:
         try:
-            here = flat_config(watch.run.root)
-            other = flat_config(compare[against]) if against else None
+            here = known(watch.run.root)
+            other = known(compare[against]) if against else None
         except KeyError:
             raise HTTPException(404, "The page was started without that run to compare with.") from None
         except ConfigError as error:
@@ -193,7 +204,7 @@ def _configuration(app: FastAPI, watch: Watch, compare: dict[str, Path]) -> None
             "problem": "",
             "others": list(compare),
             "keys": list(here.items()),
-            "changes": [change.model_dump() for change in differences(here, other)] if other else [],
+            "changes": [asdict(change) for change in differences(here, other)] if other else [],
         }
 
 

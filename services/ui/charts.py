@@ -166,4 +166,9 @@ def _estimates(steps: Values, found: Sequence[Estimate | None], most: int) -> di
 
 
 def _short(values: Values) -> list[float]:
-    return [float(f"{value:.6g}") for value in values]
+    size = np.abs(np.where(values == 0, 1.0, values)).clip(1e-300, 1e300)
+    unit = 10.0 ** (np.floor(np.log10(size)) - 5)
+    digits = np.round(values / unit)
+    # Divided by a whole number where the unit is a fraction, so that 0.3 stays 0.3.
+    rounded = np.where(unit < 1, digits / np.maximum(np.round(1 / unit), 1.0), digits * unit)
+    return [float(value) for value in rounded]

@@ -61,9 +61,10 @@ class Columns:
             self._drop_before(epoch, step)
         if self.undone(epoch, step):
             return
-        place = bisect_left(self._steps, step)
-        if place < len(self._steps):
+        place = len(self._steps)
+        if place and self._steps[-1] >= step:
             self.cuts += 1
+            place = bisect_left(self._steps, step)
             if self._steps[place] == step:
                 self._delete(place)
         self._steps.insert(place, step)
@@ -92,12 +93,13 @@ class Columns:
     def steps(self, first: int | None = None, last: int | None = None) -> Values:
         """Those between these steps, both included."""
         start, stop = self._range(first, last)
-        return np.array(self._steps[start:stop], dtype=np.float64)
+        return np.frombuffer(self._steps, dtype=np.int64)[start:stop].astype(np.float64)
 
     def column(self, name: str, first: int | None = None, last: int | None = None) -> Values:
         """Empty where nothing of that name was ever told."""
         start, stop = self._range(first, last)
-        return np.array(self._named.get(name, array("d"))[start:stop], dtype=np.float64)
+        # A copy: while somebody holds a view of it, an array cannot grow.
+        return np.frombuffer(self._named.get(name, array("d")), dtype=np.float64)[start:stop].copy()
 
     def _range(self, first: int | None, last: int | None) -> tuple[int, int]:
         start = 0 if first is None else bisect_left(self._steps, first)

@@ -9,11 +9,11 @@ Promises
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel
 
 from services.config_file import ConfigError
 from services.report.build import without_credentials
@@ -22,7 +22,8 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """The same in C, where it was built: ten times faster."""
 
 
-class Change(BaseModel, frozen=True):
+@dataclass(frozen=True)
+class Change:
     """One key that differs."""
 
     key: str
