@@ -26,7 +26,7 @@ from services.ui.columns import Columns
 
 CHUNK = 64 * 1024
 """Read in 2 ms or so: others get a turn in between."""
-MAX_LINE = 8 * 1024 * 1024
+MAX_LINE = 1024 * 1024
 """A longer line is no row."""
 RECENT = 100
 KEPT_EVENTS = 200
