@@ -131,7 +131,7 @@ export class ChartView {
     };
     const { floor, whole } = this.chart;
     this.plot = new uPlot({
-      width: Math.max(this.place.clientWidth, 160), height: HEIGHT, legend: { show: false }, bands, series, padding: [8, 8, 0, 0],
+      width: Math.max(this.place.clientWidth, 160), height: HEIGHT, legend: { show: false }, bands, series, padding: [8, 18, 0, 0],
       scales: { x: { time: false, range: (u, low, high) => (low === high ? [low - 1, high + 1] : [low, high]) },
         y: { range: (u, low, high) => spanned(low, high, floor, whole) } },
       axes: [{ ...axis, size: 26, gap: 4, incrs: [1, 2, 5].flatMap((n) => [0, 1, 2, 3, 4, 5, 6, 7].map((p) => n * 10 ** p)).sort((a, b) => a - b), values: (u, splits) => splits.map((v) => v.toLocaleString("en-US")), space: 60, grid: { show: false } },

@@ -21,7 +21,7 @@ async function compare(other) {
   const found = await ask(`api/config?against=${encodeURIComponent(other)}`);
   const rows = found.changes.map((one) => [one.key, KINDS[one.kind],
     one.kind === "removed" ? "-" : one.here, one.kind === "added" ? "-" : one.there]);
-  fillTable(byId("difference-table"), [["setting", ""], ["", ""], ["this run", "text"], [other, "text"]], rows);
+  fillTable(byId("difference-table"), [["setting", ""], ["kind", ""], ["this run", "text"], ["other run", "text"]], rows);
   byId("config-hint").textContent = found.problem ||
     (rows.length ? `${plural(rows.length, "setting")} differ${rows.length === 1 ? "s" : ""}.` : "No setting differs.");
 }

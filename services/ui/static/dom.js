@@ -13,12 +13,18 @@ export function element(name, attributes = {}, ...children) {
   return made;
 }
 
-/** A table: heads are [title, class]; cells are strings or elements. */
+/**
+ * A table: heads are [title, class]; cells are strings or elements. On a phone rows are shown as blocks with the
+ * title before each cell (page.css); the roles keep it a table for those who hear it.
+ */
 export function fillTable(table, heads, rows) {
-  const head = element("tr", {}, ...heads.map(([title, kind]) => element("th", { class: kind, scope: "col" }, title)));
-  const body = rows.map((cells) =>
-    element("tr", {}, ...cells.map((cell, place) => element("td", { class: heads[place][1] }, cell))));
-  table.replaceChildren(element("thead", {}, head), element("tbody", {}, ...body));
+  table.setAttribute("role", "table");
+  const head = heads.map(([title, kind]) => element("th", { class: kind, scope: "col", role: "columnheader" }, title));
+  const body = rows.map((cells) => element("tr", { role: "row" }, ...cells.map((cell, place) =>
+    element("td", { class: heads[place][1], role: "cell", "data-title": heads[place][0] }, cell))));
+  table.replaceChildren(
+    element("thead", { role: "rowgroup" }, element("tr", { role: "row" }, ...head)),
+    element("tbody", { role: "rowgroup" }, ...body));
   table.parentElement.hidden = rows.length === 0;
 }
 
@@ -28,7 +34,9 @@ export function fillFacts(list, facts) {
 }
 
 export async function ask(address) {
-  const answer = await fetch(address, { credentials: "same-origin" });
+  const answer = await fetch(address, { credentials: "same-origin" }).catch(() => {
+    throw new Lost();
+  });
   if (answer.status === 401) throw new Refused();
   if (!answer.ok) throw new Error(`${address}: ${answer.status}`);
   return answer.json();
@@ -36,6 +44,9 @@ export async function ask(address) {
 
 /** The token of the page is another one now. */
 export class Refused extends Error {}
+
+/** Nobody answers. */
+export class Lost extends Error {}
 
 const minus = (text) => text.replace("-", "−");
 

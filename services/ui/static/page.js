@@ -2,10 +2,10 @@
 
 import { ChartView } from "./charts.js";
 import { showConfiguration } from "./configuration.js";
-import { Refused, ask, byId, count } from "./dom.js";
+import { Lost, Refused, ask, byId, count } from "./dom.js";
 import { GalleryView } from "./gallery.js";
 import { follow } from "./live.js";
-import { showEvents, showFacts, showLetters, showStatus, showTimes, tick } from "./parts.js";
+import { showEvents, showFacts, showLetters, showMemory, showStatus, showTimes, tick } from "./parts.js";
 
 const TOLD_AGAIN_MS = 5000;
 const views = new Map();
@@ -68,6 +68,7 @@ const askTold = guarded(async () => {
   told = await ask("api/told");
   showEvents(told);
   showTimes(told);
+  showMemory(told);
   showLetters(status, told);
 });
 
@@ -122,9 +123,12 @@ function guarded(work) {
     try {
       return await work(...given);
     } catch (error) {
-      say(error instanceof Refused
-        ? "The page was started again with another token: open the address that it has printed."
-        : navigator.onLine && !(error instanceof TypeError) ? String(error) : "Connection lost; trying again.");
+      if (error instanceof Refused) say("The page was started again with another token: open the address that it has printed.");
+      else if (error instanceof Lost) say("Connection lost; trying again.");
+      else {
+        say(`Something went wrong: ${error}. Load the page again.`);
+        console.error(error);
+      }
       return undefined;
     }
   };

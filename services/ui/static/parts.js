@@ -57,7 +57,8 @@ function showWorkers(status, problem) {
   const missing = (status.workers_wanted ?? 0) > status.workers
     ? ` ${status.workers} of ${plural(status.workers_wanted, "rollout worker")}: others start, or wait for room.` : "";
   hint.textContent = `What every part is doing. One that has said nothing for 15 seconds is silent.${missing}`;
-  const heads = [["part", ""], ["heartbeat", ""], ["doing", ""], ["for", "n"], ["version", ""], ["groups", "n"], ["memory", "n"], ["node, pid", ""]];
+  const heads = [["part", "whole"], ["heartbeat", ""], ["doing", "text"], ["for", "n"], ["version", "whole"], ["groups", "n"],
+    ["memory", "n"], ["node, pid", "whole"]];
   const silent = status.silent.map((part) =>
     [part, element("span", { class: "warning" }, "silent"), "-", "-", "-", "-", "-", "-"]);
   const alive = status.parts.map((beat) => [
@@ -105,20 +106,31 @@ export function showEvents(told) {
     new Date(event.time * 1000).toLocaleString([], { dateStyle: "short", timeStyle: "medium" }),
     element("span", { class: event.level }, event.what), event.step === null ? "" : count(event.step),
     event.ordinal === null ? "" : count(event.ordinal), event.detail]);
-  fillTable(byId("events-table"), [["at", "n"], ["what", ""], ["step", "n"], ["ordinal", "n"], ["why", "text"]], rows);
+  fillTable(byId("events-table"), [["at", "n"], ["what", "whole"], ["step", "n"], ["ordinal", "n"], ["why", "text"]], rows);
   const torn = told.unreadable ? ` ${plural(told.unreadable, "line")} of metrics.jsonl could not be read: one, torn, is normal after a crash.` : "";
   byId("events-hint").textContent = (rows.length === 0 ? "No restarts, no dead letters, nothing out of the ordinary."
     : told.events_seen > rows.length ? `The newest ${rows.length} of ${count(told.events_seen)}.` : "Newest first.") + torn;
 }
 
+export function showMemory(told) {
+  const parts = Object.entries(told.memory).sort((one, other) => other[1] - one[1]);
+  fillTable(byId("memory-table"), [["process", ""], ["peak resident", "n"]], parts.map(([part, size]) => [part, bytes(size)]));
+  byId("memory").hidden = parts.length === 0;
+}
+
 export function showTimes(told) {
   byId("times").replaceChildren(...told.times.map((time) => {
+    const bar = element("div", { class: "shares", "aria-hidden": "true" }, ...time.shares.map((one) => {
+      const part = element("span", { class: `f${one.tone}` });
+      part.style.flexGrow = one.share;
+      return part;
+    }));
     const rows = time.shares.map((one) => element("tr", {},
       element("td", {}, element("span", { class: `swatch f${one.tone}` }), one.name),
       element("td", { class: "n" }, `${fixed(one.seconds)} s`),
-      element("td", { class: "n" }, element("meter", { min: 0, max: 1, value: one.share, "aria-hidden": "true" }), ` ${(100 * one.share).toFixed(1)} %`)));
+      element("td", { class: "n" }, `${(100 * one.share).toFixed(1)} %`)));
     return element("div", { class: "card" },
-      element("header", {}, element("h3", {}, time.title), element("span", {}, `${short(time.seconds)} s`)),
-      element("table", {}, element("tbody", {}, ...rows)), time.note && element("p", { class: "hint" }, time.note));
+      element("header", {}, element("h3", {}, time.title), element("span", {}, `${fixed(time.seconds, 2)} s`)),
+      bar, element("table", {}, element("tbody", {}, ...rows)), time.note && element("p", { class: "hint" }, time.note));
   }));
 }
