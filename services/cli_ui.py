@@ -20,8 +20,6 @@ from rich.text import Text
 from services.cli_options import Json, emit, screen
 from services.config_file import ConfigError
 
-SHORTEST_TOKEN = 16
-
 
 def ui(
     run_dir: Annotated[Path, typer.Argument(help="A run directory.")],
@@ -42,13 +40,13 @@ def ui(
     """Watch a run in a browser: curves, groups, workers, queue, configuration. Reads only; until Ctrl-C."""
     from reward_servers.local import serve_until_stopped
     from services.run_directory import RunDirectory
-    from services.ui.access import is_loopback, names_of
+    from services.ui.access import is_loopback, names_of, token_of
     from services.ui.app import create_app
     from services.ui.watch import Watch
 
     run = RunDirectory.open(run_dir)
     others = {other.name: other.root for other in map(RunDirectory.open, compare or ())}
-    token = _token(token_env)
+    token = secrets.token_urlsafe(32) if token_env is None else token_of(token_env)
     watch = Watch(run)
     app = create_app(
         watch, token=token, compare=others, hosts=names_of(host), any_address=not is_loopback(host)
@@ -80,14 +78,3 @@ def ui(
         raise ConfigError(
             f"cannot listen on {host} port {port}: {os.strerror(error.errno or 0)}; --port 0 takes a free one"
         ) from error
-
-
-def _token(variable: str | None) -> str:
-    if variable is None:
-        return secrets.token_urlsafe(32)
-    from services.context import SecretPlace
-
-    token = SecretPlace(env=variable).read() or ""
-    if len(token) < SHORTEST_TOKEN:
-        raise ConfigError(f"{variable} holds {len(token)} characters; a token has at least {SHORTEST_TOKEN}")
-    return token

@@ -25,6 +25,10 @@ from starlette.requests import cookie_parser
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from services.config_file import ConfigError
+from services.context import SecretPlace
+
+SHORTEST_TOKEN: Final = 16
 LOOPBACK_NAMES: Final = frozenset({"127.0.0.1", "localhost", "::1"})
 POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
@@ -118,6 +122,8 @@ class Access:
     def _enter(self, scope: Scope, rest: list[tuple[str, str]]) -> Response:
         # One slash: an address that begins with two would lead to another host.
         path = "/" + quote(scope["path"].lstrip("/\\"))
+        if path == scope.get("root_path"):
+            path += "/"
         answer = RedirectResponse(path + ("?" + urlencode(rest) if rest else ""), status_code=303)
         answer.set_cookie(
             self._cookie,
@@ -138,6 +144,18 @@ class Access:
     @staticmethod
     def _same(given: str, wanted: bytes) -> bool:
         return hmac.compare_digest(given.encode("utf-8", "replace"), wanted)
+
+
+def token_of(variable: str) -> str:
+    """The token that an environment variable holds.
+
+    Raises:
+        ConfigError: it is not set, or too short to be one.
+    """
+    token = SecretPlace(env=variable).read() or ""
+    if len(token) < SHORTEST_TOKEN:
+        raise ConfigError(f"{variable} holds {len(token)} characters; a token has at least {SHORTEST_TOKEN}")
+    return token
 
 
 def host_name(host: str) -> str:

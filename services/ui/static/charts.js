@@ -20,7 +20,7 @@ export class ChartView {
     this.keys = chart.curves.map((curve) => element("em"));
     this.at = element("span", { class: "at" });
     this.said = element("span", { class: "unseen", "aria-live": "polite" });
-    this.place = element("div", { class: "plot", tabindex: "0", role: "img" });
+    this.place = element("div", { class: "plot", tabindex: "0", role: "img", "aria-label": chart.title });
     const keys = chart.curves.map((curve, place) =>
       element("span", { class: "key" },
         element("i", { class: `k${curve.tone}${curve.dashed ? " dashed" : ""}` }), `${curve.name} `, this.keys[place]));
