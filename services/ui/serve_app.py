@@ -2,7 +2,8 @@
 
     serve run services.ui.serve_app:build run_dir=/shared/runs/RUN token_env=DGPO_UI_TOKEN
 
-or, in a Serve config file, `import_path: services.ui.serve_app:build` and the fields of RunPageConfig as `args`.
+or, in a Serve config file, `import_path: services.ui.serve_app:build`, with the fields of RunPageConfig as
+`args`.
 
 Promises
 - Arguments hold no secret: Serve shows them on its dashboard. The token is read in the replica, from a
