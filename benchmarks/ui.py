@@ -172,9 +172,7 @@ def _addresses(client: httpx.Client, updates: int) -> dict[str, Callable[[], htt
         "the page": "/",
         "status": "/api/status",
         "which charts": "/api/charts",
-        "curves of the reward": "/api/charts/reward",
-        "one curve": "/api/charts/loss",
-        "curves of a tenth": f"/api/charts/reward?first={updates // 2}&last={updates // 2 + updates // 10}",
+        "curves of the reward, again": "/api/charts/reward",
         "held-out scores": "/api/charts/heldout",
         "events and times": "/api/told",
         "newest groups": "/api/groups?count=12",
@@ -184,6 +182,10 @@ def _addresses(client: httpx.Client, updates: int) -> dict[str, Callable[[], htt
         "configuration": "/api/config?against=other",
     }
     places = iter(range(10**9))
+
+    def fresh_curves(key: str, last: int) -> httpx.Response:
+        """From another step on each time: worked out anew."""
+        return client.get(f"/api/charts/{key}?first={1 + next(places)}&last={last}")
 
     def fresh_image() -> httpx.Response:
         """Of another group each time: decoded anew."""
@@ -196,6 +198,9 @@ def _addresses(client: httpx.Client, updates: int) -> dict[str, Callable[[], htt
     }
     return {
         **asks,
+        "curves of the reward, anew": lambda: fresh_curves("reward", updates),
+        "curves of a tenth, anew": lambda: fresh_curves("reward", updates // 10),
+        "one curve, anew": lambda: fresh_curves("loss", updates),
         "a group and a new image": fresh_image,
         "first news of the stream": lambda: _first(client),
     }

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
+import json
 from collections.abc import AsyncIterator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -27,7 +28,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from services.config_file import ConfigError
 from services.ui.access import LOOPBACK_NAMES, Access
-from services.ui.charts import MOST_POINTS, charts_of, curves_of
+from services.ui.charts import MOST_POINTS, Chart, charts_of, curves_of
 from services.ui.difference import differences, flat_config
 from services.ui.gallery import SMALL_SIDE
 from services.ui.stream import events
@@ -36,6 +37,7 @@ from services.ui.watch import Watch
 
 STATIC: Final = Path(__file__).parent / "static"
 REPORT_CSS: Final = Path(__file__).parent.parent / "report" / "report.css"
+KEPT_CURVES = 64
 Step = Annotated[int | None, Query(ge=0)]
 
 
@@ -132,23 +134,38 @@ def _numbers(app: FastAPI, watch: Watch) -> None:
             "times": watch.times(),
         }
 
-    @app.get("/api/charts")
-    def charts() -> dict[str, Any]:
+    # What has been worked out is kept until there is more: many may watch the same run.
+    @lru_cache(maxsize=1)
+    def listed(at: tuple[Cursor, int]) -> tuple[dict[str, Chart], list[int]]:
         evals = watch.tail.evals()
         with watch.tail.columns() as columns:
             found = charts_of(columns, evals, held, curriculum=curriculum)
-            return {"charts": [asdict(chart) for chart in found], "resumes": columns.resumes()}
+            return {chart.key: chart for chart in found}, columns.resumes()
+
+    @lru_cache(maxsize=KEPT_CURVES)
+    def drawn(at: tuple[Cursor, int], chart: Chart, first: int | None, last: int | None, most: int) -> bytes:
+        evals = watch.tail.evals()
+        with watch.tail.columns() as columns:
+            found = curves_of(chart, columns, evals, first=first, last=last, most=most)
+        return json.dumps(found, allow_nan=False, separators=(",", ":")).encode()
+
+    def now() -> tuple[Cursor, int]:
+        return watch.tail.cursor, watch.tail.told
+
+    @app.get("/api/charts")
+    def charts() -> dict[str, Any]:
+        found, resumes = listed(now())
+        return {"charts": [asdict(chart) for chart in found.values()], "resumes": resumes}
 
     @app.get("/api/charts/{key}")
     def curves(
         key: str, first: Step = None, last: Step = None, most: Annotated[int, Query(ge=4)] = MOST_POINTS
-    ) -> dict[str, Any]:
-        evals = watch.tail.evals()
-        with watch.tail.columns() as columns:
-            for chart in charts_of(columns, evals, held, curriculum=curriculum):
-                if chart.key == key:
-                    return curves_of(chart, columns, evals, first=first, last=last, most=most)
-        raise HTTPException(404, "There is no such chart.")
+    ) -> Response:
+        at = now()
+        chart = listed(at)[0].get(key)
+        if chart is None:
+            raise HTTPException(404, "There is no such chart.")
+        return Response(drawn(at, chart, first, last, most), media_type="application/json")
 
     @app.get("/api/stream")
     async def stream(request: Request, after: str = "") -> StreamingResponse:

@@ -134,16 +134,16 @@ def thinned(y: Values, most: int) -> NDArray[np.int64]:
     >>> thinned(np.array([0, 0, 9, 0, 0, 0, -9, 0, 0.0]), 6).tolist()
     [0, 2, 5, 6, 8]
     """
-    known: NDArray[np.int64] = np.flatnonzero(np.isfinite(y))
-    if len(known) <= most:
-        return known
-    shares = most // 2 - 1
-    size = -(-len(known) // shares)
-    values = y[known]
+    measured = np.isfinite(y)
+    known = None if measured.all() else np.flatnonzero(measured)
+    values = y if known is None else y[known]
+    if len(values) <= most:
+        return np.arange(len(values)) if known is None else known
+    size = -(-len(values) // (most // 2 - 1))
     padded = np.append(values, np.full(-len(values) % size, values[-1])).reshape(-1, size)
     starts = np.arange(len(padded)) * size
     lowest, highest = padded.argmin(axis=1) + starts, padded.argmax(axis=1) + starts
-    ends = np.array([0, len(known) - 1])
-    chosen = np.unique(np.concatenate([ends, lowest, highest]).clip(max=len(known) - 1))
-    places: NDArray[np.int64] = known[chosen]
-    return places
+    ends = np.array([0, len(values) - 1])
+    chosen = np.sort(np.concatenate([ends, lowest, highest]).clip(max=len(values) - 1))
+    places: NDArray[np.int64] = chosen[np.append(np.diff(chosen) > 0, True)]
+    return places if known is None else known[places]

@@ -3,7 +3,7 @@
 Promises
 - A folder of samples/ is listed once, and again when it has changed; a page reads the groups on it, no other.
 - A group that cannot be read is on its page and says so: it is being written, or torn.
-- Images are decoded one after another, a few of them kept: memory does not grow with what is looked at.
+- Of groups and images that were looked at a few are kept, until they change: memory does not grow.
 
 Layout and limits of what is read: services/report/samples.py.
 """
@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from services.report.ranking import ranked_group
 from services.report.samples import encoded, groups_in, load_group_images, read_group, step_of
 
 MOST_ON_A_PAGE = 48
+KEPT_GROUPS = 256
 KEPT_STRIPS = 4
 KEPT_IMAGES = 512
 SMALL_SIDE = 128
@@ -60,6 +62,7 @@ class Gallery:
         self._by_key: dict[str, Kept] = {}
         self._strips: OrderedDict[Kept, list[Image.Image]] = OrderedDict()
         self._images: OrderedDict[tuple[Kept, int], tuple[str, bytes]] = OrderedDict()
+        self._read = lru_cache(maxsize=KEPT_GROUPS)(self._read_group)
         self.folders_listed = 0
         self.groups_read = 0
         """Both for tests and the bench."""
@@ -108,33 +111,29 @@ class Gallery:
         return sum(group.step > step for group in self._groups)
 
     def _group(self, kept: Kept) -> dict[str, Any]:
-        self.groups_read += 1
         kept = _now(kept)
-        head: dict[str, Any] = {"key": kept.key, "step": kept.step, "changed": str(kept.changed)}
+        head = {"key": kept.key, "step": kept.step, "changed": str(kept.changed)}
+        try:
+            return head | self._read(kept)
+        except ValueError as error:
+            return {**head, "problem": f"{error}: {kept.path.parent.name}/{kept.path.name}."}
+
+    def _read_group(self, kept: Kept) -> dict[str, Any]:
+        """What is told of a group; an error is not remembered."""
+        self.groups_read += 1
         sample = read_group(kept.path)
-        ranked = ranked_group(sample, self._config) if sample and self._config else None
-        if sample is None or ranked is None:
-            why = "It cannot be read" if sample is None else "It lacks a reward that the run trains on"
-            return {**head, "problem": f"{why}: {kept.path.parent.name}/{kept.path.name}."}
+        if sample is None:
+            raise ValueError("It cannot be read")
+        ranked = ranked_group(sample, self._config) if self._config else None
+        if ranked is None:
+            raise ValueError("It lacks a reward that the run trains on")
         return {
-            **head,
             "ordinal": sample.ordinal,
             "prompt": sample.prompt,
             "version": sample.version,
             "mean": ranked.mean,
             "flat": ranked.flat,
-            "members": [
-                {
-                    "place": member.place,
-                    "total": member.total,
-                    "advantage": member.advantage,
-                    "scores": member.scores,
-                    "text": member.text,
-                    "best": member.best,
-                    "worst": member.worst,
-                }
-                for member in ranked.members
-            ],
+            "members": [asdict(member) for member in ranked.members],
         }
 
     def image(self, key: str, place: int) -> tuple[str, bytes] | None:

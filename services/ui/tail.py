@@ -24,8 +24,8 @@ from pydantic import ValidationError
 from services.metrics import AnyRow, EvalRow, EventRow, MemoryRow, UpdateRow, parse_row
 from services.ui.columns import Columns
 
-CHUNK = 64 * 1024
-"""Read in 2 ms or so: others get a turn in between."""
+CHUNK = 32 * 1024
+"""Read in a millisecond or so: others get a turn in between."""
 MAX_LINE = 1024 * 1024
 """A longer line is no row."""
 RECENT = 100
