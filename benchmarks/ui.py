@@ -86,7 +86,7 @@ def make_run(folder: Path, *, updates: int, groups: int) -> RunDirectory:
         for step in range(1, updates + 1):
             file.write(_update(step, updates, rng).model_dump_json() + "\n")
             if step % max(1, updates // 100) == 0:
-                file.write(_evaluation(step).model_dump_json() + "\n")
+                file.write(_evaluation(step, updates).model_dump_json() + "\n")
     pictures = []
     for number in range(min(groups, 8)):
         pictures.append(run.root / f"picture-{number}.png")
@@ -133,11 +133,10 @@ def _update(step: int, last: int, rng: random.Random) -> UpdateRow:
     )
 
 
-def _evaluation(step: int) -> EvalRow:
+def _evaluation(step: int, last: int) -> EvalRow:
     scores = {name: {"mean": 0.5, "se": 0.01} for name in ("ocr", "tesseract")}
-    return EvalRow.model_validate(
-        {"time": 1_700_000_000.0 + 5 * step, "epoch": 0, "step": step, "prompts": 64, "rewards": scores}
-    )
+    row = {"time": 1_700_000_000.0 + 5 * step, "step": step, "prompts": 64, "rewards": scores}
+    return EvalRow.model_validate({**row, "epoch": int(step > last // 2)})
 
 
 def _group(number: int, step: int, rng: random.Random) -> dict[str, Any]:

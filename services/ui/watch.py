@@ -176,7 +176,9 @@ class Watch:
             found = status_with(
                 self.run, update=recent[-1] if recent else None, evaluation=evals[-1] if evals else None
             )
-        except (ConfigError, QueueUnreachable, redis.RedisError) as error:
+        except (ConfigError, QueueUnreachable) as error:
+            return {"status": None, "problem": str(error), "asked": time.time()}
+        except redis.RedisError as error:
             return {"status": None, "problem": reason(error), "asked": time.time()}
         return {"status": _told(found), "problem": "", "asked": time.time()}
 

@@ -115,7 +115,7 @@ def test_what_the_page_shows(browser: Any, address: str, run: RunDirectory) -> N
         assert "1.000" in newest.locator(".member.best").inner_text()
         assert "0.000" in newest.locator(".member.worst").inner_text()
         page.wait_for_function(
-            "[...document.querySelectorAll('#gallery .sides img')].every((one) => one.naturalWidth === 64)"
+            "() => [...document.querySelectorAll('#gallery img')].every((one) => one.naturalWidth === 64)"
         )
 
 
@@ -229,6 +229,6 @@ def test_a_page_that_loses_its_server_says_so(browser: Any, run: RunDirectory) -
         page.wait_for_selector("[data-charts=reward] canvas")
         process.terminate()
         page.wait_for_function(
-            "document.querySelector('#connection').textContent.includes('Connection lost')"
+            "() => document.querySelector('#connection').textContent.startsWith('Connection lost')"
         )
         context.close()

@@ -90,7 +90,7 @@ export class ChartView {
       lines.push(found);
     });
     this.data = uPlot.join(lines.map((line) => [line.x, line.y]));
-    this.error = this.chart.marked ? this.curves.map((curve) => new Map(curve.x.map((x, i) => [x, curve.error[i]]))) : null;
+    this.error = this.chart.marked ? this.curves.map((curve) => curve.error) : null;
     if (this.data[0].length === 0) {
       this.plot?.destroy();
       this.plot = null;
@@ -131,9 +131,9 @@ export class ChartView {
     };
     const { floor, whole } = this.chart;
     this.plot = new uPlot({
-      width: Math.max(this.place.clientWidth, 160), height: HEIGHT, legend: { show: false }, bands, series, padding: [8, 18, 0, 0],
+      width: Math.max(this.place.clientWidth, 160), height: HEIGHT, legend: { show: false }, bands, series, padding: [8, 24, 0, 0],
       scales: { x: { time: false, range: (u, low, high) => (low === high ? [low - 1, high + 1] : [low, high]) },
-        y: { range: (u, low, high) => spanned(low, high, floor, whole) } },
+        y: { range: (u, low, high) => spanned(...this.#reach(low, high), floor, whole) } },
       axes: [{ ...axis, size: 26, gap: 4, incrs: [1, 2, 5].flatMap((n) => [0, 1, 2, 3, 4, 5, 6, 7].map((p) => n * 10 ** p)).sort((a, b) => a - b), values: (u, splits) => splits.map((v) => v.toLocaleString("en-US")), space: 60, grid: { show: false } },
         { ...axis, size: 44, gap: 4, space: 34, incrs: whole ? [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 5000, 1e4, 1e5, 1e6, 1e7] : undefined, values: (u, splits) => splits.map((v) => short(Math.abs(v) < 1e-12 ? 0 : v)) }],
       cursor: { y: false, sync: { key: "steps", scales: ["x", null] }, drag: { x: true, y: false, setScale: false }, points: { size: 6 } },
@@ -143,6 +143,13 @@ export class ChartView {
         draw: [(u) => this.#extras(u, colour)],
       },
     }, this.data, this.place);
+  }
+
+  /** What the y axis has to show: error bars too. */
+  #reach(low, high) {
+    if (this.error === null || low === null) return [low, high];
+    const all = this.curves.flatMap((curve) => curve.y.flatMap((y, i) => [y - curve.error[i], y + curve.error[i]]));
+    return [Math.min(low, ...all), Math.max(high, ...all)];
   }
 
   #extras(u, colour) {
@@ -165,8 +172,8 @@ export class ChartView {
       ctx.beginPath();
       this.curves[place].x.forEach((step, i) => {
         const x = u.valToPos(step, "x", true);
-        ctx.moveTo(x, u.valToPos(this.curves[place].y[i] - errors.get(step), "y", true));
-        ctx.lineTo(x, u.valToPos(this.curves[place].y[i] + errors.get(step), "y", true));
+        ctx.moveTo(x, u.valToPos(this.curves[place].y[i] - errors[i], "y", true));
+        ctx.lineTo(x, u.valToPos(this.curves[place].y[i] + errors[i], "y", true));
       });
       ctx.stroke();
     }

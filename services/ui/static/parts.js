@@ -39,7 +39,7 @@ export function showStatus(told) {
   const notice = byId("notice");
   notice.hidden = !(problem || status?.reason);
   notice.textContent = problem
-    ? `The queue cannot be asked: ${problem}. It is asked again every few seconds; what is below comes from the run directory.`
+    ? `The queue cannot be asked: ${problem.replace(/\.+$/, "")}. It is asked again every few seconds; what is below comes from the run directory.`
     : status?.reason ?? "";
   showFacts(told);
   showWorkers(status, problem);
