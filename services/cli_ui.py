@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import tempfile
 import webbrowser
 from pathlib import Path
 from typing import Annotated
@@ -67,14 +68,22 @@ def ui(
         screen.print(Text(told), soft_wrap=True)
         if as_json:
             emit({"run": run.name, "url": url, "address": address})
-        if open_browser and not webbrowser.open(address):
+        if open_browser and not _opened(address, Path(folder)):
             screen.print("no browser was found on this machine: open the address yourself")
 
     try:
-        serve_until_stopped(
-            app, host=host, port=port, drain_s=2, on_ready=ready, on_stopping=watch.close_soon
-        )
+        with tempfile.TemporaryDirectory(prefix="dgpo-ui-") as folder:
+            serve_until_stopped(
+                app, host=host, port=port, drain_s=2, on_ready=ready, on_stopping=watch.close_soon
+            )
     except OSError as error:
         raise ConfigError(
             f"cannot listen on {host} port {port}: {os.strerror(error.errno or 0)}; --port 0 takes a free one"
         ) from error
+
+
+def _opened(address: str, folder: Path) -> bool:
+    """Through a file of ours alone: everybody on this machine can read the command line of a browser."""
+    page = folder / "open.html"
+    page.write_text(f'<!doctype html><meta http-equiv="refresh" content="0; url={address}">\n')
+    return webbrowser.open(page.as_uri())

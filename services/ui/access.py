@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import html
 import ipaddress
 import socket
 import time
@@ -49,6 +50,10 @@ _REFUSED = """<!doctype html>
 <h1>Token needed</h1>
 <p>{}</p>
 </html>
+"""
+_ENTERED = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta http-equiv="refresh" content="0; url={0}">
+<title>Entering</title><a href="{0}">Go on</a></html>
 """
 ABSENT: Final = "Open the address that <code>dgpo ui</code> has printed: it ends in the token."
 WRONG: Final = (
@@ -124,7 +129,11 @@ class Access:
         path = "/" + quote(scope["path"].lstrip("/\\"))
         if path == scope.get("root_path"):
             path += "/"
-        answer = RedirectResponse(path + ("?" + urlencode(rest) if rest else ""), status_code=303)
+        target = path + ("?" + urlencode(rest) if rest else "")
+        answer: Response = RedirectResponse(target, status_code=303)
+        if Headers(scope=scope).get("sec-fetch-site") == "cross-site":
+            # Along a redirect that another page has begun, a browser does not send the cookie; from here it does.
+            answer = HTMLResponse(_ENTERED.format(html.escape(target)))
         answer.set_cookie(
             self._cookie,
             self._session,

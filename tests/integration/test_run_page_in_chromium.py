@@ -220,6 +220,18 @@ def test_without_the_token_there_is_a_sentence_and_no_page(browser: Any, address
     context.close()
 
 
+def test_a_page_of_somewhere_else_may_lead_here(browser: Any, address: str, tmp_path: Path) -> None:
+    """As `--open` does: the cookie is not sent along a redirect that another page has begun."""
+    link = tmp_path / "open.html"
+    link.write_text(f'<!doctype html><meta http-equiv="refresh" content="0; url={address}">')
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(link.as_uri())
+    page.wait_for_selector("#gallery .group", timeout=WAIT_MS)
+    assert "token" not in page.url
+    context.close()
+
+
 def test_a_page_that_loses_its_server_says_so(browser: Any, run: RunDirectory) -> None:
     with page_process(str(run.root)) as (process, told):
         context = browser.new_context()

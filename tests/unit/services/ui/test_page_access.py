@@ -42,6 +42,15 @@ async def test_the_token_sets_a_cookie_and_leaves_the_address(client: httpx.Asyn
     assert (await client.get(answer.headers["location"])).text == "inside"
 
 
+async def test_a_link_of_another_page_goes_on_from_here(client: httpx.AsyncClient) -> None:
+    query = {"token": TOKEN, "x": '"><script>'}
+    answer = await client.get("/", params=query, headers={"sec-fetch-site": "cross-site"})
+    assert answer.status_code == 200
+    assert "HttpOnly" in answer.headers["set-cookie"]
+    assert 'url=/?x=%22%3E%3Cscript%3E"' in answer.text
+    assert TOKEN not in answer.text
+
+
 async def test_programs_bring_it_in_a_header(client: httpx.AsyncClient) -> None:
     for given in (f"Bearer {TOKEN}", f"bearer {TOKEN}"):
         assert (await client.get("/", headers={"authorization": given})).text == "inside"
