@@ -132,7 +132,7 @@ class Access:
         target = path + ("?" + urlencode(rest) if rest else "")
         answer: Response = RedirectResponse(target, status_code=303)
         if Headers(scope=scope).get("sec-fetch-site") == "cross-site":
-            # Along a redirect that another page has begun, a browser does not send the cookie; from here it does.
+            # A browser sends no such cookie along a redirect that another page has begun; from here it does.
             answer = HTMLResponse(_ENTERED.format(html.escape(target)))
         answer.set_cookie(
             self._cookie,
