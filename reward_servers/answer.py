@@ -41,6 +41,10 @@ class RewardRefused(RewardError):
     """The server refused the request: wrong token, too large, or a prompt it cannot score."""
 
 
+class RewardUntrusted(RewardError):
+    """The server was not asked: it did not prove over TLS that it is the one in the address."""
+
+
 class RewardInvalid(RewardError):
     """The server answered, but not with a finite score for every image."""
 

@@ -5,7 +5,8 @@ Promises
 - Connection errors, timeouts, 429 (its Retry-After is kept) and 5xx are tried again with exponential backoff
   and jitter until `deadline_s` has passed: RewardUnavailable. So is 404, of a server that has scored before:
   a proxy that comes up again knows no path at first. Other refusals are not: RewardRefused. Neither is an
-  answer that breaks the protocol: RewardInvalid.
+  answer that breaks the protocol: RewardInvalid. Nor is a certificate that proves nothing, or an https server
+  that speaks no TLS: RewardUntrusted, before anything was sent.
 - One attempt takes at most `attempt_s` (half the deadline unless said otherwise), so that a server that hangs
   once is asked again, and at least 0.1 s. (Of `score`, headers that drip are bounded by each read only.)
 - Connections are kept and used again. Redirects are not followed: they would carry the token elsewhere.
@@ -36,10 +37,11 @@ from reward_servers.answer import (
     RewardInvalid,
     RewardRefused,
     RewardUnavailable,
+    RewardUntrusted,
     Scored,
     scored,
 )
-from reward_servers.exchange import Answer, Transient, ask, ask_async, client_options
+from reward_servers.exchange import Answer, Transient, Untrusted, ask, ask_async, client_options
 from reward_servers.protocol import (
     HEALTH_PATH,
     INFO_PATH,
@@ -52,7 +54,15 @@ from reward_servers.protocol import (
 from reward_servers.retrying import asked_and_backoff
 from reward_servers.wire import encode_tensors
 
-__all__ = ["RewardClient", "RewardError", "RewardInvalid", "RewardRefused", "RewardUnavailable", "Scored"]
+__all__ = [
+    "RewardClient",
+    "RewardError",
+    "RewardInvalid",
+    "RewardRefused",
+    "RewardUnavailable",
+    "RewardUntrusted",
+    "Scored",
+]
 
 _WAIT: Final = asked_and_backoff(0.2, 5.0)
 _SHORTEST_ATTEMPT_S: Final = 0.1
@@ -69,6 +79,7 @@ class RewardClient:
         deadline_s: seconds for one `score`, retries included.
         app: the scorer that must answer (`ocr`); None takes any.
         attempt_s: seconds for one attempt.
+        authority: certificates to trust beside the system's, PEM; for https only.
     """
 
     def __init__(
@@ -80,6 +91,7 @@ class RewardClient:
         *,
         app: str | None = None,
         attempt_s: float | None = None,
+        authority: str | None = None,
     ) -> None:
         try:
             parsed = httpx.URL(url)
@@ -89,6 +101,8 @@ class RewardClient:
             raise ValueError(f"reward {name!r}: its address holds a password; give the token by itself")
         if parsed.scheme not in ("http", "https") or not parsed.host or parsed.query or parsed.fragment:
             raise ValueError(f"reward {name!r}: {url!r} is no http:// or https:// address up to /v1")
+        if authority is not None and parsed.scheme != "https":
+            raise ValueError(f"reward {name!r}: an authority of TLS is for an https:// address, not {url!r}")
         if token is not None and not (token.isascii() and token.isprintable()):
             raise ValueError(f"reward {name!r}: its token holds more than printable ASCII")
         self.name = name
@@ -98,7 +112,7 @@ class RewardClient:
         self._attempt_s = attempt_s or deadline_s / 2
         self._token = token
         self._target = self.url + SCORE_PATH
-        self._options = client_options(parsed, token, {"Content-Type": TENSOR_TYPE})
+        self._options = client_options(parsed, token, {"Content-Type": TENSOR_TYPE}, authority=authority)
         self._sync = httpx.Client(**self._options)
         self._async: httpx.AsyncClient | None = None
         self._has_scored = False
@@ -122,6 +136,8 @@ class RewardClient:
                     seconds = self._left(started)
                     answer = ask(self._sync, "POST", self._target, seconds, self._token, content=body)
                     return self._scored(answer, len(images), attempt.retry_state.attempt_number)
+        except Untrusted as error:
+            raise RewardUntrusted(self.name, self.url, str(error)) from error
         except RetryError as error:
             raise self._unavailable(failures, started) from error.last_attempt.exception()
         raise AssertionError("unreachable: retrying ends with a return or an error")
@@ -143,6 +159,8 @@ class RewardClient:
                     seconds, client = self._left(started), self._async
                     answer = await ask_async(client, "POST", self._target, seconds, self._token, content=body)
                     return self._scored(answer, len(images), attempt.retry_state.attempt_number)
+        except Untrusted as error:
+            raise RewardUntrusted(self.name, self.url, str(error)) from error
         except RetryError as error:
             raise self._unavailable(failures, started) from error.last_attempt.exception()
         raise AssertionError("unreachable: retrying ends with a return or an error")
@@ -158,17 +176,29 @@ class RewardClient:
             self._async = None
 
     def info(self, seconds: float = 5.0) -> ServerInfo | None:
-        """What the server says of itself; None if it does not say so in time."""
+        """What the server says of itself; None if it does not say so in time.
+
+        Raises:
+            RewardUntrusted: it does not prove who it is.
+        """
         try:
             answer = ask(self._sync, "GET", self.url + INFO_PATH, seconds, self._token)
             return ServerInfo.model_validate_json(bytes(answer.body)) if answer.status == 200 else None
+        except Untrusted as error:
+            raise RewardUntrusted(self.name, self.url, str(error)) from error
         except (Transient, ValueError):
             return None
 
     def unreachable(self, seconds: float = 3.0) -> str | None:
-        """Why no connection to the server can be made; None where one can, whatever it says then."""
+        """Why no connection to the server can be made; None where one can, whatever it says then.
+
+        Raises:
+            RewardUntrusted: none ever can; it does not prove who it is.
+        """
         try:
             ask(self._sync, "GET", self.url + HEALTH_PATH, seconds, self._token)
+        except Untrusted as error:
+            raise RewardUntrusted(self.name, self.url, str(error)) from error
         except Transient as error:
             no_connection = isinstance(error.__cause__, httpx.ConnectError | httpx.ConnectTimeout)
             return str(error) if no_connection else None

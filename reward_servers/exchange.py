@@ -5,7 +5,9 @@ Promises
   this machine's own addresses.
 - An answer is read up to `MAX_ANSWER_BYTES` and no further (`overflow`), uncompressed, within `seconds`.
 - What came does not hold the token any more where the server repeats it.
-- What failed on the way, and may pass, is Transient; whatever else came is an Answer.
+- Over https certificate and host name are verified.
+- What failed on the way, and may pass, is Transient; a server that does not prove who it is, or speaks no
+  TLS, is Untrusted; whatever else came is an Answer.
 """
 
 from __future__ import annotations
@@ -22,8 +24,11 @@ import httpx
 from pydantic import ValidationError
 
 from reward_servers.protocol import JSON_TYPE, ErrorBody, shortened
+from reward_servers.tls import client_context, refusal
 
 MAX_ANSWER_BYTES: Final = 16 * 1024 * 1024
+AUTHORITY: Final = "rewards[].tls_ca or --tls-ca"
+"""Where the authority of a server's certificate is named."""
 _SHOWN_CHARS: Final = 300
 _SECRET_CHARS: Final = 8
 """What is shorter may stand in any answer, and is no secret."""
@@ -35,6 +40,10 @@ class Transient(Exception):
     def __init__(self, what: str, retry_after_s: float = 0.0) -> None:
         super().__init__(what)
         self.retry_after_s = retry_after_s
+
+
+class Untrusted(Exception):
+    """No connection was made, and no other attempt will make one: TLS does not let it."""
 
 
 class Answer:
@@ -96,13 +105,18 @@ class Answer:
 
 
 def client_options(
-    url: httpx.URL, token: str | None, headers: dict[str, str] | None = None
+    url: httpx.URL,
+    token: str | None,
+    headers: dict[str, str] | None = None,
+    *,
+    authority: str | None = None,
 ) -> dict[str, Any]:
     """What a client of httpx is made with.
 
     Args:
         url: http:// or https://, of the server.
         token: bearer token; None sends none.
+        authority: certificates to trust beside the system's, PEM; for https:// only.
     """
     return {
         "headers": {
@@ -116,7 +130,7 @@ def client_options(
         "trust_env": not is_loopback(url.host),
         "follow_redirects": False,
         # Reading the certificates takes longer than many a request, and http has no use for them.
-        "verify": url.scheme == "https",
+        "verify": client_context(authority) if url.scheme == "https" else False,
     }
 
 
@@ -144,6 +158,7 @@ def ask(
 
     Raises:
         Transient: none came in time.
+        Untrusted: none can come.
     """
     until = time.monotonic() + seconds
     with _told(seconds), client.stream(method, url, timeout=seconds, **content) as response:
@@ -182,4 +197,6 @@ def _told(seconds: float) -> Iterator[None]:
     except (TimeoutError, httpx.TimeoutException) as error:
         raise Transient(f"no answer within {seconds:.3g} s ({type(error).__name__})") from error
     except httpx.TransportError as error:
+        if why := refusal(error, AUTHORITY):
+            raise Untrusted(why) from error
         raise Transient(f"{type(error).__name__}: {error}") from error

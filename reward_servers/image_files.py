@@ -90,12 +90,14 @@ def score_by_server(
     deadline_s: float,
     *,
     waits: Callable[[str], None] | None = None,
+    authority: str | None = None,
 ) -> tuple[dict[str, Any], list[ItemScore]]:
     """What scored, and an item an image; a request for each size of image.
 
     Args:
         waits: a server that nobody can connect to is asked until the deadline, and this is told why; None: it
             is an error at once.
+        authority: certificates to trust beside the system's, PEM; for https.
 
     Raises:
         ValueError: `url` is none.
@@ -104,7 +106,7 @@ def score_by_server(
     by_size: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for index, image in enumerate(images):
         by_size[image.shape].append(index)
-    client = RewardClient("score", url, token, deadline_s)
+    client = RewardClient("score", url, token, deadline_s, authority=authority)
     items: dict[int, ItemScore] = {}
     result: dict[str, Any] = {}
 

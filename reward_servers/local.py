@@ -5,6 +5,7 @@ Promises
   with it.
 - `serve_until_stopped` binds what it is told to; a first signal lets it answer what it has admitted.
 - Nobody holds a connection without a request for much longer than `HEADERS_S`, nor memory by endless headers.
+  Over TLS the handshake comes first, for which a connection has 60 s (of asyncio).
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from typing import Any, Final
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
+from reward_servers.tls import ServerCertificate
+
 LOOPBACK: Final = "127.0.0.1"
 HEADERS_S: Final = 20.0
 """Seconds for the headers of a request to arrive."""
@@ -29,14 +32,25 @@ STOPPING: Final = (signal.SIGINT, signal.SIGTERM)
 
 
 class LocalServer(AbstractContextManager["LocalServer"]):
-    """Serves an ASGI application in a thread while the context is open."""
+    """Serves an ASGI application in a thread while the context is open.
 
-    def __init__(self, app: Any, *, port: int = 0, deadline_s: float = 60.0) -> None:
+    Args:
+        certificate: serves https; None: http.
+    """
+
+    def __init__(
+        self,
+        app: Any,
+        *,
+        port: int = 0,
+        deadline_s: float = 60.0,
+        certificate: ServerCertificate | None = None,
+    ) -> None:
         self._socket = socket.create_server((LOOPBACK, port))
-        self.url = f"http://{LOOPBACK}:{self._socket.getsockname()[1]}"
+        self.url = f"{_scheme(certificate)}://{LOOPBACK}:{self._socket.getsockname()[1]}"
         self._deadline_s = deadline_s
         self._settled = threading.Event()
-        config = _config(app, drain_s=1)
+        config = _config(app, 1, certificate)
         self._server = _Server(config, lambda started: self._settled.set())
         self._thread = threading.Thread(target=self._run, name=f"reward-server-{self.url}", daemon=True)
 
@@ -66,9 +80,15 @@ class LocalServer(AbstractContextManager["LocalServer"]):
             self._settled.set()
 
 
-def _config(app: Any, drain_s: float) -> uvicorn.Config:
+def _scheme(certificate: ServerCertificate | None) -> str:
+    return "http" if certificate is None else "https"
+
+
+def _config(app: Any, drain_s: float, certificate: ServerCertificate | None) -> uvicorn.Config:
     return uvicorn.Config(
         app,
+        ssl_certfile=certificate.chain if certificate else None,
+        ssl_keyfile=certificate.key if certificate else None,
         # Of uvicorn's parsers the only one that bounds headers.
         http=_Protocol,
         # An upgrade is then a request like any other, and refused by the application.
@@ -133,6 +153,7 @@ def serve_until_stopped(
     drain_s: float,
     on_ready: Callable[[str], None],
     on_stopping: Callable[[], None] = lambda: None,
+    certificate: ServerCertificate | None = None,
 ) -> None:
     """Serve in this thread until SIGINT or SIGTERM; then answer what was admitted, and return.
 
@@ -141,16 +162,17 @@ def serve_until_stopped(
         drain_s: seconds to answer what was admitted.
         on_ready: told the address once the server takes requests.
         on_stopping: told before what was admitted is waited for, to end what would never end by itself.
+        certificate: serves https; None: http.
 
     Raises:
         RuntimeError: the application did not start.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    config = _config(app, drain_s)
+    config = _config(app, drain_s, certificate)
     ready = False
     with socket.create_server((host, port), family=family) as listening:
         shown = f"[{host}]" if family == socket.AF_INET6 else host
-        url = f"http://{shown}:{listening.getsockname()[1]}"
+        url = f"{_scheme(certificate)}://{shown}:{listening.getsockname()[1]}"
 
         def settled(started: bool) -> None:
             nonlocal ready

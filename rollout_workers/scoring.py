@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from reward_servers.client import RewardClient, RewardError, Scored
+from reward_servers.client import RewardError, Scored
 from services.config import RewardConfig
 from services.context import RewardPlace
 from services.messages import Prompt
@@ -64,13 +64,7 @@ class RewardServers:
         self._rewards = tuple(rewards)
         self._asked = asked
         self._clients = {
-            reward.name: RewardClient(
-                reward.name,
-                places[reward.name].url,
-                places[reward.name].token.read(),
-                deadline_s=reward.deadline_s,
-                app=reward.app,
-            )
+            reward.name: places[reward.name].client(reward.name, reward.deadline_s, app=reward.app)
             for reward in rewards
         }
         self._threads = ThreadPoolExecutor(max_workers=len(self._rewards), thread_name_prefix="reward")

@@ -31,6 +31,7 @@ from services.exit_codes import FAILED
 if TYPE_CHECKING:
     from reward_servers.scorer import ItemScore
     from reward_servers.server_config import ServerConfig
+    from reward_servers.tls import ServerCertificate
 
 reward = typer.Typer(
     help="Reward servers on their own: serve one, score images, measure.", no_args_is_help=True
@@ -78,6 +79,13 @@ def serve(
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8100,
     token_file: TokenFile = None,
     token_env: TokenEnv = None,
+    tls_cert: Annotated[
+        Path | None,
+        typer.Option("--tls-cert", help="PEM file of a certificate: serves https. With --tls-key."),
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option("--tls-key", help="PEM file of its key, without a passphrase.")
+    ] = None,
     threads: Threads = 1,
     batching: Annotated[str, typer.Option("--batching", help="request, or dynamic: merge requests.")] = (
         "request"
@@ -89,6 +97,7 @@ def serve(
     as_json: Json = False,
 ) -> None:
     """Serve one scorer over HTTP until interrupted. Without a token one is made and kept in a file."""
+    certificate = _certificate(tls_cert, tls_key)
     if token_file is None and token_env is None:
         from reward_servers.server_config import make_token_file
 
@@ -110,8 +119,10 @@ def serve(
 
     def ready(url: str) -> None:
         screen.print(Text(f"serving {app} at {url}; stop with Ctrl-C"), soft_wrap=True)
-        if host not in (LOOPBACK, "localhost", "::1"):
-            screen.print("plain HTTP: put TLS in front of it, or the token can be read on its way")
+        if certificate is None and host not in (LOOPBACK, "localhost", "::1"):
+            screen.print(
+                "plain HTTP: without --tls-cert, or TLS in front of it, the token can be read on its way"
+            )
         if as_json:
             emit({"app": app, "url": url, "token_file": None if token_file is None else str(token_file)})
             sys.stdout.flush()
@@ -120,7 +131,9 @@ def serve(
         served = create_app(config)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    serve_until_stopped(served, host=host, port=port, drain_s=deadline, on_ready=ready)
+    serve_until_stopped(
+        served, host=host, port=port, drain_s=deadline, on_ready=ready, certificate=certificate
+    )
 
 
 @reward.command()
@@ -144,6 +157,12 @@ def score(
     ] = False,
     token_file: TokenFile = None,
     token_env: TokenEnv = None,
+    tls_ca: Annotated[
+        Path | None,
+        typer.Option(
+            "--tls-ca", help="PEM file of an authority to trust beside the system's; with https://."
+        ),
+    ] = None,
     deadline: Annotated[float, typer.Option("--deadline", help="Seconds for all scores.")] = 60.0,
     as_json: Json = False,
 ) -> None:
@@ -156,7 +175,10 @@ def score(
         raise ConfigError("--args and --threads are of --app; a server has its own, which serve takes")
     if app is not None and (token_file is not None or token_env is not None or wait):
         raise ConfigError("--token-file, --token-env and --wait are of --url; --app scores in this process")
+    if tls_ca is not None and not (url or "").startswith("https://"):
+        raise ConfigError(f"--tls-ca is for a --url that begins with https://, found {url or '--app'}")
     from reward_servers.image_files import read_image, score_by_server, score_here
+    from reward_servers.tls import read_authority
 
     extra = _object(metadata, "--metadata")
 
@@ -172,7 +194,9 @@ def score(
             assert url is not None
             token = _token(token_file, token_env, url)
             result, items = score_by_server(
-                *(url, token, pixels, prompt, extra, deadline), waits=waits if wait else None
+                *(url, token, pixels, prompt, extra, deadline),
+                waits=waits if wait else None,
+                authority=None if tls_ca is None else read_authority(tls_ca),
             )
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -256,6 +280,21 @@ def _server_config(**fields: Any) -> ServerConfig:
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
     return config
+
+
+def _certificate(chain: Path | None, key: Path | None) -> ServerCertificate | None:
+    from reward_servers.tls import ServerCertificate
+
+    if chain is None and key is None:
+        return None
+    if chain is None or key is None:
+        raise ConfigError("--tls-cert and --tls-key go together: give both, or none for plain HTTP")
+    try:
+        certificate = ServerCertificate(chain, key)
+        certificate.check()
+    except ValueError as error:
+        raise ConfigError(f"--tls-cert and --tls-key: {error}") from error
+    return certificate
 
 
 def _token(file: Path | None, env: str | None, url: str) -> str | None:

@@ -28,14 +28,13 @@ from learner.checkpoint import newest_checkpoint
 from learner.ray_train import fit
 from learner.timesteps import configured_window
 from policy.registry import check_sampling
-from reward_servers.client import RewardClient
 from reward_servers.launch import scale_reward, start_rewards, stop_rewards
 from rollout_workers.evaluator import Evaluator
 from rollout_workers.feeder import Feeder
 from rollout_workers.worker import RolloutWorker
 from services.config import Config
 from services.config_file import ConfigError
-from services.context import RewardPlace, RunContext, SecretPlace
+from services.context import RewardPlace, RunContext, SecretPlace, queue_authority, reward_authority
 from services.formatting import reason
 from services.group_queue import GroupQueue
 from services.logs import configure_logging
@@ -97,6 +96,7 @@ def train(
             config=config,
             queue_url=queue_url,
             queue_password=queue_password,
+            queue_authority=queue_authority(config),
             record=record,
         )
         queue = context.open_queue("driver")
@@ -171,7 +171,8 @@ def train(
 
 
 def refuse_unusable(config: Config) -> None:
-    """Timesteps and sampler that the model does not bear, told without starting or loading anything.
+    """What a run would fail at later, told without starting or loading anything: timesteps and sampler that
+    the model does not bear, files of authorities that are none.
 
     Raises:
         ConfigError: what does not fit, and what would.
@@ -181,6 +182,10 @@ def refuse_unusable(config: Config) -> None:
         check_sampling(config)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    queue_authority(config)
+    if not config.offline or evaluates(config):
+        for reward in config.rewards:
+            reward_authority(reward)
 
 
 def _tell_failure(
@@ -214,7 +219,9 @@ def reward_places(config: Config, run: RunDirectory, own_ray: bool) -> Iterator[
     """
     own = [reward for reward in config.rewards if reward.app is not None]
     places = {
-        reward.name: RewardPlace(url=reward.url, token=SecretPlace(env=reward.token_env))
+        reward.name: RewardPlace(
+            url=reward.url, token=SecretPlace(env=reward.token_env), authority=reward_authority(reward)
+        )
         for reward in config.rewards
         if reward.url is not None
     }
@@ -244,7 +251,7 @@ def _scale_reward(config: Config, run: RunDirectory, name: str, replicas: int) -
 
 def _refuse_merging(name: str, place: RewardPlace) -> None:
     """A server that does not answer now is left to the requests that follow, which name it."""
-    client = RewardClient(name, place.url, place.token.read())
+    client = place.client(name)
     info = client.info()
     client.close()
     if info is not None and info.batching == "dynamic" and not info.batch_invariant:

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from services.config import Config, QueuePart
 from services.config_file import ConfigError
-from services.context import RunContext, SecretPlace
+from services.context import RunContext, SecretPlace, queue_authority
 from services.embedded import EmbeddedServerError, EmbeddedValkey
 from services.formatting import duration, number, size
 from services.group_queue import GroupQueue, QueueUnreachable
@@ -219,7 +219,12 @@ def _open(run: RunDirectory, config: Config, part: QueuePart) -> GroupQueue:
         url, _ = EmbeddedValkey.join(run.queue)
         password = SecretPlace(file=run.queue / "password")
     context = RunContext(
-        run=run.name, directory=run.root, config=config, queue_url=url, queue_password=password
+        run=run.name,
+        directory=run.root,
+        config=config,
+        queue_url=url,
+        queue_password=password,
+        queue_authority=queue_authority(config),
     )
     return context.open_queue(part)
 

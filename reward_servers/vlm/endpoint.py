@@ -3,7 +3,7 @@
 Promises
 - Transport errors, 408, 429 and 5xx are tried again with backoff and jitter, not before Retry-After; when the
   attempts are used up, or the endpoint asks for a longer wait than `patience_s`: Unavailable. Everything else
-  that is not 200 is Refused at once.
+  that is not 200 is Refused at once, and so is an endpoint that does not prove over TLS who it is.
 - At most `concurrency` requests are at the endpoint at once; one that waits for its next attempt is not.
 - The key goes to `base_url` only: redirects are not followed, and no error holds it.
 """
@@ -24,7 +24,7 @@ from tenacity import (
     stop_after_attempt,
 )
 
-from reward_servers.exchange import Answer, Transient, ask_async, client_options
+from reward_servers.exchange import Answer, Transient, Untrusted, ask_async, client_options
 from reward_servers.retrying import asked_and_backoff
 
 _PAUSE: Final = asked_and_backoff(0.5, 8.0)
@@ -123,6 +123,8 @@ class ChatEndpoint:
                 with attempt:
                     async with self._places:
                         return await self._attempt(method, path, body)
+        except Untrusted as error:
+            raise Refused(str(error)) from error
         except RetryError as error:
             count = error.last_attempt.attempt_number
             last = error.last_attempt.exception()

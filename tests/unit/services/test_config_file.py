@@ -150,6 +150,38 @@ def test_credentials_in_an_address_are_refused_and_not_shown(override: str, name
     assert "hunter2" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["queue.tls_ca=ca.pem"], r"queue: tls_ca is for a url that begins with rediss://, not for none"),
+        (["queue.url=redis://db", "queue.tls_ca=ca.pem"], r"with rediss://, not for redis://db"),
+        (["queue.url=unix:///db", "queue.tls_ca=ca.pem"], r"with rediss://, not for unix:///db"),
+        (["queue.url=rediss://db?ssl_cert_reqs=none"], "ssl_cert_reqs is no option .* always verified"),
+        (["queue.url=rediss://db?ssl_check_hostname="], "ssl_check_hostname is no option"),
+        (["rewards.0.tls_ca=ca.pem"], "reward 'ocr': tls_ca is for url; leave it out: app is served on loop"),
+        (
+            ["rewards=[{name: ocr, url: 'http://rewards', tls_ca: ca.pem}]"],
+            "reward 'ocr': tls_ca is for a url that begins with https://",
+        ),
+    ],
+)
+def test_an_authority_is_for_tls_and_tls_is_verified(overrides: list[str], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        load_config("quickstart", overrides)
+
+
+def test_the_file_of_an_authority_is_sought_where_the_run_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And need not be there where a configuration is only read, as on another node."""
+    monkeypatch.chdir(tmp_path)
+    elsewhere = "rewards=[{name: ocr, url: 'https://rewards', tls_ca: ca.pem}]"
+    config = load_config("quickstart", ["queue.url=rediss://db", "queue.tls_ca=ca.pem", elsewhere])
+    assert config.queue.tls_ca == config.rewards[0].tls_ca == tmp_path / "ca.pem"
+    monkeypatch.chdir("/")
+    assert parse_config(yaml.safe_load(dump_config(config)), source="dump") == config
+
+
 def test_the_address_of_the_queue_may_name_an_acl_user() -> None:
     config = load_config("quickstart", ["queue.url=rediss://worker@db:6380/0", "queue.password_env=PASSWORD"])
     assert config.queue.url == "rediss://worker@db:6380/0"

@@ -1,4 +1,4 @@
-"""A sampler that the model does not bear is refused before anything is started."""
+"""What can never run is refused before anything is started: samplers that the model does not bear, files."""
 
 from __future__ import annotations
 
@@ -33,3 +33,22 @@ def test_other_sigmas_are_refused_before_there_is_a_run(
     _refuse_unusable(
         config.model_copy(update={"model": config.model.model_copy(update={"path": "a/hub-id"})})
     )
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("queue={url: 'rediss://db', tls_ca: %s}", "queue.tls_ca"),
+        ("rewards=[{name: ocr, url: 'https://h', tls_ca: %s}]", "rewards: tls_ca of 'ocr'"),
+    ],
+)
+def test_an_authority_that_is_none_is_refused_before_there_is_a_run(
+    override: str, named: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "ca.pem"
+    config = load_config("quickstart", [override % file])
+    with pytest.raises(ConfigError, match=f"{named}: {file}: cannot be read"):
+        _refuse_unusable(config)
+    file.write_text("no certificate")
+    with pytest.raises(ConfigError, match=f"{named}: {file}: no PEM file of certificates"):
+        _refuse_unusable(config)
