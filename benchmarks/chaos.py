@@ -149,8 +149,8 @@ def run_chaos_bench(
         seed: of the order and the moments of the faults.
         steps: of a run.
         most: faults, in all; None: as many as there is time for.
-        runs: where run directories are made; None: a temporary place, which stays if anything went wrong.
-            With `disk-full` it is a disk in memory, which `umount` frees.
+        runs: where run directories are made; None: a temporary place, which keeps what went wrong. With
+            `disk-full` it is a disk in memory, which `umount` frees.
         overrides: of all runs, `learner.publish_through=process_groups`, say.
 
     Returns:
@@ -191,6 +191,9 @@ def run_chaos_bench(
         disturbed = list[Disturbed]()
         while not disturbed or schedule.goes_on:
             disturbed.append(_run(settings, flaky, clock, schedule, screen))
+            if runs is None and disturbed[-1].digest == undisturbed.digest:
+                for finished in place.iterdir():
+                    shutil.rmtree(finished)
     result = _summary(disturbed, undisturbed, steps) | {"seed": seed, "steps": steps}
     if runs is None and result["survived"]:
         if place.is_mount():
