@@ -39,8 +39,9 @@ from services.embedded import EmbeddedValkey
 from services.group_queue import GroupQueue, connect
 from services.heartbeat import Pulse
 from services.messages import GroupTask, PolicyVersion, Prompt, WeightsAnnouncement
-from services.planning import Machine, architecture, costs_of, make_plan
-from services.planning.plan import Costs, Plan
+from services.planning.local import architecture
+from services.planning.plan import Costs, Plan, costs_of, make_plan
+from services.planning.traffic import Machine
 from services.prompts import group_task, prompt_source
 
 RECIPE: Final = "sd35-medium-geneval-8gpu"

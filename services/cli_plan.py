@@ -25,6 +25,12 @@ def plan(
     network_gbit: Annotated[
         float | None, typer.Option("--network-gbit", help="Of a node; default: 10, assumed.")
     ] = None,
+    queue_mb: Annotated[
+        float | None,
+        typer.Option(
+            "--queue-mb-s", help="MB/s of the queue's server and its reader; default: 167, measured."
+        ),
+    ] = None,
     reward_seconds: Annotated[
         list[str] | None,
         typer.Option(
@@ -36,24 +42,30 @@ def plan(
     """Split GPUs between rollout workers, learner and rewards: seconds an update, and the bottleneck."""
     from dataclasses import replace
 
-    from services import planning
+    from services.planning.local import architecture
+    from services.planning.plan import costs_of, make_plan
+    from services.planning.show import as_json as plan_as_json
+    from services.planning.show import shown
+    from services.planning.traffic import Machine
 
-    machine = planning.Machine()
+    machine = Machine()
     if tflops is not None:
         machine = replace(machine, rate=_positive("--tflops", tflops) * 1e12)
     if gpu_gib is not None:
         machine = replace(machine, gpu_gib=_positive("--gpu-gib", gpu_gib))
     if network_gbit is not None:
         machine = replace(machine, network_bytes_s=_positive("--network-gbit", network_gbit) * 1e9 / 8)
+    if queue_mb is not None:
+        machine = replace(machine, queue_bytes_s=_positive("--queue-mb-s", queue_mb) * 1e6)
     given = dict(map(_reward, reward_seconds or ()))
     config = load_config(recipe, overrides or ())
-    model = planning.architecture(config.model)
+    model = architecture(config.model)
     with screen.status(f"counting the passes of {model.hub}"):
-        costs = planning.costs_of(config, model, machine, given)
-    made = planning.make_plan(costs, gpus)
-    screen.print(planning.shown(made), soft_wrap=True)
+        costs = costs_of(config, model, machine, given)
+    made = make_plan(costs, gpus)
+    screen.print(shown(made), soft_wrap=True)
     if as_json:
-        emit(planning.as_json(made))
+        emit(plan_as_json(made))
 
 
 def _positive(option: str, value: float) -> float:

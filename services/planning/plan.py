@@ -58,6 +58,11 @@ class Costs:
     def group_score_s(self, reward: RewardCost) -> float:
         return (reward.seconds or 0.0) * reward.share * self.config.rollout.group_size
 
+    def reading_leads(self, split: Split) -> bool:
+        """Whether the learner reads groups for longer than it trains on them: rank 0 does so for all."""
+        share = share_of(self.shape, split.ranks) / self.shape.groups
+        return self.traffic(split).take_s > share * self.learner_gpu_s
+
     def traffic(self, split: Split) -> Traffic:
         workers, ranks = (1, 1) if split.colocated else (split.workers, split.ranks)
         return traffic(self.config, self.model, self.counted, self.machine, workers, ranks)
@@ -263,6 +268,11 @@ def _notes(costs: Costs, split: Split, gpus: int) -> Iterator[str]:
             f"{idle} GPUs would make it less than {TIE - 1:.0%} faster: an update has {shape.groups} groups, "
             f"at most {shape.window} are under way at once, and ranks share whole groups; raise "
             "learner.groups_per_step or take fewer GPUs"
+        )
+    if costs.reading_leads(split):
+        yield (
+            f"{moved.take_s:.1f} s of the learner's are rank 0 reading groups, at "
+            f"{costs.machine.queue_bytes_s / 1e6:.0f} MB/s: measure yours, and give --queue-mb-s"
         )
     for reward in costs.rewards:
         if reward.seconds is None:

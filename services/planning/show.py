@@ -47,6 +47,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "max_staleness": costs.shape.staleness,
             "rollout_gpu_s": costs.rollout_gpu_s,
             "learner_gpu_s": costs.learner_gpu_s,
+            "learner_reading_s": moved.take_s,
             "reward_gpu_s": costs.reward_s(on_gpu=True),
             "reward_cpu_s": costs.reward_s(on_gpu=False),
         },
@@ -112,6 +113,8 @@ def shown(plan: Plan) -> Group:
     )
     update.add_row("network", f"{moved.network / 1e6:.0f} MB", "", "")
     advice = ONE_GPU if split.colocated else ADVICE[step.bottleneck]
+    if step.bottleneck == "learner" and costs.reading_leads(split):
+        advice = "reading groups: fewer or smaller ones, or a faster server"
     gpus = "1 GPU" if plan.gpus == 1 else f"{plan.gpus} GPUs"
     lines = [
         f"{gpus}: {step.seconds:.1f} s an update, {costs.work.images / step.seconds:.1f} images/s; "

@@ -79,7 +79,9 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(
 
 
 @pytest.mark.slow
-def test_a_killed_evaluator_is_made_anew(recipe: Callable[..., Config], digest: str) -> None:
+def test_a_killed_evaluator_is_made_anew(
+    recipe: Callable[..., Config], digest: str
+) -> None:
     killed: list[int] = []
 
     def kill(beats: list[Heartbeat]) -> None:

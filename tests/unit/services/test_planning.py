@@ -14,10 +14,12 @@ from services.cli import app
 from services.codec import encode_group
 from services.config_file import ConfigError, load_config
 from services.messages import GroupHeader, PolicyVersion, Prompt
-from services.planning import Costs, Machine, architecture, as_json, costs_of, make_plan
+from services.planning.local import architecture
+from services.planning.plan import Costs, costs_of, make_plan
 from services.planning.published import PassCost, pass_cost
+from services.planning.show import as_json
 from services.planning.step import Shape, Split, Times, predict
-from services.planning.traffic import group_bytes, weights_bytes
+from services.planning.traffic import Machine, group_bytes, weights_bytes
 
 RECIPE = "sd35-medium-geneval-8gpu"
 ROUND = PassCost(
