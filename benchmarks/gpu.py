@@ -10,9 +10,9 @@ What is in a figure
 - The project's own policy, solver, VAE decoding and update with the settings of the recipe
   `sd35-medium-geneval`, on the real architecture with random weights. Random, too, are conditions (of the
   real shapes: text encoders are in no figure) and rewards (reward models are in no figure).
-- A share of the peak counts the FLOPs that the mathematics needs (benchmarks/published.py), relative to a
-  large matmul of the same dtype in the same run. A pass that is made again to save memory costs time and is
-  not counted as work.
+- A share of the peak counts the FLOPs that the mathematics needs (services/planning/published.py), relative
+  to a large matmul of the same dtype in the same run. A pass that is made again to save memory costs time and
+  is not counted as work.
 - Weights go from parameters to bytes, are proven, and go back into parameters, in one process: the object
   store, the network and the announcement are not in it.
 - The baseline (benchmarks/gpu_baseline.py) makes the same step in plain diffusers and peft.

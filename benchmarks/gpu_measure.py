@@ -22,21 +22,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_baseline import PlainLoop
-from benchmarks.published import (
-    GIB,
-    Published,
-    needed_passes,
-    pass_cost,
-    random_condition,
-    random_pipeline,
-    random_policy,
-)
+from benchmarks.random_models import random_condition, random_pipeline, random_policy
 from learner.update import TrainingGroup, Updater
 from policy.base import Policy
 from policy.loading import find_device
 from rollout_workers.sampling import sample
 from services.config import Config
 from services.config_file import load_config
+from services.planning.published import GIB, Published, needed_passes, pass_cost
 
 RECIPE = "sd35-medium-geneval"
 HALF_S = 240.0

@@ -17,6 +17,7 @@ from typing import Any
 
 from policy import families
 from policy.errors import PolicyError
+from policy.loading import Configs
 from policy.pipeline_policy import PipelinePolicy
 from services.config import Config, ModelConfig
 from services.config_file import find
@@ -77,9 +78,19 @@ def stock_rollout(config: ModelConfig) -> dict[str, object]:
     Raises:
         PolicyError: as `load_policy`.
     """
+    family, configs = read_family(config)
+    return family.stock_rollout(config, configs)
+
+
+def read_family(config: ModelConfig) -> tuple[type[PipelinePolicy], Configs]:
+    """Family and configurations of a pipeline; no weights are read.
+
+    Raises:
+        PolicyError: as `load_policy`.
+    """
     location, index = _locate(config)
     family = _family(location, index)
-    return family.stock_rollout(config, family.read_configs(config, location, index, text_encoders=False))
+    return family, family.read_configs(config, location, index, text_encoders=False)
 
 
 def check_sampling(config: Config) -> None:
@@ -92,9 +103,7 @@ def check_sampling(config: Config) -> None:
     """
     if not find(config.model.path).is_dir():
         return
-    location, index = _locate(config.model)
-    family = _family(location, index)
-    family.read_configs(config.model, location, index, text_encoders=False)
+    family, _ = read_family(config.model)
     # Groups of a recording have been sampled already.
     for rollout in (
         (config.evaluation_rollout,) if config.offline else (config.rollout, config.evaluation_rollout)

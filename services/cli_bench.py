@@ -103,6 +103,28 @@ def ui(as_json: Json = False) -> None:
     _bench(run_ui_bench(screen), as_json)
 
 
+@bench.command("plan")
+def plan(
+    gpus: Annotated[
+        str, typer.Option("--gpus", help="Sizes of the simulated cluster, with commas between them.")
+    ] = "8,64,512",
+    recipe: Annotated[str, typer.Option("--recipe", help="Whose update is planned.")] = (
+        "sd35-medium-geneval-8gpu"
+    ),
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """What `dgpo plan` predicts against a simulated cluster whose parts wait as long as they should take."""
+    from benchmarks.plan import run_plan_bench
+
+    sizes = [text.strip() for text in gpus.split(",")]
+    if not all(size.isdecimal() and int(size) > 1 for size in sizes):
+        raise typer.BadParameter(f"--gpus {gpus}: give numbers from 2 on, as 8,64,512")
+    _bench(
+        run_plan_bench(screen, gpus=list(map(int, sizes)), recipe=recipe, overrides=overrides or ()), as_json
+    )
+
+
 @bench.command("soak")
 def soak(
     groups: Annotated[int, typer.Option(min=400, help="Trained in all.")] = 50_000, as_json: Json = False

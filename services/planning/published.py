@@ -1,9 +1,9 @@
-"""The architectures of published models without their weights: what a pass costs, and random weights to time.
+"""The architectures of models without their weights, and what a pass costs.
 
 Promises
-- Sizes are those of the published configurations (published_models.json beside this file).
+- Sizes are those of the published configurations (published_models.json beside this file), or of the
+  configurations of a pipeline that lies in a local directory. No weights are read, no hub is asked.
 - FLOPs, parameters and activations are counted on the meta device: no memory, no GPU, any machine.
-- Weights are random and so are conditions, of the real shapes: neither text encoder nor tokenizer is made.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from policy.adapters import add_lora
-from policy.base import Condition
-from policy.families.sd3 import StableDiffusion3Policy
-from policy.loading import Configs, find_device, quiet
+from policy.loading import quiet
 from policy.pipeline_policy import PipelinePolicy
 from policy.registry import supported
-from services.config import Config, DgpoConfig, LoraConfig, ModelConfig
+from services.config import Config, DgpoConfig, LoraConfig
 from services.config_file import ConfigError
 
 MODELS: dict[str, Any] = json.loads((Path(__file__).parent / "published_models.json").read_text())
 COMPRESSION = 8
 """Pixels of a side that are one latent, of every published model in the file."""
+PACKED = ("FluxTransformer2DModel", "QwenImageTransformer2DModel")
+"""Denoisers whose input channels are patches of 2 x 2 latents."""
 GIB = 1024**3
 
 
@@ -47,6 +47,8 @@ class Published:
     text_billions: float
     """Parameters of its text encoders."""
     vae: dict[str, Any] | None = None
+    compression: int | None = None
+    """Pixels of a side that are one latent; None: what the VAE says, or `COMPRESSION`."""
 
     @classmethod
     def named(cls, name: str) -> Published:
@@ -63,8 +65,15 @@ class Published:
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """(h, w) of the latents of an image."""
-        compression = COMPRESSION if self.vae is None else 2 ** (len(self.vae["block_out_channels"]) - 1)
+        of_vae = COMPRESSION if self.vae is None else 2 ** (len(self.vae["block_out_channels"]) - 1)
+        compression = self.compression or of_vae
         return height // compression, width // compression
+
+    def latents(self, height: int, width: int) -> int:
+        """Numbers in the latents of one image."""
+        rows, columns = self.grid(height, width)
+        packed = 4 if self.denoiser in PACKED else 1
+        return int(self.config["in_channels"]) * rows * columns // packed
 
     def inputs(self, height: int, width: int, samples: int = 1) -> dict[str, Any]:
         """Arguments of the denoiser for images of some size, on torch's default device."""
@@ -173,37 +182,3 @@ def needed_passes(config: Config) -> dict[str, int]:
     compared = int(relative and objective.reference_decay > 0) + int(objective.needs_base)
     timesteps = objective.timesteps.per_update
     return {"train": timesteps, "forward": timesteps * compared}
-
-
-def random_pipeline(model: Published, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Any:
-    """A stock SD3 pipeline without text encoders, its transformer and VAE of random weights on a device."""
-    classes: Any = diffusers
-    torch.manual_seed(seed)
-    # Modules fill their own weights, which is quick only where the device is.
-    with quiet(), torch.device(device):
-        transformer, vae = model.make().to(dtype), classes.AutoencoderKL(**(model.vae or {})).to(dtype)
-    pipeline = classes.StableDiffusion3Pipeline(
-        transformer=transformer.eval(),
-        vae=vae.eval(),
-        scheduler=classes.FlowMatchEulerDiscreteScheduler(shift=3.0),
-        **dict.fromkeys(StableDiffusion3Policy.parts.text),
-    )
-    pipeline.to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def random_policy(model: Published, config: ModelConfig, *, base: bool = True) -> StableDiffusion3Policy:
-    """The project's own policy around `random_pipeline`, on the device and in the dtype of `config`."""
-    device = find_device(config.device)
-    pipeline = random_pipeline(model, device, getattr(torch, config.dtype))
-    configs = Configs(denoiser=dict(pipeline.transformer.config), vae=dict(pipeline.vae.config), scheduler={})
-    return StableDiffusion3Policy.around(pipeline, config, configs, base=base)
-
-
-def random_condition(model: Published, device: torch.device, dtype: torch.dtype, seed: int) -> Condition:
-    """Of one prompt, in the real shapes: `prompt_embeds` (tokens, width) and `pooled` (width,)."""
-    source = torch.Generator().manual_seed(seed)
-    widths = model.family.condition_widths(model.config)
-    shapes = {"prompt_embeds": (model.text_tokens, widths["prompt_embeds"]), "pooled": (widths["pooled"],)}
-    return {name: torch.randn(shape, generator=source).to(device, dtype) for name, shape in shapes.items()}

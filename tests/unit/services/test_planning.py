@@ -1,0 +1,211 @@
+"""`dgpo plan`: its arithmetic by hand, what it promises of every split, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from policy import load_policy
+from services.cli import app
+from services.codec import encode_group
+from services.config_file import ConfigError, load_config
+from services.messages import GroupHeader, PolicyVersion, Prompt
+from services.planning.local import architecture
+from services.planning.plan import Costs, costs_of, make_plan
+from services.planning.published import PassCost, pass_cost
+from services.planning.show import as_json
+from services.planning.step import Shape, Split, Times, predict
+from services.planning.traffic import Machine, group_bytes, weights_bytes
+
+RECIPE = "sd35-medium-geneval-8gpu"
+ROUND = PassCost(
+    parameters=2_000_000_000, trained=40_000_000, forward=10**12, train=3 * 10**12, activations=3 * 10**9
+)
+"""Round numbers near those of SD3.5-medium, which take half a minute to count."""
+
+
+def costs(*overrides: str, counted: PassCost = ROUND, machine: Machine | None = None) -> Costs:
+    config = load_config(RECIPE, overrides)
+    return costs_of(config, architecture(config.model), machine or Machine(), counted=counted)
+
+
+def test_gpu_seconds_by_hand() -> None:
+    found = costs()
+    # 24 groups of 24; ten steps, guided; four timesteps, each with a reference, a base and one more for a
+    # group in pieces.
+    images = 24 * 24
+    assert found.work.images == images
+    assert found.rollout_gpu_s == pytest.approx(images * 10 * 2 * 1e12 / 300e12)
+    assert found.learner_gpu_s == pytest.approx(images * 4 * (3 + 3) * 1e12 / 300e12)
+    # Mask2Former and four crops through CLIP, float32.
+    assert found.reward_s(on_gpu=True) == pytest.approx(images * (626e9 + 4 * 170e9) / 30e12)
+    assert found.reward_s(on_gpu=False) == 0
+
+
+def test_bytes_by_hand() -> None:
+    found = costs()
+    latents, condition = 24 * 16 * 64 * 64 * 4, (333 * 4096 + 2048) * 2
+    assert group_bytes(found.config, found.model) == pytest.approx(latents + condition, rel=0.001)
+    assert weights_bytes(found.config, ROUND) == 160_000_000
+    halved = costs("learner.publish_dtype=bfloat16")
+    assert weights_bytes(halved.config, ROUND) == 80_000_000
+    one_node = make_plan(found, 8)
+    assert found.traffic(one_node.split).network == 0
+    two_nodes = found.traffic(Split(workers=8, ranks=8))
+    group = group_bytes(found.config, found.model)
+    # In and out of the queue, seven of eight shares to other ranks, and the weights to one node of workers.
+    assert two_nodes.network == pytest.approx(24 * group * (2 + 7 / 8) + 160e6)
+
+
+def test_a_group_has_the_bytes_that_are_said() -> None:
+    config = load_config("quickstart")
+    policy = load_policy(config.model, text_encoders=True, vae=False)
+    size = config.rollout.group_size
+    header = GroupHeader(
+        run="run",
+        ordinal=0,
+        attempt=1,
+        version=PolicyVersion(epoch=0, step=0),
+        prompt=Prompt(text="K7QX"),
+        seeds=tuple(range(10**8, 10**8 + size)),
+        rewards={"ocr": (0.123456789,) * size},
+        worker="rollout-0",
+        sample_s=1.0,
+        reward_s=1.0,
+    )
+    condition = {f"condition.{name}": tensor for name, tensor in policy.encode("K7QX").items()}
+    latents = torch.zeros(size, *policy.latent_shape())
+    encoded = encode_group(header, {"latents": latents, **condition})
+    assert group_bytes(config, architecture(config.model)) == pytest.approx(encoded.size, rel=0.05)
+
+
+def test_a_local_model_is_counted_from_its_own_configuration() -> None:
+    config = load_config("quickstart")
+    policy = load_policy(config.model, text_encoders=False, vae=False)
+    model = architecture(config.model)
+    counted = pass_cost(model, config.model.height, config.model.width, None)
+    assert counted.parameters == sum(parameter.numel() for parameter in policy.transformer.parameters())
+    assert model.latents(32, 64) == torch.Size(policy.latent_shape()).numel()
+
+
+TIMES = Times(sample=10.0, scores={"ocr": 2.0}, update=3.0, install=1.0, take=0.5, gather=0.25, publish=0.25)
+
+
+def test_a_step_that_overlaps_is_its_longest_part() -> None:
+    step = predict(Shape(groups=8, staleness=1), TIMES, Split(workers=4, ranks=4, replicas={"ocr": 2}))
+    assert step.parts == {
+        "rollout": 2 * 10 + 1,
+        "learner": 0.5 + 2 * 3 + 0.25 + 0.25,
+        "rewards": 8 * 2 / 2,
+        "queue": 0,
+        # An install, two rounds of sampling, four workers at two replicas, and the learner: in two updates.
+        "turnaround": (1 + 20 + 4 + 7) / 2,
+    }
+    assert (step.seconds, step.bottleneck) == (21, "rollout")
+
+
+def test_a_step_without_staleness_is_the_sum() -> None:
+    step = predict(Shape(groups=8, staleness=0), TIMES, Split(workers=4, ranks=4, replicas={"ocr": 2}))
+    assert step.seconds == 1 + 20 + 4 + 7
+    assert step.bottleneck == "rollout"
+
+
+def test_one_gpu_takes_turns() -> None:
+    found = costs("learner.micro_batch=8")
+    plan = make_plan(found, 1)
+    assert plan.split.colocated and plan.split.gpus == 1
+    busy = found.rollout_gpu_s + found.learner_gpu_s + found.reward_s(on_gpu=True)
+    assert plan.step.seconds == pytest.approx(busy, rel=0.05)
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 4])
+@pytest.mark.parametrize("groups", [8, 24])
+def test_more_gpus_are_never_slower(staleness: int, groups: int) -> None:
+    found = costs(f"queue.max_staleness={staleness}", f"learner.groups_per_step={groups}", "learner.ranks=1")
+    plans = [make_plan(found, count) for count in range(1, 40)]
+    seconds = [plan.step.seconds for plan in plans]
+    assert seconds == sorted(seconds, reverse=True)
+    assert seconds[-1] < seconds[0] / 5
+    for plan in plans:
+        assert plan.split.gpus + plan.idle == plan.gpus
+        assert plan.split.ranks <= groups
+        assert all(1 <= count <= plan.split.workers for count in plan.split.replicas.values())
+
+
+def test_what_more_gpus_do_not_help_stays_idle_and_is_told() -> None:
+    plan = make_plan(costs(), 512)
+    assert plan.idle > 400
+    assert any("raise learner.groups_per_step" in note for note in plan.notes)
+
+
+def test_a_reward_that_has_no_room_beside_a_worker_gets_a_gpu() -> None:
+    plan = make_plan(costs("learner.micro_batch=4", machine=Machine(gpu_gib=29.0)), 8)
+    assert plan.split.reward_gpus == plan.split.replicas["geneval"] >= 1
+    assert plan.split.gpus <= 8
+
+
+def test_too_few_gpus_are_refused_with_the_sum() -> None:
+    full = replace(ROUND, trained=ROUND.parameters)
+    found = costs("model.train=full", "learner.micro_batch=2", counted=full)
+    with pytest.raises(ConfigError, match=r"1 worker \+ 1 learner rank = 2 GPUs") as refused:
+        make_plan(found, 1)
+    sums = f"{found.memory.rank:.1f} + {found.memory.activations:.1f} of activations"
+    assert sums in str(refused.value)
+    assert make_plan(found, 2).split.gpus == 2
+    sharded = costs("model.train=full", "learner.micro_batch=2", "learner.sharding=fsdp", counted=full)
+    with pytest.raises(ConfigError, match=r"1 worker \+ 2 learner ranks = 3 GPUs"):
+        make_plan(sharded, 2)
+
+
+def test_a_rank_that_no_gpu_holds_is_refused_with_what_would_fit() -> None:
+    with pytest.raises(ConfigError, match=r"Set learner.micro_batch=\d+: it is 24"):
+        make_plan(costs("learner.micro_batch=24", machine=Machine(gpu_gib=40.0)), 8)
+    large = replace(ROUND, parameters=8 * 10**9, trained=8 * 10**9)
+    with pytest.raises(ConfigError, match=r"learner\.sharding=fsdp"):
+        make_plan(costs("model.train=full", counted=large), 8)
+
+
+def test_unknown_models_and_rewards_are_told() -> None:
+    config = load_config(RECIPE, ["model.path=nobody/knows"])
+    with pytest.raises(ConfigError, match=r"stabilityai/stable-diffusion-3\.5-medium"):
+        architecture(config.model)
+    config = load_config(RECIPE)
+    with pytest.raises(ConfigError, match="no such reward, only geneval"):
+        costs_of(config, architecture(config.model), Machine(), {"ocr": 0.1}, ROUND)
+    silent = costs("rewards=[{name: judge, url: 'http://127.0.0.1:1'}]")
+    assert any("judge=SECONDS" in note for note in make_plan(silent, 8).notes)
+
+
+def test_given_seconds_take_the_place_of_known_ones() -> None:
+    config = load_config(RECIPE)
+    model = architecture(config.model)
+    slow = make_plan(costs_of(config, model, Machine(), {"geneval": 1.0}, ROUND), 8)
+    assert as_json(slow)["update"]["reward_gpu_s"] == 576
+    assert slow.step.seconds > 3 * make_plan(costs(), 8).step.seconds
+
+
+def test_the_command_says_what_is_assumed() -> None:
+    done = CliRunner().invoke(app, ["plan", "quickstart", "--gpus", "2", "--json", "--tflops", "1"])
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["assumed"]["tflops"] == 1
+    assert result["split"]["workers"] == result["split"]["ranks"] == 1
+    assert result["seconds"] == max(result["bounds"].values())
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (("--tflops", "0"), "above 0"),
+        (("--reward-seconds", "ocr"), "REWARD=SECONDS"),
+        (("--reward-seconds", "ocr=-1"), "above 0"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(option: tuple[str, str], said: str) -> None:
+    done = CliRunner().invoke(app, ["plan", "quickstart", "--gpus", "2", *option])
+    assert isinstance(done.exception, ConfigError)
+    assert said in str(done.exception)
