@@ -2,12 +2,14 @@
 # make test         install with the test extras, run the tests
 # make test-all     the slow ones among them
 # make lint         ruff and mypy
+# make docs         write the pages that are generated from the code
+# make site         build the documentation as a site, into site/
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt
 
-.PHONY: quickstart test test-all lint docs clean
+.PHONY: quickstart test test-all lint docs site clean
 .DEFAULT_GOAL := quickstart
 
 quickstart: $(VENV)/.installed
@@ -26,10 +28,14 @@ lint: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/python -m services.config_docs docs/configuration.md
+	$(BIN)/python -m services.metrics_docs docs/metrics.md
 	$(BIN)/python -m reward_servers.openapi docs/openapi/reward-v1.json
 
+site: $(VENV)/.installed-dev
+	$(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/pip:
