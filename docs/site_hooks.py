@@ -2,8 +2,9 @@
 
 Promises
 - README.md is the start page and CHANGELOG.md a page: nothing is written twice.
-- A link to a page leads to the page of the site. One to another file of the repository leads to the repository
-  where pyproject.toml names one (`project.urls.Repository`); else it is shown as text, never as a dead link.
+- A link to a page leads to the page of the site. One to another file of the repository leads to the
+  repository where pyproject.toml names one (`project.urls.Repository`); else it is shown as text, never as a
+  dead link.
 - A link to what is not there stays as it is, so that the strict build refuses it.
 """
 

@@ -1,8 +1,8 @@
 """docs/metrics.md, generated from what writes the metrics: the reference cannot disagree with the code.
 
 Promises
-- Every field of every row of `metrics.jsonl`, every TensorBoard name and every metric of Prometheus; what each
-  means is its docstring, or its text in services/ray_metrics.py.
+- Every field of every row of `metrics.jsonl`, every TensorBoard name and every metric of Prometheus; what
+  each means is its docstring, or its text in services/ray_metrics.py.
 - Deterministic: the same code gives the same bytes; a test compares them with the committed page.
 
 `make docs` writes it (`python -m services.metrics_docs FILE`).
@@ -24,7 +24,7 @@ from services.ray_metrics import reference as prometheus
 from services.tensorboard_events import scalars
 
 ROWS: Final[tuple[type[Row], ...]] = (UpdateRow, EvalRow, EventRow, MemoryRow)
-PARTS: Final = (Spread, Estimate)
+PARTS: Final[tuple[type[BaseModel], ...]] = (Spread, Estimate)
 """What fields of rows consist of."""
 
 _HEAD = """\
@@ -37,15 +37,16 @@ _This page is generated from `services/metrics.py`, `services/tensorboard_events
 
 ## `metrics.jsonl`
 
-One JSON object a line, in the run directory, with a `kind` that tells the rows below apart. Lines are only added: after a
-resume, rows of an earlier `epoch` from the first step of a later one on are of updates that were undone.
+One JSON object a line, in the run directory, with a `kind` that tells the rows below apart. Lines are only
+added: after a resume, rows of an earlier `epoch` from the first step of a later one on are of updates that
+were undone.
 """
 
 _TENSORBOARD = """
 ## TensorBoard
 
-`tensorboard --logdir RUN_DIR/tensorboard`. Names in capitals stand for what a mapping holds: a reward, a phase, a part of one, a measure. Values that are null
-are left out.
+`tensorboard --logdir RUN_DIR/tensorboard`. Names in capitals stand for what a mapping holds: a reward, a
+phase, a part of one, a measure. Values that are null are left out.
 
 | name | field | of |
 | --- | --- | --- |
@@ -54,8 +55,8 @@ are left out.
 _PROMETHEUS = """
 ## Prometheus
 
-From Ray's own metrics, while the run goes on. Prometheus puts `ray_` before each name and adds `_total` to counters; every
-series has the label `run` too.
+From Ray's own metrics, while the run goes on. Prometheus puts `ray_` before each name and adds `_total` to
+counters; every series has the label `run` too.
 
 """
 
@@ -125,7 +126,9 @@ def _tensorboard() -> list[str]:
                 values[name] = value
                 places |= found
         for tag, value in scalars(model.model_validate(values)).items():
-            lines.append(f"| `{tag}` | {places[float(value or 0)]} | `{model.model_fields['kind'].default}` |")
+            lines.append(
+                f"| `{tag}` | {places[float(value or 0)]} | `{model.model_fields['kind'].default}` |"
+            )
     return lines
 
 
@@ -134,7 +137,9 @@ def _marked(name: str, field: FieldInfo, number: int) -> tuple[Any, dict[float, 
     kind = field.annotation
     if get_origin(kind) is dict:
         inner = get_args(kind)[1]
-        key = {"phases": "PHASE", "update": "PART", "rollout": "PHASE", "diversity": "MEASURE"}.get(name, "REWARD")
+        key = {"phases": "PHASE", "update": "PART", "rollout": "PHASE", "diversity": "MEASURE"}.get(
+            name, "REWARD"
+        )
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             numbers = {part: float(number + at) for at, part in enumerate(inner.model_fields)}
             return {key: numbers}, {value: f"`{name}.{key}.{part}`" for part, value in numbers.items()}

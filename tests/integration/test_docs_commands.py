@@ -1,7 +1,7 @@
 """Shell blocks of the pages that are marked runnable do run.
 
-A line `<!-- runnable -->` before a block marks it: it shows nowhere. Each runs in a shell and an empty folder of
-its own, with the `dgpo` of this installation, and must end with 0.
+A line `<!-- runnable -->` before a block marks it: it shows nowhere. Each runs in a shell and an empty folder
+of its own, with the `dgpo` of this installation, and must end with 0.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def test_a_block_runs(block: str, tmp_path: Path) -> None:
         "PATH": f"{beside}{os.pathsep}{os.environ['PATH']}",
         "HOME": str(tmp_path),
         # Of a checkout that is not installed, too.
-        "PYTHONPATH": os.pathsep.join([str(PROJECT_ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+        "PYTHONPATH": os.pathsep.join([str(PROJECT_ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(
+            os.pathsep
+        ),
     }
     ran = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block],

@@ -1,4 +1,4 @@
-"""The documentation as a site: it builds without a warning, and no page of it asks another host for anything."""
+"""The documentation as a site: it builds without a warning, and no page asks another host for anything."""
 
 from __future__ import annotations
 
@@ -56,7 +56,10 @@ def _elsewhere(address: str) -> bool:
 
 def test_every_page_is_there(site: Path) -> None:
     pages = {path.relative_to(PROJECT_ROOT / "docs") for path in (PROJECT_ROOT / "docs").rglob("*.md")}
-    built = {path.with_name("index.html") if path.name == "README.md" else path.with_suffix(".html") for path in pages}
+    built = {
+        path.with_name("index.html") if path.name == "README.md" else path.with_suffix(".html")
+        for path in pages
+    }
     assert [str(path) for path in sorted(built) if not (site / path).is_file()] == []
     assert "make quickstart" in (site / "index.html").read_text(encoding="utf-8")
 

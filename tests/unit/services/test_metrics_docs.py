@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import BaseModel
+
 from services.config_file import PROJECT_ROOT
 from services.metrics_docs import PARTS, ROWS, main, reference
 from services.ray_metrics import METRICS
@@ -14,9 +16,12 @@ def test_the_committed_page_is_up_to_date() -> None:
 
 def test_every_field_says_what_it_means() -> None:
     page = reference()
-    for model in (*ROWS, *PARTS):
+    models: tuple[type[BaseModel], ...] = (*ROWS, *PARTS)
+    for model in models:
         for name, field in model.model_fields.items():
-            assert name == "kind" or (field.description and f"| `{name}` |" in page), f"{model.__name__}.{name}"
+            assert name == "kind" or (field.description and f"| `{name}` |" in page), (
+                f"{model.__name__}.{name}"
+            )
 
 
 def test_every_metric_is_there() -> None:
