@@ -106,17 +106,33 @@ class _Protocol(H11Protocol):
 class _Server(uvicorn.Server):
     """Says when it has started, so that nobody polls."""
 
-    def __init__(self, config: uvicorn.Config, on_settled: Callable[[bool], None]) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        on_settled: Callable[[bool], None],
+        on_stopping: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__(config)
         self._on_settled = on_settled
+        self._on_stopping = on_stopping
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
         self._on_settled(self.started)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._on_stopping()
+        await super().shutdown(sockets=sockets)
+
 
 def serve_until_stopped(
-    app: Any, *, host: str, port: int, drain_s: float, on_ready: Callable[[str], None]
+    app: Any,
+    *,
+    host: str,
+    port: int,
+    drain_s: float,
+    on_ready: Callable[[str], None],
+    on_stopping: Callable[[], None] = lambda: None,
 ) -> None:
     """Serve in this thread until SIGINT or SIGTERM; then answer what was admitted, and return.
 
@@ -124,6 +140,7 @@ def serve_until_stopped(
         port: 0 takes a free one.
         drain_s: seconds to answer what was admitted.
         on_ready: told the address once the server takes requests.
+        on_stopping: told before what was admitted is waited for, to end what would never end by itself.
 
     Raises:
         RuntimeError: the application did not start.
@@ -141,7 +158,7 @@ def serve_until_stopped(
             if started:
                 on_ready(url)
 
-        server = _Server(config, settled)
+        server = _Server(config, settled, on_stopping)
         # uvicorn raises the signal anew when it has drained: to be stopped is no failure of a server.
         before = {number: signal.signal(number, lambda *_: None) for number in STOPPING}
         try:
@@ -152,4 +169,4 @@ def serve_until_stopped(
             for number, handler in before.items():
                 signal.signal(number, handler)
     if not ready:
-        raise RuntimeError(f"reward server at {url}: did not start; see its log")
+        raise RuntimeError(f"the server at {url} did not start; see its log")

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from services import cli_eval
+from services import cli_eval, cli_ui
 from services.cli_bench import bench
 from services.cli_options import Json, Overrides, Recipe, emit, screen
 from services.cli_reward import reward
@@ -92,6 +92,7 @@ def record(
 
 app.command("eval")(cli_eval.evaluate)
 app.command("compare")(cli_eval.compare)
+app.command("ui")(cli_ui.ui)
 
 
 @app.command()

@@ -95,6 +95,14 @@ def load(
     _bench(result, as_json)
 
 
+@bench.command("ui")
+def ui(as_json: Json = False) -> None:
+    """The run page over 100,000 updates and 10,000 groups: milliseconds by address."""
+    from benchmarks.ui import run_ui_bench
+
+    _bench(run_ui_bench(screen), as_json)
+
+
 @bench.command("soak")
 def soak(
     groups: Annotated[int, typer.Option(min=400, help="Trained in all.")] = 50_000, as_json: Json = False

@@ -90,8 +90,21 @@ def run_status(run: RunDirectory) -> RunStatus:
         ConfigError: the configuration of the run cannot be read, or the secret of its queue.
         QueueUnreachable: a queue server that is not the run's own does not answer.
     """
-    config, written = run.config(), read_metrics(run.root)
-    update = written.updates[-1] if written.updates else None
+    written = read_metrics(run.root)
+    return status_with(
+        run,
+        update=written.updates[-1] if written.updates else None,
+        evaluation=written.evals[-1] if written.evals else None,
+    )
+
+
+def status_with(run: RunDirectory, *, update: UpdateRow | None, evaluation: EvalRow | None) -> RunStatus:
+    """The same, for one who has the newest rows of the run.
+
+    Raises:
+        ConfigError, QueueUnreachable: as `run_status`.
+    """
+    config = run.config()
     step, driver = update.step if update is not None else 0, run.driver()
     found = _ask(run, config)
     state, reason = _without_queue(run, config, step, driver) if found is None else _state(*found[:2])
@@ -103,7 +116,7 @@ def run_status(run: RunDirectory) -> RunStatus:
         step=step,
         max_steps=config.learner.max_steps,
         update=update,
-        evaluation=written.evals[-1] if written.evals else None,
+        evaluation=evaluation,
     )
     if found is None:
         return seen

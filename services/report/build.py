@@ -145,12 +145,12 @@ def _config(run_dir: Path) -> tuple[Config | None, str, str]:
     except (OSError, ValueError) as error:
         return None, "", f"config.yaml cannot be read: {error}"
     try:
-        return load_config(path), _without_credentials(text), ""
+        return load_config(path), without_credentials(text), ""
     except ConfigError as error:
-        return None, _without_credentials(text), _without_credentials(str(error))
+        return None, without_credentials(text), without_credentials(str(error))
 
 
-def _without_credentials(text: str) -> str:
+def without_credentials(text: str) -> str:
     return re.sub(r"(://)[^/@\s]*@", r"\1***@", text)
 
 

@@ -17,7 +17,7 @@ from services.metrics import Estimate, EvalRow, UpdateRow
 from services.report.charts import Chart, Series, Share, line_chart, points, share_bar
 from services.telemetry import Metrics
 
-_LEARNER = (
+LEARNER = (
     ("loss", "Loss", None),
     ("dsm", "DSM error of the policy", None),
     ("grad_norm", "Gradient norm before clipping", 0.0),
@@ -55,10 +55,10 @@ def reward_charts(metrics: Metrics, heldout: Iterable[str]) -> list[Chart]:
     updates, marks = metrics.updates, resumes(metrics.updates)
     held = set(heldout)
     total = Series("total", points((row.step, row.reward_mean, row.reward_std) for row in updates))
-    tones = _tones(metrics, held)
+    rows: tuple[UpdateRow | EvalRow, ...] = (*metrics.updates, *metrics.evals)
     named = [
         Series(name, points(_reward(updates, name)), tone, dashed=name in held)
-        for name, tone in tones.items()
+        for name, tone in reward_tones((name for row in rows for name in row.rewards), held).items()
         if tone > 0
     ]
     charts = [
@@ -148,7 +148,7 @@ def flow_charts(updates: Sequence[UpdateRow], *, curriculum: bool) -> list[Chart
 def learner_charts(updates: Sequence[UpdateRow]) -> list[Chart]:
     """The numbers of the update itself; those never measured are left out."""
     charts = []
-    for field, title, floor in _LEARNER:
+    for field, title, floor in LEARNER:
         series = Series(title, points((row.step, getattr(row, field), None) for row in updates))
         if series.points and (field != "kl" or any(point.y for point in series.points)):
             charts.append(
@@ -197,10 +197,9 @@ def resumes(updates: Sequence[UpdateRow]) -> tuple[float, ...]:
     return tuple(float(before.step) for before, after in pairwise(updates) if after.epoch > before.epoch)
 
 
-def _tones(metrics: Metrics, held: set[str]) -> dict[str, int]:
+def reward_tones(names: Iterable[str], held: set[str]) -> dict[str, int]:
     """A colour for each reward, the same in every chart; a reward trained alone has that of the total."""
-    rows: tuple[UpdateRow | EvalRow, ...] = (*metrics.updates, *metrics.evals)
-    names = dict.fromkeys(name for row in rows for name in row.rewards)
+    names = tuple(dict.fromkeys(names))
     trained = [name for name in names if name not in held]
     first = 1 if len(trained) > 1 else 0
     ordered = [*trained, *(name for name in names if name in held)]

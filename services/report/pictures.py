@@ -2,7 +2,7 @@
 
 Promises
 - Nothing is picked by its score: the first held-out prompts, and kept groups at equal distances.
-- Advantages are computed by the learner's own code where the writer of a group did not know them.
+- Advantages are the learner's (ranking.py).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from services.config import Config
+from services.report.ranking import Member, ranked_group
 from services.report.samples import (
     EvalSample,
     GroupSample,
@@ -48,31 +49,16 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Member:
-    """One sample of a group."""
-
-    image: str
-    place: int
-    """Its place in the group, from 0."""
-    total: float
-    advantage: float
-    scores: tuple[tuple[str, float], ...]
-    """(reward, score) of each reward that is not the total itself."""
-    text: str
-    best: bool
-    worst: bool
-
-
-@dataclass(frozen=True)
 class ShownGroup:
     """A group, its members from best to worst."""
 
     step: int
     sample: GroupSample
     members: tuple[Member, ...]
+    images: tuple[str, ...]
+    """Data URIs, in the order of the group."""
     mean: float
     flat: bool
-    """All total rewards are equal: the group teaches nothing."""
 
 
 def pairs(run_dir: Path, config: Config | None) -> tuple[Pair, ...]:
@@ -109,58 +95,12 @@ def shown_groups(run_dir: Path, config: Config | None) -> tuple[ShownGroup, ...]
     groups = []
     for step, path in found:
         loaded = load_group(path)
-        scored = _scored(loaded[0], config) if loaded else None
-        if loaded is None or scored is None:
+        ranked = ranked_group(loaded[0], config) if loaded and config else None
+        if loaded is None or ranked is None:
             continue
-        images = [data_uri(image) for image in loaded[1]]
-        groups.append(_group(step, scored[0], *scored[1:], images, config))
+        images = tuple(data_uri(image) for image in loaded[1])
+        groups.append(ShownGroup(step, loaded[0], ranked.members, images, ranked.mean, flat=ranked.flat))
     return tuple(groups)
-
-
-def _scored(
-    sample: GroupSample, config: Config | None
-) -> tuple[GroupSample, list[float], list[float]] | None:
-    if config is None:
-        return None
-    from learner.advantages import group_advantages, total_rewards
-
-    try:
-        totals = total_rewards(sample.rewards, config.trained_rewards)
-    except ValueError as error:
-        log.warning("group %d left out: %s", sample.ordinal, error)
-        return None
-    found = group_advantages(totals[None], config.advantage)
-    return sample, found.totals[0].tolist(), found.values[0].tolist()
-
-
-def _group(
-    step: int,
-    sample: GroupSample,
-    totals: list[float],
-    advantages: list[float],
-    images: list[str],
-    config: Config | None,
-) -> ShownGroup:
-    flat = max(totals) == min(totals)
-    trained = [reward.name for reward in config.trained_rewards] if config else list(sample.rewards)
-    speaker = next((name for name in trained if sample.details.get(name)), None)
-    order = sorted(range(len(totals)), key=lambda i: (-totals[i], i))
-    members = tuple(
-        Member(
-            image=images[i],
-            place=i,
-            total=totals[i],
-            advantage=advantages[i],
-            scores=tuple(
-                (name, scores[i]) for name, scores in sample.rewards.items() if list(scores) != totals
-            ),
-            text=str(sample.details[speaker][i].get("text", "")) if speaker else "",
-            best=not flat and i == order[0],
-            worst=not flat and i == order[-1],
-        )
-        for i in order
-    )
-    return ShownGroup(step, sample, members, sum(totals) / len(totals), flat)
 
 
 def _shot(sample: EvalSample, image: str | None) -> Shot:

@@ -102,36 +102,67 @@ def load_eval_images(run_dir: Path, when: str, width: int, height: int) -> list[
 
 def list_groups(run_dir: Path) -> list[tuple[int, Path]]:
     """(step, path of the JSON) of every kept group, in the order of steps and ordinals."""
-    found = []
-    for path in (run_dir / "samples").glob("step-*/group-*.json"):
-        step = path.parent.name.removeprefix("step-")
-        if step.isdecimal():
-            found.append((int(step), path))
-    return sorted(found)
+    return sorted(
+        (step, path)
+        for folder in (run_dir / "samples").glob("step-*")
+        if (step := step_of(folder)) is not None
+        for path in groups_in(folder)
+    )
+
+
+def step_of(folder: Path) -> int | None:
+    """The step of a folder of samples/; None where it is another one."""
+    step = folder.name.removeprefix("step-")
+    return int(step) if step.isdecimal() else None
+
+
+def groups_in(folder: Path) -> list[Path]:
+    """The JSON of each group in the folder of a step, in the order of ordinals."""
+    return sorted(folder.glob("group-*.json"))
 
 
 def load_group(path: Path) -> tuple[GroupSample, list[Image.Image]] | None:
     """A group of `list_groups` with its G images; None where it cannot be read."""
+    group = read_group(path)
+    images = load_group_images(path, group.size) if group else None
+    return (group, images) if group and images else None
+
+
+def read_group(path: Path) -> GroupSample | None:
+    """What is told about a group, without its images; None where it cannot be read."""
     try:
-        group = GroupSample.model_validate_json(path.read_bytes())
-        return group, _tiles(path.with_suffix(".png"), lambda _: (group.size, 1))
+        return GroupSample.model_validate_json(path.read_bytes())
     except (OSError, ValueError) as error:
         log.warning("%s: left out: %s", path, error)
         return None
 
 
+def load_group_images(path: Path, count: int) -> list[Image.Image] | None:
+    """The images of the group whose JSON this is; None where they cannot be read."""
+    picture = path.with_suffix(".png")
+    try:
+        return _tiles(picture, lambda _: (count, 1))
+    except (OSError, ValueError) as error:
+        log.warning("%s: left out: %s", picture, error)
+        return None
+
+
 def data_uri(image: Image.Image) -> str:
-    """An image that lives inside the page: tiny ones exactly (PNG), others small enough to mail (WebP)."""
+    """An image that lives inside the page."""
+    kind, data = encoded(image)
+    return f"data:{kind};base64," + base64.b64encode(data).decode()
+
+
+def encoded(image: Image.Image) -> tuple[str, bytes]:
+    """Media type and file of an image: a tiny one exactly (PNG), others small enough to mail (WebP)."""
     out = io.BytesIO()
     if max(image.size) <= EXACT_SIDE:
         image.save(out, format="PNG", optimize=True)
-        kind = "png"
-    else:
-        shown = image.copy()
-        shown.thumbnail((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.LANCZOS)
-        shown.save(out, format="WEBP", quality=85)
-        kind = "webp"
-    return f"data:image/{kind};base64," + base64.b64encode(out.getvalue()).decode()
+        return "image/png", out.getvalue()
+    shown = image.copy()
+    shown.thumbnail((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.LANCZOS)
+    shown.save(out, format="WEBP", quality=85)
+    return "image/webp", out.getvalue()
 
 
 def _tiles(path: Path, shape: Any) -> list[Image.Image]:

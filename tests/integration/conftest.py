@@ -1,4 +1,4 @@
-"""What integration tests share: one small Ray, a reward server, and small whole runs with their digest."""
+"""What integration tests share: one small Ray, runs of the queue alone, a reward server, small whole runs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from queue_support import Run
 from small_runs import SMALL, STEPS, TOKEN_VARIABLE, run
 
 from reward_servers.app import create_app
@@ -15,6 +16,7 @@ from reward_servers.local import LocalServer
 from reward_servers.server_config import ServerConfig
 from services.config import Config
 from services.config_file import load_config
+from services.embedded import EmbeddedValkey
 from services.ray_runtime import on_loopback
 
 # Ray's workers inherit the environment of the moment in which Ray starts.
@@ -37,6 +39,18 @@ def ray_local() -> Iterator[None]:
         )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(name="run")
+def synchronous_run(valkey: EmbeddedValkey, run_name: str) -> Run:
+    """Of the queue alone: two groups a step."""
+    return Run(valkey, run_name)
+
+
+@pytest.fixture
+def stale(valkey: EmbeddedValkey, run_name: str) -> Run:
+    """One that allows one update of staleness."""
+    return Run(valkey, run_name, max_staleness=1)
 
 
 @pytest.fixture(scope="session")

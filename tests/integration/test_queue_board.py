@@ -5,15 +5,9 @@ from __future__ import annotations
 import pytest
 from queue_support import Run, version, weights
 
-from services.embedded import EmbeddedValkey
 from services.messages import Heartbeat
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture
-def run(valkey: EmbeddedValkey, run_name: str) -> Run:
-    return Run(valkey, run_name)
 
 
 def beat(part: str, state: str = "sampling") -> Heartbeat:

@@ -17,11 +17,6 @@ EXPIRED = 0
 
 
 @pytest.fixture
-def run(valkey: EmbeddedValkey, run_name: str) -> Run:
-    return Run(valkey, run_name)
-
-
-@pytest.fixture
 def client(valkey: EmbeddedValkey) -> redis.Redis:
     return connect(valkey.url, valkey.password)
 

@@ -11,16 +11,6 @@ from services.group_queue import Admitted, Fenced, Frontier, QueueError, StateLo
 pytestmark = pytest.mark.integration
 
 
-@pytest.fixture
-def run(valkey: EmbeddedValkey, run_name: str) -> Run:
-    return Run(valkey, run_name)
-
-
-@pytest.fixture
-def stale(valkey: EmbeddedValkey, run_name: str) -> Run:
-    return Run(valkey, run_name, max_staleness=1)
-
-
 def steps(run: Run, count: int) -> None:
     for _ in range(count):
         run.fill()
