@@ -4,6 +4,8 @@
 # make lint         ruff and mypy
 # make sbom         what is installed in .venv, as a CycloneDX file
 # make audit        advisories against constraints.txt; needs the internet
+# make docs         write the pages that are generated from the code
+# make site         build the documentation as a site, into site/
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,7 +14,7 @@ PIP_INSTALL := $(BIN)/pip install --disable-pip-version-check --quiet -c constra
 SBOM := sbom.cdx.json
 ADVISORIES := https://api.osv.dev/v1/query
 
-.PHONY: quickstart test test-all lint docs sbom audit clean
+.PHONY: quickstart test test-all lint docs site sbom audit clean
 .DEFAULT_GOAL := quickstart
 
 quickstart: $(VENV)/.installed
@@ -31,6 +33,7 @@ lint: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/python -m services.config_docs docs/configuration.md
+	$(BIN)/python -m services.metrics_docs docs/metrics.md
 	$(BIN)/python -m reward_servers.openapi docs/openapi/reward-v1.json
 
 # Validating what the library has made takes it 20 s of the 22.
@@ -41,8 +44,11 @@ sbom: $(VENV)/.installed $(VENV)/.installed-audit
 audit: $(VENV)/.installed-audit
 	$(VENV)/audit/bin/python deploy/audit.py constraints.txt $(ADVISORIES)
 
+site: $(VENV)/.installed-dev
+	$(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/pip:

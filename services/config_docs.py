@@ -33,6 +33,12 @@ say only what differs: sections are merged key by key; lists are replaced, and s
 name. Unknown keys, wrong types and impossible combinations are refused, with the path in the YAML and what
 would be valid.
 
+<!-- runnable -->
+```
+dgpo config quickstart --set learner.max_steps=10 --set rewards.0.weight=2
+dgpo config --docs                                                          # this page
+```
+
 _This page is generated from `services/config/` by `make docs`; change it there._
 """
 

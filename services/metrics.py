@@ -36,19 +36,23 @@ class Row(BaseModel):
 class Spread(BaseModel):
     """Mean and within-group standard deviation of one reward, over the groups of an update."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     mean: Number
+    """Mean score of the update's samples."""
     std: Number = None
+    """Mean standard deviation of the score within a group."""
 
 
 class Estimate(BaseModel):
     """A mean over held-out prompts and its standard error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     mean: Number
+    """Over the prompts that were scored."""
     se: Number = None
+    """Standard error of the mean."""
 
 
 class UpdateRow(Row):
@@ -56,9 +60,11 @@ class UpdateRow(Row):
 
     kind: Literal["update"] = "update"
     epoch: int = Field(ge=0)
+    """Grows by one at each resume."""
     step: int = Field(ge=0)
     """Updates taken when this one was done: the first has step 1."""
     max_steps: int = Field(ge=1)
+    """Updates that the run shall take."""
     seconds: float = Field(ge=0)
     """Wall time since the update before."""
     reward_mean: Number
@@ -76,9 +82,11 @@ class UpdateRow(Row):
     staleness_mean: Number = None
     """Updates that the groups lagged behind."""
     staleness_max: int = 0
+    """The same of the stalest of them."""
     queue_depth: int = 0
     """Groups waiting in the queue after the take."""
     queue_bytes: int = 0
+    """Their payload."""
     groups: int = 0
     """Groups trained since the run began."""
     images: int = 0
@@ -88,6 +96,7 @@ class UpdateRow(Row):
     groups_per_s: Number = None
     """Groups trained a second in this update."""
     loss: Number = None
+    """What the objective minimises."""
     dsm: Number = None
     """Mean DSM error of the policy."""
     grad_norm: Number = None
@@ -99,7 +108,9 @@ class UpdateRow(Row):
     clip_fraction: Number = None
     """Share of (sample, timestep) pairs whose DSM error was clipped."""
     kl: Number = None
+    """KL term before its weight."""
     learning_rate: Number = None
+    """Of the optimizer, in this update."""
     micro_batch: int | None = None
     """Samples in one forward-backward: what `learner.micro_batch` says, or `auto` found."""
     phases: dict[str, float] = Field(default_factory=dict)
@@ -127,7 +138,9 @@ class EvalRow(Row):
     when: When = "during"
     """Before the first update, between updates, or after the last one."""
     epoch: int = Field(ge=0)
+    """Of the weights that were evaluated."""
     step: int = Field(ge=0)
+    """Updates that these weights have seen."""
     prompts: int = Field(ge=0)
     """Held-out prompts scored."""
     rewards: dict[str, Estimate] = Field(default_factory=dict)
@@ -137,6 +150,7 @@ class EvalRow(Row):
     diversity: dict[str, Number] = Field(default_factory=dict)
     """By measure: how much the images differ; empty where it was not measured."""
     seconds: float = Field(default=0.0, ge=0)
+    """Wall time of the evaluation."""
 
 
 class EventRow(Row):
@@ -144,12 +158,15 @@ class EventRow(Row):
 
     kind: Literal["event"] = "event"
     level: Literal["info", "warning", "error"] = "info"
+    """How bad it is."""
     what: str
     """A few words: "worker died", "dead letter", "resumed"."""
     detail: str = ""
     """Why, in a sentence; shown escaped."""
     step: int | None = None
+    """Update at which it happened, where there is one."""
     ordinal: int | None = None
+    """Group that it happened to, where there is one."""
 
 
 class MemoryRow(Row):
