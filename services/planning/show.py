@@ -116,7 +116,8 @@ def shown(plan: Plan) -> Group:
     if step.bottleneck == "learner" and costs.reading_leads(split):
         advice = "reading groups: fewer or smaller ones, or a faster server"
     lines = [
-        f"{_count(plan.gpus, 'GPU')}: {step.seconds:.1f} s an update, {costs.work.images / step.seconds:.1f} images/s; "
+        f"{_count(plan.gpus, 'GPU')}: {step.seconds:.1f} s an update, "
+        f"{costs.work.images / step.seconds:.1f} images/s; "
         f"bottleneck: {step.bottleneck} ({advice})",
         _settings(plan),
         f"A GPU does {machine.rate / 1e12:g} TFLOP/s ({said}; dgpo bench gpu measures it, --tflops takes "
