@@ -267,18 +267,19 @@ def _simulate(place: Place, share: Sequence[int], waits: Waits, slots: Sequence[
 
 def _table(result: Mapping[str, Any]) -> Table:
     told = "" if result["met"] else "  MISSED"
-    table = Table(title=f"{result['recipe']}: within {result['target']:.0%}{told}", title_justify="left")
-    for heading in (
-        *("GPUs", "max_staleness", "groups", "workers", "ranks", "bottleneck"),
-        *("predicted s", "simulated s", "difference", "times faster"),
-    ):
+    table = Table(
+        title=f"{result['recipe']}, seconds an update: within {result['target']:.0%}{told}",
+        title_justify="left",
+    )
+    for heading in ("GPUs", "stale", "groups", "split", "held up by", "planned", "came", "off"):
         table.add_column(heading, justify="right")
     for run in result["runs"]:
         table.add_row(
-            *(str(run[key]) for key in ("gpus", "staleness", "groups", "workers", "ranks", "bottleneck")),
+            *(str(run["gpus"]), str(run["staleness"]), str(run["groups"])),
+            f"{run['workers']}+{run['ranks']}",
+            run["bottleneck"],
             f"{run['predicted_s']:.2f}",
             f"{run['simulated_s']:.2f}",
             f"{run['error']:+.1%}",
-            f"{run['factor']:.1f}",
         )
     return table

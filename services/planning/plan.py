@@ -244,7 +244,12 @@ def _refusal(costs: Costs, gpus: int) -> str:
     if (ranks := next(wanted, None)) is None:
         return f"{head}; as many ranks as groups ({costs.shape.groups}) do not hold it. {_smaller(costs)}"
     apart = 0 if _worker_gib(costs) <= room else 1
-    together = "" if sharded else f"; on one GPU all of it takes {_colocated_gib(costs):.1f} GiB"
+    together = (
+        ""
+        if sharded
+        else f"; on one GPU all of it takes {_colocated_gib(costs):.1f} GiB (less with a smaller "
+        "learner.micro_batch)"
+    )
     rewards = " + 1 for rewards" if apart else ""
     counted = "1 learner rank" if ranks == 1 else f"{ranks} learner ranks"
     return f"{head}{together}. It needs 1 worker + {counted}{rewards} = {1 + ranks + apart} GPUs"

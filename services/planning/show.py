@@ -88,13 +88,13 @@ def shown(plan: Plan) -> Group:
     update.add_row(
         "rollout",
         f"{costs.rollout_gpu_s:.1f} GPU-s",
-        has or f"{split.workers} workers",
+        has or _count(split.workers, "worker"),
         _s(step.parts["rollout"]),
     )
     update.add_row(
         "learner",
         f"{costs.learner_gpu_s:.1f} GPU-s",
-        has or f"{split.ranks} ranks",
+        has or _count(split.ranks, "rank"),
         _s(step.parts["learner"]),
     )
     for one in costs.rewards:
@@ -102,7 +102,7 @@ def shown(plan: Plan) -> Group:
         where = "GPU" if one.on_gpu else "CPU"
         replicas = split.replicas[one.name]
         told = "unknown" if one.seconds is None else f"{total:.1f} {where}-s"
-        update.add_row(f"reward {one.name}", told, f"{replicas} replicas", _s(total / replicas))
+        update.add_row(f"reward {one.name}", told, _count(replicas, "replica"), _s(total / replicas))
     update.add_row("queue", f"{moved.queue / 1e6:.0f} MB in, and out", "1 server", _s(step.parts["queue"]))
     update.add_row("turnaround", f"max_staleness {costs.shape.staleness}", "", _s(step.parts["turnaround"]))
     update.add_row(
@@ -115,9 +115,9 @@ def shown(plan: Plan) -> Group:
     advice = ONE_GPU if split.colocated else ADVICE[step.bottleneck]
     if step.bottleneck == "learner" and costs.reading_leads(split):
         advice = "reading groups: fewer or smaller ones, or a faster server"
-    gpus = "1 GPU" if plan.gpus == 1 else f"{plan.gpus} GPUs"
     lines = [
-        f"{gpus}: {step.seconds:.1f} s an update, {costs.work.images / step.seconds:.1f} images/s; "
+        f"{_count(plan.gpus, 'GPU')}: {step.seconds:.1f} s an update, "
+        f"{costs.work.images / step.seconds:.1f} images/s; "
         f"bottleneck: {step.bottleneck} ({advice})",
         _settings(plan),
         f"A GPU does {machine.rate / 1e12:g} TFLOP/s ({said}; dgpo bench gpu measures it, --tflops takes "
@@ -147,6 +147,10 @@ def _settings(plan: Plan) -> str:
             else "; rewards on a GPU share the workers': rollout.num_gpus 0.8, say, and 0.1 a replica"
         )
     return f"--set rollout.workers={split.workers} --set learner.ranks={split.ranks}{where}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _s(seconds: float) -> str:
