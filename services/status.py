@@ -9,7 +9,7 @@ Promises
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import redis
 from rich.console import Console, Group, RenderableType
@@ -92,7 +92,7 @@ def run_status(run: RunDirectory) -> RunStatus:
     """
     config, written = run.config(), read_metrics(run.root)
     update = written.updates[-1] if written.updates else None
-    step, driver = update.step if update is not None else 0, run.driver()
+    step, driver = _step(written.updates), run.driver()
     found = _ask(run, config)
     state, reason = _without_queue(run, config, step, driver) if found is None else _state(*found[:2])
     seen = RunStatus(
@@ -134,6 +134,10 @@ def _state(queue: QueueStatus, beats: Beats) -> tuple[str, str]:
     if queue.state in ("starting", "running") and silent:
         return "degraded", f"no heartbeat of {', '.join(silent)}"
     return queue.state or "starting", queue.reason
+
+
+def _step(updates: Sequence[UpdateRow]) -> int:
+    return updates[-1].step if updates else 0
 
 
 def _without_queue(run: RunDirectory, config: Config, step: int, driver: int | None) -> tuple[str, str]:
@@ -187,7 +191,8 @@ def scale_run(
     except (EmbeddedServerError, QueueUnreachable) as error:
         if config.queue.url is not None:
             raise
-        seen, reason = _without_queue(run, config, 0, run.driver())
+        step = _step(read_metrics(run.root).updates)
+        seen, reason = _without_queue(run, config, step, run.driver())
         raise ConfigError(
             f"{run.root}: the run is {seen}, its queue hears nothing: {reason or error}"
         ) from error
