@@ -93,7 +93,7 @@ def run_status(run: RunDirectory) -> RunStatus:
     written = read_metrics(run.root)
     return status_with(
         run,
-        update=written.updates[-1] if written.updates else None,
+        update=written.last_update,
         evaluation=written.evals[-1] if written.evals else None,
     )
 
@@ -105,7 +105,7 @@ def status_with(run: RunDirectory, *, update: UpdateRow | None, evaluation: Eval
         ConfigError, QueueUnreachable: as `run_status`.
     """
     config = run.config()
-    step, driver = update.step if update is not None else 0, run.driver()
+    step, driver = _step(update), run.driver()
     found = _ask(run, config)
     state, reason = _without_queue(run, config, step, driver) if found is None else _state(*found[:2])
     seen = RunStatus(
@@ -147,6 +147,10 @@ def _state(queue: QueueStatus, beats: Beats) -> tuple[str, str]:
     if queue.state in ("starting", "running") and silent:
         return "degraded", f"no heartbeat of {', '.join(silent)}"
     return queue.state or "starting", queue.reason
+
+
+def _step(update: UpdateRow | None) -> int:
+    return update.step if update is not None else 0
 
 
 def _without_queue(run: RunDirectory, config: Config, step: int, driver: int | None) -> tuple[str, str]:
@@ -200,7 +204,8 @@ def scale_run(
     except (EmbeddedServerError, QueueUnreachable) as error:
         if config.queue.url is not None:
             raise
-        seen, reason = _without_queue(run, config, 0, run.driver())
+        step = _step(read_metrics(run.root).last_update)
+        seen, reason = _without_queue(run, config, step, run.driver())
         raise ConfigError(
             f"{run.root}: the run is {seen}, its queue hears nothing: {reason or error}"
         ) from error

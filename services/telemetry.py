@@ -131,6 +131,10 @@ class Metrics:
     unreadable: int = 0
     """Lines that were not rows: one, torn, is normal after a crash."""
 
+    @property
+    def last_update(self) -> UpdateRow | None:
+        return self.updates[-1] if self.updates else None
+
     def evaluation(self, when: str) -> EvalRow | None:
         """The newest evaluation made `before`, `during` or `after` training."""
         found = [row for row in self.evals if row.when == when]

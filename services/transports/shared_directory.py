@@ -53,8 +53,9 @@ class SharedDirectoryTransport(Reused):
             self._begin()
         file = self._file(announcement)
         partial = file.with_suffix(".partial")
-        with naming(partial):
-            payload.tofile(partial)
+        # Not `payload.tofile`: of a full disk it tells no reason, and loses what it has buffered unseen.
+        with naming(partial), partial.open("wb") as opened:
+            opened.write(payload.data)
         partial.replace(file)
         for older in self._versions(announcement.kind)[:-KEPT_FILES]:
             older.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 from rich.console import Console
 
+from benchmarks import chaos
 from services.config import Config
 from services.driver import train
 from services.messages import Heartbeat, PolicyVersion
@@ -19,20 +20,7 @@ from services.run_directory import RunDirectory
 STEPS = 4
 TOKEN_VARIABLE = "DGPO_TEST_REWARD_TOKEN"
 
-SMALL = (
-    "rollout.group_size=4",
-    "rollout.steps=4",
-    "rollout.num_cpus=0.1",
-    "objective.timesteps.first=4",
-    "objective.timesteps.skip=0",
-    "learner.micro_batch=4",
-    "learner.num_cpus=0.1",
-    "queue.max_staleness=0",
-    "checkpoint.every_steps=2",
-    "telemetry.tensorboard=false",
-    "telemetry.heartbeat_s=0.5",
-)
-"""Overrides of a recipe: reproducible, and over in seconds an update."""
+SMALL = (*chaos.SMALL, "telemetry.heartbeat_s=0.5")
 
 
 class Watching(Progress):

@@ -11,7 +11,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from small_runs import TOKEN_VARIABLE
+from small_runs import SMALL, TOKEN_VARIABLE
 
 from services.config import Config
 from services.config_file import load_config
@@ -37,21 +37,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(folder: Path, ocr_url: str) -> list[str]:
     return [
         f"run.directory={folder}",
-        "rollout.group_size=4",
-        "rollout.steps=4",
-        "rollout.num_cpus=0.1",
-        "objective.timesteps.first=4",
-        "objective.timesteps.skip=0",
+        *SMALL,
         "learner.groups_per_step=2",
         f"learner.max_steps={STEPS}",
-        "learner.micro_batch=4",
-        "learner.num_cpus=0.1",
-        "queue.max_staleness=0",
-        "checkpoint.every_steps=2",
         "eval.every_steps=0",
         "eval.final_prompts=4",
-        "telemetry.tensorboard=false",
-        "telemetry.heartbeat_s=0.5",
         f"rewards=[{{name: ocr, url: '{ocr_url}', token_env: {TOKEN_VARIABLE}}}]",
     ]
 

@@ -6,6 +6,7 @@ import pytest
 from queue_support import Run, version, weights
 
 from services.messages import Heartbeat
+from services.queue_board import METRICS_ROWS
 
 pytestmark = pytest.mark.integration
 
@@ -55,6 +56,15 @@ def test_metrics_are_read_on_from_an_id(run: Run) -> None:
     assert [row["step"] for _, row in rows] == [0, 1, 2]
     assert [row["step"] for _, row in run.worker.read_metrics(rows[1][0])] == [2]
     assert run.worker.read_metrics(rows[2][0]) == []
+
+
+def test_metrics_that_nobody_moves_stay_few_and_are_the_newest(run: Run) -> None:
+    for step in range(2 * METRICS_ROWS):
+        run.learner.append_metrics({"step": step})
+    rows = run.worker.read_metrics(count=2 * METRICS_ROWS)
+    # Redis lets whole nodes go, of a hundred rows.
+    assert METRICS_ROWS <= len(rows) <= METRICS_ROWS + 100
+    assert rows[-1][1]["step"] == 2 * METRICS_ROWS - 1
 
 
 def test_who_comes_later_goes_on_behind_the_metrics_that_were_written_down(run: Run) -> None:

@@ -5,23 +5,29 @@ from __future__ import annotations
 import io
 import json
 import os
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from services.cli import app
+from services.cli import app, main
 from services.config_file import load_config
 from services.embedded import EmbeddedValkey
 from services.group_queue import GroupQueue, connect
 from services.messages import Heartbeat, PolicyVersion, WeightsAnnouncement
+from services.metrics import row_of
+from services.queue_types import RunState
 from services.run_directory import RunDirectory
 from services.status import drawn, run_status
+from services.telemetry import Telemetry
 
 pytestmark = pytest.mark.integration
+
+Dgpo = Callable[..., tuple[int | str | None, str]]
 
 
 @pytest.fixture
@@ -73,26 +79,77 @@ def test_what_every_part_does_is_told_and_who_is_silent(run: RunDirectory, queue
     assert "rollout-1 died 5 times" in text_of(run)
 
 
-def test_what_is_wanted_is_told_to_the_driver_and_what_cannot_be_is_named(
-    run: RunDirectory, queue: GroupQueue
-) -> None:
-    def scale(*arguments: str) -> tuple[int, str]:
-        said = CliRunner().invoke(app, ["scale", str(run.root), *arguments])
-        return said.exit_code, str(said.exception)
+@pytest.fixture
+def dgpo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Dgpo:
+    """A command's arguments -> its exit code, and what it says to people."""
 
-    assert "the run is not there" in scale("--replicas", "ocr=4")[1]
+    def command(*arguments: object) -> tuple[int | str | None, str]:
+        monkeypatch.setattr(sys, "argv", ["dgpo", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code, capsys.readouterr().err
+
+    return command
+
+
+def test_what_is_wanted_is_told_to_the_driver(run: RunDirectory, queue: GroupQueue, dgpo: Dgpo) -> None:
     queue.set_state("degraded")
-    assert scale("--workers", "3", "--replicas", "ocr=4")[0] == 0
+    code, said = dgpo("scale", run.root, "--workers", 3, "--replicas", "ocr=4")
+    assert code == 0 and "wanted: 3 workers, 4 of reward ocr" in said
     assert (queue.wanted_workers(), queue.wanted_replicas(["ocr", "tesseract"])) == (3, {"ocr": 4})
-    for arguments, named in (
-        ([], "nothing to do"),
-        (["--replicas", "ocr"], "give REWARD=N"),
-        (["--replicas", "ocr=0"], "N from 1 on"),
-        (["--replicas", "beauty=2"], "'beauty' is none that the run has started; those are: ocr, tesseract"),
-    ):
-        code, told = scale(*arguments)
-        assert code != 0 and named in told
-    assert queue.wanted_replicas(["ocr"]) == {"ocr": 4}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("", "nothing to do"),
+        ("--workers 0", "Invalid value for '--workers'"),
+        ("--workers -2", "Invalid value for '--workers'"),
+        ("--replicas ocr", "give REWARD=N"),
+        ("--workers 3 --replicas ocr=0", "N from 1 on"),
+        ("--workers 3 --replicas ocr=-2", "N from 1 on"),
+        (
+            "--workers 3 --replicas ocr=2 --replicas beauty=2",
+            "'beauty' is none that the run has started; those are: ocr, tesseract",
+        ),
+    ],
+)
+def test_what_cannot_be_wanted_is_named_and_changes_nothing(
+    run: RunDirectory, queue: GroupQueue, dgpo: Dgpo, arguments: str, named: str
+) -> None:
+    queue.set_state("running")
+    code, said = dgpo("scale", run.root, *arguments.split())
+    assert code == 2 and named in said
+    assert queue.wanted_workers() is None and queue.wanted_replicas(["ocr", "tesseract"]) == {}
+
+
+@pytest.mark.parametrize("state", ["draining", "done", "failed", None])
+def test_only_a_run_that_goes_on_is_scaled(
+    run: RunDirectory, queue: GroupQueue, dgpo: Dgpo, state: RunState | None
+) -> None:
+    if state is not None:
+        queue.set_state(state)
+    code, said = dgpo("scale", run.root, "--workers", 3, "--replicas", "ocr=4")
+    assert code == 2 and f"the run is {state or 'not there'}; only one that goes on is scaled" in said
+    assert queue.wanted_workers() is None and queue.wanted_replicas(["ocr"]) == {}
+
+
+@pytest.mark.parametrize("over", [False, True])
+def test_a_run_that_is_over_or_has_stopped_is_not_scaled(run: RunDirectory, dgpo: Dgpo, over: bool) -> None:
+    most = run.config().learner.max_steps
+    row = {"kind": "update", "time": 1.0, "epoch": 0, "step": most if over else 1, "max_steps": most}
+    with Telemetry(run.root, tensorboard=False) as telemetry:
+        telemetry.write(row_of(row | {"seconds": 1.0, "reward_mean": 0.5, "reward_std": 0.1}))
+    code, said = dgpo("scale", run.root, "--workers", 3)
+    assert code == 2
+    assert f"the run is {'done' if over else 'stopped'}, its queue hears nothing: " in said
+    assert (f"go on with: dgpo train --resume {run.root}" in said) is not over
+
+
+def test_a_run_from_a_recording_has_no_workers_to_scale(tmp_path: Path, dgpo: Dgpo) -> None:
+    offline = RunDirectory.create(load_config("offline", [f"run.directory={tmp_path}"]))
+    code, said = dgpo("scale", offline.root, "--workers", 3)
+    assert code == 2 and "it trains from a recording, by one feeder; there is nothing to scale" in said
 
 
 def test_looking_changes_nothing_and_a_driver_is_told(run: RunDirectory, queue: GroupQueue) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ from ray.exceptions import RayActorError
 from benchmarks.weights import transport_of
 from services.codec import weights_digest
 from services.config_file import load_config
+from services.full_disk import disk_refuses
 from services.messages import PolicyVersion, WeightsAnnouncement
 from services.policy_store import PolicyStore, WeightsGone, WeightsMismatch, fetch, publish
 from services.transports import open_transport, process_groups
@@ -205,6 +208,40 @@ def test_files_of_a_shared_directory_are_few_whole_and_waited_for(tmp_path: Path
     found = SharedDirectoryTransport(tmp_path, patience_s=DEADLINE_S).receive(told(12))
     late.join()
     assert found is not None and found.tolist() == [0, 1, 2]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("size", [3, 2**20])
+def test_a_full_disk_under_a_shared_directory_is_told_and_shows_no_file(tmp_path: Path, size: int) -> None:
+    transport = SharedDirectoryTransport(tmp_path)
+    payload = np.ones(size, dtype=np.uint8)
+    transport.send(told(1, size), payload)
+    partial = tmp_path / FOLDER / "policy-0.2.partial"
+    partial.symlink_to("/dev/full")
+    with pytest.raises(OSError) as caught:
+        transport.send(told(2, size), payload)
+    said = disk_refuses(caught.value)
+    assert said is not None and str(partial) in said
+    assert [file.name for file in (tmp_path / FOLDER).glob("*.safetensors")] == ["policy-0.1.safetensors"]
+    # What a publisher left half written goes with the next one's first version.
+    SharedDirectoryTransport(tmp_path).send(told(3, size), payload)
+    assert not list((tmp_path / FOLDER).glob("*.partial"))
+
+
+def test_files_that_cannot_be_had_are_told_and_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    transport = SharedDirectoryTransport(tmp_path, patience_s=DEADLINE_S)
+    assert transport.receive(told(1)) is None
+    assert "no such folder: has this node the run directory?" in caplog.text
+    transport.send(told(1), np.arange(3, dtype=np.uint8))
+
+    def read(file: Path, **how: Any) -> Any:
+        raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT), str(file))
+
+    monkeypatch.setattr(np, "fromfile", read)
+    assert transport.receive(told(1)) is None
+    assert "policy-0.1.safetensors" in caplog.text and os.strerror(errno.ETIMEDOUT) in caplog.text
 
 
 def test_a_file_that_was_cut_short_is_refused(tmp_path: Path) -> None:

@@ -6,16 +6,16 @@ import errno
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from learner import checkpoint
+from learner import checkpoint, checkpoint_writer
 from learner.checkpoint import CheckpointError, newest_checkpoint
-from learner.checkpoint_writer import CheckpointWriter
+from learner.checkpoint_writer import CheckpointWriter, written
 from learner.trainer import PolicyTrainer
 from services.full_disk import disk_refuses
 
@@ -114,6 +114,25 @@ def test_a_write_that_failed_is_told_at_the_next_step(
         then(failed(tmp_path, state, monkeypatch), state)
     told = disk_refuses(caught.value, tmp_path)
     assert told is not None and told.endswith(f"free space in {tmp_path}")
+
+
+def test_a_write_that_hangs_is_told(
+    tmp_path: Path, state: State, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint_writer, "WRITE_DEADLINE_S", 0.0)
+    writer = CheckpointWriter(tmp_path, keep=2, asynchronous=True)
+    writer.write(1, state, {"epoch": 0})
+    with pytest.raises(CheckpointError, match=r"was not written within 0 s: does the storage hang\?"):
+        writer.finish()
+    gate.set()
+
+
+def test_a_time_out_of_the_file_system_is_no_hanging_write(tmp_path: Path) -> None:
+    begun, timed_out = Future[Path](), OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+    begun.set_exception(timed_out)
+    with pytest.raises(TimeoutError) as caught:
+        written(begun, tmp_path)
+    assert caught.value is timed_out
 
 
 def test_a_run_that_ends_by_an_error_keeps_its_words_and_the_checkpoint(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel
 from family_case import PROMPT, Case
 from torch import Tensor, nn
 
@@ -87,6 +88,51 @@ def test_whatever_a_run_does_with_a_model_is_the_same_when_it_is_compiled(
     for policy in (plain, compiled):
         policy.checkpoint_gradients()
     assert off(gradients(compiled), gradients(plain)) < 10 * TOLERANCE
+
+
+def sd3_velocity(blocks: int) -> Tensor:
+    """Of a compiled model of so many blocks."""
+    model = SD3Transformer2DModel(
+        sample_size=4,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=blocks,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        caption_projection_dim=16,
+        pooled_projection_dim=8,
+        pos_embed_max_size=4,
+        qk_norm="rms_norm",
+    )
+    compile_blocks(model)
+    with torch.no_grad():
+        found: Tensor = model(
+            hidden_states=torch.ones(2, 4, 4, 4),
+            encoder_hidden_states=torch.ones(2, 3, 16),
+            pooled_projections=torch.ones(2, 8),
+            timestep=torch.ones(2),
+        ).sample
+    return found
+
+
+def test_a_deeper_model_compiles_no_more(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    through_inductor = nn.Module.compile
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda block, **how: through_inductor(block, **how, backend=backend)
+    )
+    assert sd3_velocity(4).shape == (2, 4, 4, 4)
+    # The last block, which has no text to pass on, is another kind.
+    assert len(compiled) == 2
+    sd3_velocity(12)
+    assert len(compiled) == 2
 
 
 @pytest.mark.parametrize("case", ["sana"], indirect=True)

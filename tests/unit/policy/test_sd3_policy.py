@@ -13,6 +13,7 @@ import torch
 
 from policy import InstallError, Policy, PolicyError, load_policy
 from services.config import LoraConfig, ModelConfig
+from tests.pickled_weights import pickle_weights
 
 PROMPT = 'a sign that says "K7QX"'
 
@@ -264,6 +265,24 @@ def test_loading_says_what_is_wrong(tiny_sd3: Path, model_config: ModelConfig, t
         load(height=36)
     with pytest.raises(PolicyError, match="CUDA devices"):
         load(device="cuda:97")
+
+
+@pytest.mark.parametrize(
+    ("part", "file"),
+    [
+        ("transformer", "diffusion_pytorch_model.safetensors"),
+        ("vae", "diffusion_pytorch_model.safetensors"),
+        ("text_encoder", "model.safetensors"),
+    ],
+)
+def test_pickled_weights_are_refused(
+    tiny_sd3: Path, model_config: ModelConfig, tmp_path: Path, part: str, file: str
+) -> None:
+    copy = shutil.copytree(tiny_sd3, tmp_path / "pickled")
+    pickle_weights(copy / part)
+    config = model_config.model_copy(update={"path": str(copy)})
+    with pytest.raises(PolicyError, match=f"cannot be loaded: .*no file named {file}.* {copy / part}"):
+        load_policy(config, text_encoders=True, vae=True)
 
 
 def test_a_pipeline_saved_without_t5_loads(tiny_sd3: Path, model_config: ModelConfig, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -68,6 +69,18 @@ def test_a_server_that_has_scored_may_lose_its_paths_for_a_while(
 def test_a_hang_is_asked_again_within_the_deadline(scripted: Any, images: Images, ask: Any) -> None:
     url, _ = scripted(Reply(hang=True), Reply())
     assert ask(client_of(url, attempt_s=0.2), images).attempts == 2
+
+
+def test_an_attempt_at_the_end_of_the_deadline_can_still_be_answered(
+    scripted: Any, images: Images, ask: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As long as a whole attempt: how fast this machine answers says nothing here.
+    monkeypatch.setattr("reward_servers.client._SHORTEST_ATTEMPT_S", 20.0)
+    begins = iter([0.0])
+    clock = SimpleNamespace(monotonic=lambda: next(begins, 1.0))
+    monkeypatch.setattr("reward_servers.client.time", clock)
+    url, _ = scripted(Reply())
+    assert ask(client_of(url, deadline_s=1.0, attempt_s=20.0), images).attempts == 1
 
 
 def test_a_closed_connection_is_opened_again(scripted: Any, images: Images, ask: Any) -> None:

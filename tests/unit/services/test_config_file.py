@@ -103,6 +103,14 @@ def test_a_range_without_effect_is_refused() -> None:
         load_config("quickstart", overrides)
 
 
+def test_activations_that_are_offloaded_are_not_those_of_compiled_code() -> None:
+    overrides = ["learner.activation_offload=true", "model.compile=true"]
+    for alone in overrides:
+        load_config("quickstart", [alone])
+    with pytest.raises(ConfigError, match=r"activation_offload with model\.compile: .* one of them to false"):
+        load_config("quickstart", overrides)
+
+
 def test_a_reward_scales_up_and_not_down() -> None:
     scaled = load_config("quickstart", ["rewards.0.replicas=2", "rewards.0.max_replicas=4"]).rewards[0]
     assert (scaled.replicas, scaled.max_replicas) == (2, 4)

@@ -35,6 +35,7 @@ from reward_servers.deqa.formula import (
 from reward_servers.deqa.scorer import DeqaOptions, DeqaScorer
 from reward_servers.local import LocalServer
 from reward_servers.wire import ScoreCall
+from tests.pickled_weights import pickle_weights
 
 ROOT = Path(__file__).parents[4]
 SIZE = 28
@@ -222,6 +223,13 @@ def test_a_checkpoint_without_all_weights_is_refused(checkpoint: tuple[Path, Any
     del weights["vision.weight"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"1 weights are missing, such as vision\.weight"):
+        DeqaScorer(DeqaOptions(model=folder, device="cpu", dtype="float32"))
+
+
+def test_pickled_weights_are_refused(checkpoint: tuple[Path, Any], tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoint[0], tmp_path / "pickled")
+    pickle_weights(folder)
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
         DeqaScorer(DeqaOptions(model=folder, device="cpu", dtype="float32"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import cv2
@@ -26,6 +27,7 @@ from reward_servers.geneval.detector import (
 )
 from reward_servers.geneval.rules import Detection
 from reward_servers.networks.loading import NeuralOptions, load_network
+from tests.pickled_weights import pickle_weights
 from tests.unit.reward_servers.geneval.tiny_mask2former import QUERIES, new_mask2former
 from tests.unit.reward_servers.networks.tiny_clip import photos
 
@@ -224,6 +226,13 @@ def test_a_detector_of_other_classes_is_refused(tmp_path: Path) -> None:
     new_mask2former(labels=133).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="detects 133 classes; expected the 80 of COCO instances"):
         Mask2FormerDetector(str(tmp_path), NeuralOptions())
+
+
+def test_a_pickled_detector_is_refused(detector_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(detector_folder, tmp_path / "pickled")
+    pickle_weights(folder)
+    with pytest.raises(ValueError, match=r"no file named model\.safetensors"):
+        Mask2FormerDetector(str(folder), NeuralOptions())
 
 
 def test_another_network_is_refused(clip_folder: Path) -> None:

@@ -20,6 +20,7 @@ from transformers import CLIPModel, CLIPTokenizer
 from reward_servers.scorer import ItemScore, Scorer
 from reward_servers.scorers import hpsv2, load_scorer, scorer_names
 from reward_servers.wire import ScoreCall
+from tests.pickled_weights import pickle_weights
 from tests.unit.reward_servers.networks.published_pixels import hps_square, processed, torchvision_resized
 from tests.unit.reward_servers.networks.tiny_clip import (
     LONG,
@@ -284,6 +285,15 @@ def test_missing_weights_are_refused(load: Load, tmp_path: Path, name: str, lost
     del state[lost]
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=f"1 weights of CLIPModel are missing .* such as {lost}"):
+        load(name, path=str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["pickscore", "clipscore", "aesthetic"])
+def test_a_pickled_network_is_refused(load: Load, tmp_path: Path, name: str) -> None:
+    save_clip(tmp_path)
+    save_tokenizer(tmp_path)
+    pickle_weights(tmp_path)
+    with pytest.raises(ValueError, match=r"no CLIPModel could be loaded .*no file named model\.safetensors"):
         load(name, path=str(tmp_path))
 
 
