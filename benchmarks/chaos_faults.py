@@ -27,6 +27,8 @@ from services.run_directory import RunDirectory
 
 AIM_S: Final = 5.0
 """A part that is to be hit while it does something is hit anyway after this long."""
+ABSENT_S: Final = 120.0
+"""A part that is being made anew is waited for."""
 POLL_S: Final = 0.01
 SILENCE_S: Final = 5.0
 """Longer than an attempt of a client."""
@@ -101,7 +103,7 @@ class Site:
             found = beats or found
             if aimed or (found and time.monotonic() > give_up):
                 return rng.choice(aimed or found).pid, bool(aimed)
-            if time.monotonic() > give_up + AIM_S:
+            if time.monotonic() > give_up + ABSENT_S:
                 raise FaultError(f"there is no {part} to hit")
             time.sleep(POLL_S)
 
