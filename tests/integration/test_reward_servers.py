@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from quickstart.words import prompt_of, train_word
 from reward_servers import launch
 from reward_servers.client import RewardClient, RewardRefused
 from reward_servers.deployment import build, deployment_of
-from reward_servers.launch import RewardsNotReady, scale_reward, start_rewards, stop_rewards
+from reward_servers.launch import LOOPBACK, RewardsNotReady, scale_reward, start_rewards, stop_rewards
 from reward_servers.protocol import JSON_TYPE, TENSOR_TYPE, ErrorBody
 from reward_servers.server_config import ServerConfig
 from reward_servers.wire import encode_tensors
@@ -49,8 +50,20 @@ def token_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def urls(ray_local: None, token_file: Path) -> Iterator[dict[str, str]]:
-    yield start_rewards(REWARDS, token_file=token_file, port=0, deadline_s=DEADLINE_S)
+def taken() -> Iterator[int]:
+    """A port that is another's."""
+    with socket.create_server((LOOPBACK, 0)) as listening:
+        yield listening.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def urls(ray_local: None, token_file: Path, taken: int) -> Iterator[dict[str, str]]:
+    """Of a Serve whose first port was taken between the look for it and the start."""
+    free, seen_free = launch._free_port, [taken]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "_free_port", lambda host: seen_free.pop() if seen_free else free(host))
+        found = start_rewards(REWARDS, token_file=token_file, port=0, deadline_s=DEADLINE_S)
+    yield found
     stop_rewards()
     stop_rewards()
 
@@ -84,6 +97,10 @@ def test_reads_words_the_same_alone_and_together(
     assert [each.scores[0] for each in alone] == list(together.scores[:3])
     assert [each.details[0] for each in alone] == list(together.details[:3])
     assert set(together.details[0]) == {"text", "exact"}
+
+
+def test_a_port_that_is_taken_meanwhile_is_left_for_another(urls: dict[str, str], taken: int) -> None:
+    assert httpx.URL(urls["words"]).port != taken
 
 
 def test_each_reward_is_an_application_of_its_own(urls: dict[str, str]) -> None:

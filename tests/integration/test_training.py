@@ -67,8 +67,10 @@ def test_a_finished_run_goes_on_with_more_and_larger_steps(recipe: Callable[...,
 def test_staleness_is_bounded_and_used_and_metrics_are_told(
     recipe: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Weights go straight from the learner to the workers."""
     monkeypatch.setattr("services.driver.RunMetrics", Heard)
-    outcome = run(recipe("queue.max_staleness=1", "rollout.workers=2", "learner.max_steps=6"))
+    settings = ("queue.max_staleness=1", "rollout.workers=2", "learner.max_steps=6")
+    outcome = run(recipe(*settings, "learner.publish_through=process_groups"))
     written = read_metrics(outcome.run.root)
     assert max(row.staleness_max for row in written.updates) == 1
     told = [row for row in Heard.last.rows if isinstance(row, UpdateRow | EvalRow)]
