@@ -193,6 +193,8 @@ class Monitor:
 
     def _say_again(self) -> None:
         """To a queue server that has lost its data: what the driver has said before."""
+        # Ids of rows follow its clock: where that went back, new ones are below those of before.
+        self._last_row_id = self._queue.last_written_metrics()
         self._queue.want_workers(self._wanted)
         for name, count in self._scaling.asked.items():
             self._queue.want_replicas(name, count)

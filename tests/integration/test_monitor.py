@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -137,6 +138,34 @@ def test_a_server_that_has_lost_its_data_is_told_again(rig: Rig, valkey: Embedde
     rig.forget(valkey)
     # Otherwise it would train on, to its end.
     rig.turns(lambda: rig.told()[0] == "draining")
+
+
+def test_rows_of_a_server_that_lost_its_data_and_whose_clock_went_back_are_read(
+    rig: Rig, valkey: EmbeddedValkey
+) -> None:
+    def row(step: int) -> str:
+        values = {
+            "epoch": 0,
+            "step": step,
+            "max_steps": 9,
+            "seconds": 1.0,
+            "reward_mean": 0.5,
+            "reward_std": 0.1,
+        }
+        return json.dumps({"kind": "update", "time": 1.0, **values})
+
+    def steps() -> list[int]:
+        lines = (rig.directory.root / "metrics.jsonl").read_text().splitlines()
+        return [found["step"] for found in map(json.loads, lines) if found["kind"] == "update"]
+
+    stream = f"{{dgpo:{rig.directory.name}}}:metrics"
+    rig.queue._client.xadd(stream, {"row": row(1)})
+    rig.turns(lambda: steps() == [1])
+    rig.forget(valkey)
+    rig.queue._client.xadd(stream, {"row": row(2)}, id="5-1")
+    rig.turns(lambda: steps() == [1, 2])
+    rig.queue._client.xadd(stream, {"row": row(3)}, id="5-2")
+    rig.turns(lambda: steps() == [1, 2, 3])
 
 
 def test_a_learner_that_was_started_again_is_told(rig: Rig) -> None:
