@@ -67,14 +67,19 @@ class Evaluator:
             An EvalRow as JSON; None when nobody has these weights any more, which a learner's crash brings
             about: its next life announces newer ones.
         """
-        config = self._context.config
         told = WeightsAnnouncement.model_validate_json(announcement)
         self._pulse.enter(f"evaluating {told.version}")
         try:
-            self._sampler.install(told)
+            return self._evaluate(told, when).model_dump_json()
         except WeightsGone as error:
             logger.warning("evaluation skipped: %s", error)
             return None
+        finally:
+            self._pulse.enter("waiting for weights", waits=True)
+
+    def _evaluate(self, told: WeightsAnnouncement, when: When) -> EvalRow:
+        config = self._context.config
+        self._sampler.install(told)
         self._pulse.version = told.version
         final = when != "during"
         count = config.eval.final_prompts if final else config.eval.prompts
@@ -87,8 +92,7 @@ class Evaluator:
         )
         if final:
             self._keep(found, when)
-        self._pulse.enter("waiting for weights", waits=True)
-        row = EvalRow(
+        return EvalRow(
             time=time.time(),
             when=when,
             epoch=told.version.epoch,
@@ -99,7 +103,6 @@ class Evaluator:
             diversity=found.diversity,
             seconds=found.seconds,
         )
-        return row.model_dump_json()
 
     def _keep(self, found: Evaluation, when: When) -> None:
         samples = self._context.run_directory.samples

@@ -112,6 +112,7 @@ class RolloutLoop:
         self._installed: PolicyVersion | None = None
         self._overhead_s = 0.0
         self._scoring: Future[None] | None = None
+        self._waits_for_scores = False
         self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="score")
 
     def run(self) -> int:
@@ -176,7 +177,9 @@ class RolloutLoop:
         sample_s = time.monotonic() - started
         if self._scoring is not None and not self._scoring.done():
             self._pulse.enter("waiting for scores", ordinal=task.ordinal)
+        self._waits_for_scores = True
         self._settle()
+        self._waits_for_scores = False
         self._scoring = self._background.submit(self._score_and_admit, task, sampled, sample_s)
 
     def _update_weights(self, lease: Lease) -> None:
@@ -233,7 +236,8 @@ class RolloutLoop:
         # The window keeps the queue below its bounds; a full one means that it is bounded too tightly or
         # shared. The lease is renewed meanwhile, so waiting loses nothing.
         while (answer := self._queue.admit(encoded)) is Admitted.FULL:
-            self._pulse.enter("waiting for room in the queue", ordinal=header.ordinal, waits=True)
+            if self._waits_for_scores:  # else the worker is at something else, which may hang
+                self._pulse.enter("waiting for room in the queue", ordinal=header.ordinal, waits=True)
             if self._queue.state() in ENDED:
                 return False
             time.sleep(FULL_RETRY_S)

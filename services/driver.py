@@ -14,6 +14,7 @@ What happens while the run goes on is in services/monitor.py.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -142,6 +143,8 @@ def train(
             monitor.worker_died(part, why)
 
         def worker_left(part: str) -> None:
+            # It stands in line no more.
+            queue.release_worker(part, "it was one too many")
             monitor.forget(part)
             view.row(telemetry.event("worker left", part))
 
@@ -172,7 +175,7 @@ def train(
 
 def refuse_unusable(config: Config) -> None:
     """What a run would fail at later, told without starting or loading anything: timesteps and sampler that
-    the model does not bear, files of authorities that are none.
+    the model does not bear, files of authorities that are none, a queue server that cannot be run.
 
     Raises:
         ConfigError: what does not fit, and what would.
@@ -183,6 +186,8 @@ def refuse_unusable(config: Config) -> None:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     queue_authority(config)
+    if config.queue.server is not None and not os.access(config.queue.server, os.X_OK):
+        raise ConfigError(f"queue.server: {config.queue.server} is no file that can be run")
     if not config.offline or evaluates(config):
         for reward in config.rewards:
             reward_authority(reward)

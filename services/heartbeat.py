@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 BEATS_TO_LIVE = 5
 """A heartbeat is kept this many intervals: five missed ones and the part is gone."""
+GOODBYE_S = 10.0
+"""For the stacks and the last beat of a part that hangs."""
 HUNG_EXIT_CODE = 70
 """EX_SOFTWARE of sysexits.h."""
 
@@ -99,7 +101,7 @@ class Pulse:
         with self._lock:
             if (state, ordinal) != (self._state, self._ordinal):
                 self._state, self._ordinal, self._since = state, ordinal, time.time()
-                self._until = None if waits or self._hang_s is None else time.monotonic() + self._hang_s
+            self._until = None if waits or self._hang_s is None else time.monotonic() + self._hang_s
 
     def hold(self, ordinal: int) -> None:
         """Renew this lease with every beat."""
@@ -137,6 +139,10 @@ class Pulse:
             if self._until is None or time.monotonic() < self._until:
                 return
             self._state = f"hung: {self._state}"
+        # Whatever the log and the queue do: a thread that hangs may hold the lock of one.
+        last = threading.Timer(GOODBYE_S, os._exit, (HUNG_EXIT_CODE,))
+        last.daemon = True
+        last.start()
         names = {thread.ident: thread.name for thread in threading.enumerate()}
         stacks = [
             f"{names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}"

@@ -241,7 +241,7 @@ class Monitor:
     def _watch_heartbeats(self) -> None:
         alive, now = self._move_heartbeats(), time.monotonic()
         silent = set(self._beats) - set(alive)
-        for part in () if self._draining else silent - set(self._silent):
+        for part in () if self._draining else silent - set(self._silent) - self._died:
             self._view.row(self._telemetry.event("no heartbeat", self._last_seen(part), level="warning"))
         self._silent = {part: self._silent.get(part, now) for part in silent}
         self._died -= set(alive)
@@ -279,6 +279,8 @@ class Monitor:
 
     def worker_died(self, part: str, why: str) -> None:
         """What it was doing is told too."""
+        # Its last heartbeat lives on for a while, and is none of its next life.
+        self._queue.forget(part)
         self._died.add(part)
         last = self._beats.get(part)
         detail = f"{part}: {why}" if last is None else f"{part}: {why}; last seen {last.state!r}"

@@ -179,10 +179,10 @@ class QueueConfig(Section):
     max_bytes: int = Field(default=2 * 1024**3, ge=1024)
     """Payload bytes the queue holds at most."""
     take_deadline_s: float = Field(default=1200.0, gt=0)
-    """Seconds the learner waits for the groups of a step before it fails and names what is missing; longer
-    than `rollout.hang_s`, so that a worker that hangs is made anew before."""
+    """Seconds the learner waits for the groups of a step before it fails and names what is missing. Below
+    `rollout.hang_s` a worker that hangs may end the run instead of being made anew."""
 
-    _tls_ca = field_validator("tls_ca")(_from_here)
+    _absolute = field_validator("tls_ca", "server")(_from_here)
 
     @model_validator(mode="after")
     def _tls_is_verified(self) -> QueueConfig:
@@ -257,7 +257,8 @@ class EvalConfig(Section):
     solver: Literal["dpmsolver++", "euler", "heun"] | None = None
     """Solver of evaluations and of the exported pipeline; null: the rollout's, and Euler in place of sde."""
     deadline_s: float = Field(default=1800.0, gt=0)
-    """Seconds that the evaluation after training may take, one that still goes on then included."""
+    """Seconds that the evaluation after training may take, one that still goes on then included; an evaluator
+    that loads its model or evaluates for longer at any time is taken for hung, and made anew."""
     num_cpus: float = Field(default=0.0, ge=0)
     """Ray CPUs the evaluator reserves."""
     num_gpus: float = Field(default=0.0, ge=0)

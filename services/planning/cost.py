@@ -31,10 +31,6 @@ class Work:
     groups: int
 
     @property
-    def group_sampling(self) -> float:
-        return self.sampling / self.groups
-
-    @property
     def group_training(self) -> float:
         return self.training / self.groups
 

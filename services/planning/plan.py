@@ -166,7 +166,8 @@ def _splits(costs: Costs, gpus: int) -> Iterator[Split]:
         for workers in range(min(gpus - ranks, shape.window), 0, -1):
             # A reward that fits beside the sampler shares its GPU: then nothing is left over of either.
             left = gpus - ranks - workers
-            for reward_gpus in (0,) if shared else range(1, min(left, workers) + 1):
+            most = min(left, workers if any(one.on_gpu for one in costs.rewards) else 1)
+            for reward_gpus in (0,) if shared else range(1, most + 1):
                 yield Split(workers=workers, ranks=ranks, reward_gpus=reward_gpus)
 
 
@@ -250,7 +251,8 @@ def _refusal(costs: Costs, gpus: int) -> str:
         else f"; on one GPU all of it takes {_colocated_gib(costs):.1f} GiB (less with a smaller "
         "learner.micro_batch)"
     )
-    rewards = " + 1 for rewards" if apart else ""
+    on_gpu = any(one.on_gpu for one in costs.rewards)
+    rewards = f" + 1 for {'rewards' if on_gpu else 'the evaluator'}" if apart else ""
     counted = "1 learner rank" if ranks == 1 else f"{ranks} learner ranks"
     return f"{head}{together}. It needs 1 worker + {counted}{rewards} = {1 + ranks + apart} GPUs"
 

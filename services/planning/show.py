@@ -139,13 +139,12 @@ def _settings(plan: Plan) -> str:
     split = plan.split
     if split.colocated:
         return "All parts share the GPU: rollout.workers 1, learner.ranks 1, num_gpus of all adds up to 1."
-    where = ""
-    if any(one.on_gpu for one in plan.costs.rewards):
-        where = (
-            f"; rewards have {split.reward_gpus} GPUs of their own"
-            if split.reward_gpus
-            else "; rewards on a GPU share the workers': rollout.num_gpus 0.8, say, and 0.1 a replica"
-        )
+    where, on_gpu = "", any(one.on_gpu for one in plan.costs.rewards)
+    if split.reward_gpus:
+        what = "rewards" if on_gpu else "the evaluator"
+        where = f"; beside them {_count(split.reward_gpus, 'GPU')} for {what}"
+    elif on_gpu:
+        where = "; rewards on a GPU share the workers': rollout.num_gpus 0.8, say, and 0.1 a replica"
     return f"--set rollout.workers={split.workers} --set learner.ranks={split.ranks}{where}"
 
 

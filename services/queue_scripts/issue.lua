@@ -6,6 +6,7 @@ local state = redis.call('HGET', POLICY, 'state')
 if is_ended(state) then return {'ENDED', state} end
 redis.call('DEL', call_key(worker))
 local function stand_in_line()
+  forget_late()
   if redis.call('ZSCORE', LINE, worker) or redis.call('ZSCORE', CALLED, worker) then return end
   redis.call('ZADD', LINE, redis.call('HINCRBY', POLICY, 'ticket', 1), worker)
 end
@@ -42,7 +43,12 @@ while true do
   local ordinal = redis.call('ZRANGEBYSCORE', LEASES, '-inf', now, 'LIMIT', 0, 1)[1]
   if not ordinal then break end
   local attempts = tonumber(redis.call('HGET', ATTEMPTS, ordinal) or 0)
-  if attempts < max_attempts then return give(ordinal) end
+  if attempts < max_attempts then
+    local given = give(ordinal)
+    -- It takes no room: what was kept for this worker is another's.
+    call_waiting()
+    return given
+  end
   local holder = leased_by(ordinal) or '?'
   give_up(ordinal, holder, 'its lease expired ' .. attempts .. ' times, last held by ' .. holder)
 end

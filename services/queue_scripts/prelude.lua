@@ -48,12 +48,17 @@ local function wake(worker)
   redis.call('PEXPIRE', list, CALL_MS)
 end
 
--- Those who have waited longest are called, as many as there is room for, and have it kept for them for a while.
-local function call_waiting()
+local function forget_late()
   local now = now_ms()
   redis.call('ZREMRANGEBYSCORE', CALLED, '-inf', now)
   -- What lies further ahead than it can was there before the clock went back.
   redis.call('ZREMRANGEBYSCORE', CALLED, '(' .. now + CALL_MS, '+inf')
+end
+
+-- Those who have waited longest are called, as many as there is room for, and have it kept for them for a while.
+local function call_waiting()
+  local now = now_ms()
+  forget_late()
   local free = room() - redis.call('ZCARD', CALLED)
   while free > 0 do
     local worker = redis.call('ZPOPMIN', LINE)[1]

@@ -122,9 +122,9 @@ class MetricsTail:
         except FileNotFoundError:
             return False
         self.bytes_read += len(chunk)
-        self._offset += len(chunk)
-        *lines, self._rest = (self._rest + chunk).split(b"\n")
-        end = self._offset - len(self._rest) - sum(len(line) + 1 for line in lines)
+        offset = self._offset + len(chunk)
+        *lines, rest = (self._rest + chunk).split(b"\n")
+        end = offset - len(rest) - sum(len(line) + 1 for line in lines)
         rows: list[tuple[int, AnyRow]] = []
         unreadable = 0
         for line in lines:
@@ -135,9 +135,11 @@ class MetricsTail:
                 rows.append((end, parse_row(line)))
             except ValidationError:
                 unreadable += 1
-        if len(self._rest) > MAX_LINE:
-            self._rest = b"not a row"
+        if len(rest) > MAX_LINE:
+            rest = b"not a row"
+        # A cursor is never ahead of the rows that it stands behind.
         with self._lock:
+            self._offset, self._rest = offset, rest
             self.unreadable += unreadable
             for end, row in rows:
                 self._take(end, row)

@@ -138,9 +138,9 @@ class Watch:
         while True:
             try:
                 await work()
-            except OSError as error:
-                # A shared file system has such moments; the next look may find it well.
-                log.warning("%s: %s", self.run.root, reason(error))
+            except Exception as error:
+                # A shared file system has such moments, another version writes other rows: the rest goes on.
+                log.warning("%s: %s", self.run.root, reason(error), exc_info=not isinstance(error, OSError))
                 await asyncio.sleep(STATUS_S)
 
     async def _follow_rows(self) -> None:

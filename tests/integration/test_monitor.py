@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -178,28 +179,43 @@ def test_a_learner_that_was_started_again_is_told(rig: Rig) -> None:
     assert "learner-0: process 8 in place of 7, last seen 'updating'" in row.detail
 
 
+def silence(rig: Rig, part: str) -> None:
+    """Its heartbeat was seen, and there is none any more."""
+    rig.queue.beat(beat(part, 7), 60)
+    rig.turns(lambda: part in rig.monitor._beats)
+    rig.queue._client.delete(f"{{dgpo:{rig.directory.name}}}:hb:{part}")
+
+
 def test_a_worker_that_stays_silent_is_ended_and_a_new_one_has_its_time(rig: Rig) -> None:
-    rig.queue.beat(beat("rollout-0", 7), 0.05)
-    rig.monitor._turn()
+    silence(rig, "rollout-0")
     rig.turns(lambda: rig.ended != [])
     part, why = rig.ended[0]
-    assert part == "rollout-0" and "no heartbeat for 0 s; rollout-0: last seen 'updating'" in why
+    assert part == "rollout-0" and re.match(r"no heartbeat for \d+ s; rollout-0: last seen 'updating'", why)
     rig.monitor.worker_died("rollout-0", why)
     (row,) = [row for row in read_metrics(rig.directory.root).events if row.what == "worker died"]
     assert row.detail == f"rollout-0: {why}; last seen 'updating'"
     # It may wait for a place in the cluster for ever.
-    rig.ended.clear()
-    silent = rig.monitor._silent["rollout-0"]
-    rig.monitor._silent["rollout-0"] = silent - 100
-    rig.monitor._turn()
-    assert rig.ended == []
-    rig.queue.beat(beat("rollout-0", 8), 0.05)
-    rig.monitor._turn()
+    waits_for_its_place(rig)
+    silence(rig, "rollout-0")
     rig.turns(lambda: rig.ended != [])
 
 
+def waits_for_its_place(rig: Rig) -> None:
+    rig.ended.clear()
+    for _ in range(3):
+        rig.monitor._silent = {part: since - 100 for part, since in rig.monitor._silent.items()}
+        rig.monitor._turn()
+    assert rig.ended == []
+
+
+def test_the_last_heartbeat_of_the_dead_is_none_of_the_next_life(rig: Rig) -> None:
+    rig.queue.beat(beat("rollout-0", 7), 60)
+    rig.turns(lambda: "rollout-0" in rig.monitor._beats)
+    rig.monitor.worker_died("rollout-0", "killed")
+    waits_for_its_place(rig)
+
+
 def test_a_learner_that_stays_silent_ends_the_run(rig: Rig) -> None:
-    rig.queue.beat(beat("learner-0", 7), 0.05)
-    rig.monitor._turn()
-    with pytest.raises(PartFailed, match="no heartbeat for 0 s; learner-0: last seen 'updating' since"):
+    silence(rig, "learner-0")
+    with pytest.raises(PartFailed, match=r"no heartbeat for \d+ s; learner-0: last seen 'updating' since"):
         rig.turns(lambda: False)

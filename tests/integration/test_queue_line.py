@@ -64,7 +64,33 @@ def test_who_does_not_come_when_called_loses_its_turn(run: Run) -> None:
     run.learner.release_worker("w2", "killed")
     assert set(run.learner.status().called) == {"w3", "w4"}
     assert run.learner.status().waiting == 0
-    assert queues["w1"].issue("w1") is None, "it stands at the end of the line again"
+    # It stands at the end of the line again.
+    assert queues["w1"].issue("w1") is None and run.learner.status().waiting == 1
+
+
+def test_who_comes_too_late_gets_what_is_free(run: Run) -> None:
+    run.begin()
+    run.fill("w0")
+    late = run.queue()
+    assert late.issue("late") is None
+    run.step()
+    with connect(run.server.url, run.server.password) as client:
+        client.zadd(run.raw("called"), {"late": 0})
+    assert late.issue("late") is not None
+
+
+def test_the_turn_of_one_who_takes_an_expired_lease_is_the_next_one_s(run: Run) -> None:
+    run.begin()
+    leases = run.leases("w0")
+    first, second = run.queue(), run.queue()
+    assert first.issue("w1") is None and second.issue("w2") is None
+    run.worker.release("w0", leases[0].ordinal)
+    assert run.learner.status().called == ("w1",)
+    with connect(run.server.url, run.server.password) as client:
+        client.zadd(run.raw("leases"), {str(leases[1].ordinal): 0})
+    taken = first.issue("w1")
+    assert taken is not None and taken.ordinal == leases[1].ordinal
+    assert run.learner.status().called == ("w2",)
 
 
 def test_a_called_worker_keeps_its_turn_where_its_place_is_taken(run: Run) -> None:

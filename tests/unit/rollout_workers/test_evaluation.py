@@ -17,6 +17,7 @@ from rollout_workers.evaluator import Evaluator
 from rollout_workers.scoring import GroupScores
 from services.config import Config, ModelConfig
 from services.config_file import load_config
+from services.heartbeat import Pulse
 from services.messages import PolicyVersion, Prompt, WeightsAnnouncement
 from services.metrics import When
 from services.policy_store import WeightsGone
@@ -88,16 +89,14 @@ def test_weights_that_are_gone_are_no_error_of_the_evaluator(when: When) -> None
         def install(self, announcement: WeightsAnnouncement) -> None:
             raise WeightsGone("their learner has died")
 
-    class Pulse:
-        def enter(self, state: str) -> None:
-            pass
-
+    pulse = Pulse("evaluator", lambda beat: None, hang_s=1800)
     evaluator = Evaluator.__new__(Evaluator)
-    evaluator.__dict__ |= {"_context": Context(), "_sampler": Sampler(), "_pulse": Pulse()}
+    evaluator.__dict__ |= {"_context": Context(), "_sampler": Sampler(), "_pulse": pulse}
     told = WeightsAnnouncement(
         version=PolicyVersion(epoch=0, step=0), kind="ema", digest="0" * 32, tensors=1, bytes=4
     )
     assert evaluator.evaluate(told.model_dump_json(), when) is None
+    assert pulse.snapshot().state == "waiting for weights", "it would be taken for hung"
 
 
 class Context:
