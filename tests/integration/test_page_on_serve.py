@@ -1,4 +1,8 @@
-"""The run page as an application of a real Ray Serve, behind a prefix."""
+"""The run page as an application of a real Ray Serve, behind a prefix.
+
+Named to come before test_reward_servers.py, which leaves behind an application that has no place: a Serve with
+one of those does not end before its Ray does.
+"""
 
 from __future__ import annotations
 
