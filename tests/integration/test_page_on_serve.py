@@ -1,7 +1,7 @@
 """The run page as an application of a real Ray Serve, behind a prefix.
 
-Named to come before test_reward_servers.py, which leaves behind an application that has no place: a Serve with
-one of those does not end before its Ray does.
+Named to come before test_reward_servers.py, which leaves behind an application that has no place: a Serve
+with one of those does not end before its Ray does.
 """
 
 from __future__ import annotations
