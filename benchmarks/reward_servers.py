@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reward_servers.client import RewardClient
-from services.ray_runtime import on_loopback
+from services.ray_runtime import start_on_loopback
 
 TOKEN_ENV = "DGPO_BENCH_REWARD_TOKEN"
 DEADLINE_S = 120.0
@@ -75,16 +75,7 @@ def ray_serve(cpus: int) -> Iterator[str]:
     from reward_servers.launch import LOOPBACK, start_serve, stop_rewards
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    with on_loopback():
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            include_dashboard=False,
-            _node_ip_address="127.0.0.1",
-            object_store_memory=200 * 1024**2,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+    start_on_loopback(cpus, object_store_bytes=200 * 1024**2, logging_level=logging.ERROR)
     try:
         yield start_serve(LOOPBACK, 0, deadline_s=DEADLINE_S, request_timeout_s=DEADLINE_S)
     finally:

@@ -26,7 +26,7 @@ from services.config import LearnerConfig
 from services.config_file import load_config
 from services.messages import PolicyVersion, WeightsAnnouncement
 from services.policy_store import PolicyStore, install, publish
-from services.ray_runtime import on_loopback
+from services.ray_runtime import start_on_loopback
 from services.transports import WeightsTransport, open_transport
 
 DEADLINE_S = 300.0
@@ -94,15 +94,7 @@ def run_weights_bench(
     """
     started = not ray.is_initialized()
     if started:
-        with on_loopback():
-            ray.init(
-                address="local",
-                num_cpus=2,
-                include_dashboard=False,
-                _node_ip_address="127.0.0.1",
-                object_store_memory=max(400_000_000, 8 * total_bytes),
-                log_to_driver=False,
-            )
+        start_on_loopback(2, object_store_bytes=max(400_000_000, 8 * total_bytes))
     try:
         result = _measure(total_bytes, workers, passes)
     finally:

@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import inspect
 import sys
-import types
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import get_args, get_origin
 
-import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from services.config import OBJECTIVES, Config
+from services.docs_page import cell, limit_text, type_text, write_page
 
 _HEAD = """\
 # Configuration
@@ -88,44 +86,12 @@ def _section(field: FieldInfo) -> type[BaseModel] | None:
 
 
 def _row(name: str, field: FieldInfo) -> str:
-    kind = _type(field.annotation)
-    limits = [text for item in field.metadata if (text := _limit(item))]
+    kind = type_text(field.annotation)
+    limits = [text for item in field.metadata if (text := limit_text(item))]
     if limits:
         kind += ", " + ", ".join(limits)
     meaning = " ".join((field.description or "").split())
-    return f"| `{name}` | {_cell(kind)} | {_cell(_default(field))} | {_cell(meaning)} |"
-
-
-def _type(annotation: Any) -> str:
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Literal:
-        return " or ".join(f"`{value}`" for value in arguments)
-    if origin in (Union, types.UnionType):
-        return " or ".join("null" if kind is type(None) else _type(kind) for kind in arguments)
-    if origin is Annotated:
-        limits = [text for part in arguments[1:] for item in part.metadata if (text := _limit(item))]
-        return ", ".join([_type(arguments[0]), *limits])
-    if origin is tuple:
-        if arguments[-1] is Ellipsis:
-            return f"list of {_type(arguments[0])}"
-        return f"{len(arguments)} x {_type(arguments[0])}"
-    if origin is dict:
-        return "mapping"
-    names = {str: "text", int: "integer", float: "number", bool: "true or false", Path: "path"}
-    return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
-
-
-def _limit(item: Any) -> str:
-    for kind, sign in (
-        (annotated_types.Ge, ">="),
-        (annotated_types.Gt, ">"),
-        (annotated_types.Le, "<="),
-        (annotated_types.Lt, "<"),
-    ):
-        if isinstance(item, kind):
-            return f"{sign} {getattr(item, kind.__name__.lower())}"
-    pattern = getattr(item, "pattern", None)
-    return f"matches `{pattern}`" if pattern else ""
+    return f"| `{name}` | {cell(kind)} | {cell(_default(field))} | {cell(meaning)} |"
 
 
 def _default(field: FieldInfo) -> str:
@@ -141,17 +107,9 @@ def _default(field: FieldInfo) -> str:
     return f"`{value}`"
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
-
-
 def main(arguments: list[str]) -> int:
     """Write the page to the path given."""
-    if len(arguments) != 1:
-        sys.stderr.write("usage: python -m services.config_docs FILE\n")
-        return 2
-    Path(arguments[0]).write_text(reference(), encoding="utf-8")
-    return 0
+    return write_page(arguments, "services.config_docs", reference)
 
 
 if __name__ == "__main__":

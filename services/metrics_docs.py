@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import inspect
 import sys
-import types
-from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
+from typing import Any, Final, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from services.docs_page import cell, type_text, write_page
 from services.metrics import Estimate, EvalRow, EventRow, MemoryRow, Row, Spread, UpdateRow
 from services.ray_metrics import reference as prometheus
 from services.tensorboard_events import scalars
@@ -79,33 +78,17 @@ def _title(part: type[BaseModel]) -> str:
 
 
 def _table(model: type[BaseModel]) -> str:
-    lines = [_told(inspect.getdoc(model) or ""), "", "| field | type | what it says |", "| --- | --- | --- |"]
+    lines = [cell(inspect.getdoc(model) or ""), "", "| field | type | what it says |", "| --- | --- | --- |"]
     for name, field in model.model_fields.items():
         if name != "kind":
-            lines.append(f"| `{name}` | {_type(field.annotation)} | {_told(field.description or '')} |")
+            lines.append(
+                f"| `{name}` | {type_text(field.annotation, _linked)} | {cell(field.description or '')} |"
+            )
     return "\n".join(lines) + "\n"
 
 
-def _told(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
-
-
-def _type(annotation: Any) -> str:
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return _type(arguments[0])
-    if origin is Literal:
-        return " or ".join(f"`{value}`" for value in arguments)
-    if origin in (Union, types.UnionType):
-        return " or ".join("null" if kind is type(None) else _type(kind) for kind in arguments)
-    if origin is tuple:
-        return f"list of {_type(arguments[0])}"
-    if origin is dict:
-        return f"mapping to {_type(arguments[1])}"
-    if annotation in PARTS:
-        return f"[{annotation.__name__.lower()}](#{_title(annotation).lower().replace(' ', '-')})"
-    names = {str: "text", int: "integer", float: "number"}
-    return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
+def _linked(kind: Any) -> str | None:
+    return f"[{kind.__name__.lower()}](#{_title(kind).lower().replace(' ', '-')})" if kind in PARTS else None
 
 
 def _tensorboard() -> list[str]:
@@ -151,11 +134,7 @@ def _marked(name: str, field: FieldInfo, number: int) -> tuple[Any, dict[float, 
 
 def main(arguments: list[str]) -> int:
     """Write the page to the path given."""
-    if len(arguments) != 1:
-        sys.stderr.write("usage: python -m services.metrics_docs FILE\n")
-        return 2
-    Path(arguments[0]).write_text(reference(), encoding="utf-8")
-    return 0
+    return write_page(arguments, "services.metrics_docs", reference)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """Joining a Ray cluster, or starting one on loopback for a single machine.
 
 Promises
-- A Ray that this run starts is shut down with it. Its dashboard listens on loopback; its other processes bind
-  every interface, as Ray has them do.
+- A Ray that this run starts is shut down with it, and listens on loopback alone.
 - It asks every client for a token: Ray's own default, which RAY_AUTH_MODE=disabled would switch off.
 - A signal to this process and its group (Ctrl-C, `timeout`, `kill -- -PGID`) does not reach the Ray that it
   started: the driver ends it when everything has been drained.
@@ -218,24 +217,41 @@ def loopback_parts(config: Config) -> list[str]:
 @retry(stop=stop_after_attempt(STARTS), before_sleep=lambda _: _clean_up(), reraise=True)
 def _start(config: Config) -> None:
     """Start Ray here; again when the machine is so busy that Ray gives up on itself after 30 s."""
-    import ray
-
-    with on_loopback(), _children_in_their_own_group():
-        ray.init(
-            address="local",
+    with _children_in_their_own_group():
+        start_on_loopback(
+            own_cpus(config),
+            object_store_bytes=config.cluster.object_store_mb * 1024**2,
             namespace=NAMESPACE,
-            num_cpus=own_cpus(config),
             include_dashboard=config.cluster.dashboard,
-            dashboard_host="127.0.0.1",
-            _node_ip_address="127.0.0.1",
-            object_store_memory=config.cluster.object_store_mb * 1024**2,
-            log_to_driver=False,
             logging_level=logging.ERROR,
         )
 
 
+def start_on_loopback(num_cpus: int, *, object_store_bytes: int, **options: Any) -> None:
+    """Start a Ray on this machine that nobody beyond it reaches.
+
+    Args:
+        options: of `ray.init`.
+    """
+    import ray
+
+    with _on_loopback():
+        ray.init(
+            **{
+                "address": "local",
+                "num_cpus": num_cpus,
+                "include_dashboard": False,
+                "dashboard_host": "127.0.0.1",
+                "_node_ip_address": "127.0.0.1",
+                "object_store_memory": object_store_bytes,
+                "log_to_driver": False,
+                **options,
+            }
+        )
+
+
 @contextmanager
-def on_loopback() -> Iterator[None]:
+def _on_loopback() -> Iterator[None]:
     """A Ray that is started inside the block, and all that it starts later, listens on loopback only.
 
     Ray takes 127.0.0.1 for the machine's address otherwise, and listens on every interface, whatever address

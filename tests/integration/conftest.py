@@ -17,7 +17,7 @@ from reward_servers.server_config import ServerConfig
 from services.config import Config
 from services.config_file import load_config
 from services.embedded import EmbeddedValkey
-from services.ray_runtime import on_loopback
+from services.ray_runtime import start_on_loopback
 
 # Ray's workers inherit the environment of the moment in which Ray starts.
 os.environ[TOKEN_VARIABLE] = "a-token-for-tests-only"
@@ -28,15 +28,7 @@ def ray_local() -> Iterator[None]:
     """A Ray of four (logical) CPUs on loopback, for the whole test session."""
     # Ray's workers are nice (15) by default: beside anything else they would get next to no time.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    with on_loopback():
-        ray.init(
-            address="local",
-            num_cpus=4,
-            include_dashboard=False,
-            _node_ip_address="127.0.0.1",
-            object_store_memory=200 * 1024**2,
-            log_to_driver=False,
-        )
+    start_on_loopback(4, object_store_bytes=200 * 1024**2)
     yield
     ray.shutdown()
 

@@ -6,6 +6,7 @@ import asyncio
 import ssl
 import threading
 from concurrent.futures import Future
+from contextlib import closing, suppress
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -115,11 +116,8 @@ class TlsProxy:
 
 
 async def _pipe(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-    try:
+    # Where one side is gone there is nobody to tell: the other learns it by the end of its own connection.
+    with closing(sink), suppress(OSError):
         while data := await source.read(2**16):
             sink.write(data)
             await sink.drain()
-    except OSError:
-        pass  # either side is gone
-    finally:
-        sink.close()
