@@ -66,6 +66,13 @@ class LearnerFailed(RuntimeError):
     """The learner has ended and was not restarted: the text says why."""
 
 
+def learner_pulse(part: str, queue: GroupQueue, config: Config) -> Pulse:
+    """The heartbeat of a rank."""
+    every_s = config.telemetry.heartbeat_s
+    ttl = BEATS_TO_LIVE * every_s
+    return Pulse(part, lambda beat: queue.beat(beat, ttl), every_s=every_s, hang_s=config.learner.hang_s)
+
+
 def train_rank(settings: dict[str, Any]) -> str | None:
     """What Ray Train runs on a rank.
 
@@ -81,11 +88,9 @@ def train_rank(settings: dict[str, Any]) -> str | None:
     ranks = _ranks(config.learner) if config.learner.ranks > 1 else None
     part = f"learner-{ranks.rank if ranks is not None else 0}"
     configure_logging(part, context.directory, run=context.run)
-    ttl = BEATS_TO_LIVE * config.telemetry.heartbeat_s
     try:
         queue = together(ranks, "the opening of the queue", partial(context.open_queue, "learner"))
-        every_s, hang_s = config.telemetry.heartbeat_s, config.learner.hang_s
-        with Pulse(part, lambda beat: queue.beat(beat, ttl), every_s=every_s, hang_s=hang_s) as pulse:
+        with learner_pulse(part, queue, config) as pulse:
             pulse.enter("loading the model")
             transport = open_transport(config, context.directory, settings["store"])
             if ranks is None:

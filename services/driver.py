@@ -138,23 +138,13 @@ def train(
             evaluator = _evaluator(context).remote(text, store)
             stack.callback(ray.kill, evaluator)
 
-        def worker_died(part: str, why: str) -> None:
-            queue.release_worker(part, why)
-            monitor.worker_died(part, why)
-
-        def worker_left(part: str) -> None:
-            # It stands in line no more.
-            queue.release_worker(part, "it was one too many")
-            monitor.forget(part)
-            view.row(telemetry.event("worker left", part))
-
         supervisor = Supervisor(
             spawn=lambda index: _spawn(context, text, index, store),
             count=1 if config.offline else queue.wanted_workers() or config.rollout.workers,
             max_restarts=config.rollout.max_restarts,
-            on_death=worker_died,
+            on_death=lambda part, why: monitor.worker_died(part, why),
             part=_part(config),
-            on_leave=worker_left,
+            on_leave=lambda part: monitor.worker_left(part),
         )
         monitor = Monitor(
             *(context, queue, telemetry, metrics, view, evaluator),
@@ -186,8 +176,9 @@ def refuse_unusable(config: Config) -> None:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     queue_authority(config)
-    if config.queue.server is not None and not os.access(config.queue.server, os.X_OK):
-        raise ConfigError(f"queue.server: {config.queue.server} is no file that can be run")
+    server = config.queue.server
+    if server is not None and not (server.is_file() and os.access(server, os.X_OK)):
+        raise ConfigError(f"queue.server: {server} is no file that can be run")
     if not config.offline or evaluates(config):
         for reward in config.rewards:
             reward_authority(reward)

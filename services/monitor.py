@@ -278,7 +278,8 @@ class Monitor:
         return alive
 
     def worker_died(self, part: str, why: str) -> None:
-        """What it was doing is told too."""
+        """What it held is issued again; what it was doing is told."""
+        self._queue.release_worker(part, why)
         # Its last heartbeat lives on for a while, and is none of its next life.
         self._queue.forget(part)
         self._died.add(part)
@@ -286,13 +287,15 @@ class Monitor:
         detail = f"{part}: {why}" if last is None else f"{part}: {why}; last seen {last.state!r}"
         self._view.row(self._telemetry.event("worker died", detail, level="warning"))
 
-    def forget(self, part: str) -> None:
-        """A part that has been taken away is no silent one."""
+    def worker_left(self, part: str) -> None:
+        """It was one too many: it stands in line no more, and is no silent one."""
+        self._queue.release_worker(part, "it was one too many")
         self._queue.forget(part)
         self._metrics.forget(part)
         self._beats.pop(part, None)
         self._silent.pop(part, None)
         self._died.discard(part)
+        self._view.row(self._telemetry.event("worker left", part))
 
     def _count_dead_letters(self) -> None:
         letters = self._queue.dead_letters()

@@ -178,7 +178,10 @@ class Watch:
             )
         except (ConfigError, QueueUnreachable) as error:
             return {"status": None, "problem": str(error), "asked": time.time()}
-        except redis.RedisError as error:
+        except Exception as error:
+            # Of a run of another version, say: what was true before is not shown as if it still were.
+            if not isinstance(error, redis.RedisError):
+                log.warning("%s: its status", self.run.root, exc_info=True)
             return {"status": None, "problem": reason(error), "asked": time.time()}
         return {"status": _told(found), "problem": "", "asked": time.time()}
 

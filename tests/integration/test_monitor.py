@@ -16,7 +16,7 @@ from services.config_file import load_config
 from services.context import RunContext, SecretPlace
 from services.embedded import EmbeddedValkey
 from services.group_queue import GroupQueue
-from services.messages import Heartbeat
+from services.messages import Heartbeat, PolicyVersion, WeightsAnnouncement
 from services.monitor import LearnerThread, Monitor
 from services.ray_metrics import RunMetrics
 from services.run_directory import RunDirectory
@@ -212,6 +212,8 @@ def test_the_last_heartbeat_of_the_dead_is_none_of_the_next_life(rig: Rig) -> No
     rig.queue.beat(beat("rollout-0", 7), 60)
     rig.turns(lambda: "rollout-0" in rig.monitor._beats)
     rig.monitor.worker_died("rollout-0", "killed")
+    rig.monitor._turn()
+    rig.queue._client.delete(f"{{dgpo:{rig.directory.name}}}:hb:rollout-0")
     waits_for_its_place(rig)
 
 
@@ -219,3 +221,18 @@ def test_a_learner_that_stays_silent_ends_the_run(rig: Rig) -> None:
     silence(rig, "learner-0")
     with pytest.raises(PartFailed, match=r"no heartbeat for \d+ s; learner-0: last seen 'updating' since"):
         rig.turns(lambda: False)
+
+
+def test_a_worker_that_dies_or_leaves_holds_nothing_and_stands_in_no_line(rig: Rig) -> None:
+    weights = WeightsAnnouncement(
+        version=PolicyVersion(epoch=0, step=0), kind="policy", digest="0", tensors=1, bytes=4
+    )
+    rig.queue.begin_epoch(lambda version: weights.model_copy(update={"version": version}), limit=9, window=1)
+    assert rig.queue.issue("rollout-0") is not None
+    for waits in ("rollout-2", "rollout-1"):
+        assert rig.queue.issue(waits) is None
+    rig.monitor.worker_left("rollout-2")
+    assert rig.queue.status().waiting == 1
+    rig.monitor.worker_died("rollout-0", "killed")
+    assert (rig.queue.status().leases, rig.queue.status().called) == ((), ("rollout-1",))
+    assert rig.events() == ["worker left", "worker died"]

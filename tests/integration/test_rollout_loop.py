@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from reward_servers.client import RewardError, RewardInvalid
 from rollout_workers.loop import RolloutLoop, SampledGroup
 from rollout_workers.scoring import GroupScores
+from services.codec import EncodedGroup
 from services.config_file import load_config
 from services.embedded import EmbeddedValkey
-from services.group_queue import Lease, NotAssigned
+from services.group_queue import Admitted, Lease, NotAssigned
 from services.heartbeat import Pulse
 from services.messages import GroupTask, Prompt, WeightsAnnouncement
 from services.policy_store import WeightsGone, WeightsMismatch
@@ -180,6 +181,38 @@ def test_an_ordinal_without_a_prompt_is_given_back_and_costs_no_attempt(run: Run
     taken = run.learner.take(2, deadline_s=20)
     assert [(group.header.ordinal, group.header.attempt) for group in taken] == [(0, 1), (1, 1)]
     assert not refusals
+    run.learner.set_state("done")
+    thread.join(timeout=20)
+
+
+def test_a_full_queue_does_not_hide_that_sampling_hangs(valkey: EmbeddedValkey, run_name: str) -> None:
+    """While a group waits for room the next one is sampled: that is what the worker may hang at."""
+    run = Run(valkey, run_name, steps=2, max_groups=1, max_staleness=1)
+    run.begin()
+    sampling, go = threading.Event(), threading.Event()
+
+    class Slow(Sampler):
+        def sample(self, task: GroupTask) -> SampledGroup:
+            if task.ordinal == 2:
+                sampling.set()
+                assert go.wait(30)
+            return super().sample(task)
+
+    made = loop(run, Slow(), Scorer())
+    tried = threading.Event()
+    admit = made._queue.admit
+
+    def admitted(group: EncodedGroup) -> Admitted:
+        answer = admit(group)
+        if answer is Admitted.FULL and sampling.is_set():
+            tried.set()
+        return answer
+
+    made._queue.admit = admitted  # type: ignore[method-assign]
+    thread, _ = in_background(made)
+    assert sampling.wait(30) and tried.wait(30)
+    assert made._pulse.snapshot().state == "sampling"
+    go.set()
     run.learner.set_state("done")
     thread.join(timeout=20)
 

@@ -131,6 +131,8 @@ LOGINS = "{driver: {password_env: P}, learner: {password_env: P}, worker: {passw
     [
         (["rewards.0.token_env=TOKEN"], "token_env is for url"),
         (["queue.password_env=PASSWORD"], "password_env is for url"),
+        (["queue.server=/bin/valkey", "queue.url=redis://db"], "server is for the embedded server"),
+        (["rollout.hang_s=60"], "deadline_s of ocr, tesseract must be less than rollout.hang_s 60"),
         ([f"queue.logins={LOGINS}"], "logins are for url"),
         (["queue.logins={driver: {password_env: P}}", "queue.url=redis://db"], "leaves out learner, worker"),
         ([f"queue.logins={LOGINS}", "queue.url=redis://run@db"], "and of a user in url"),

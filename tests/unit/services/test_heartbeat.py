@@ -5,9 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 
+from learner.ray_train import learner_pulse
+from rollout_workers.loop import worker_pulse
+from services.config_file import load_config
 from services.heartbeat import HUNG_EXIT_CODE, Pulse
 
 PART = """
@@ -66,3 +70,34 @@ def test_a_part_that_begins_again_does_not_hang(monkeypatch: pytest.MonkeyPatch,
         clock[0] += 9
         pulse._end_if_hung()
     assert pulse.snapshot().state == "sampling"
+
+
+def test_a_part_ends_though_neither_log_nor_queue_takes_its_last_words() -> None:
+    script = textwrap.dedent(PART).format(state="sampling", waits=False)
+    script = script.replace(
+        "renewed = []", "renewed = []\nfrom services import heartbeat\nheartbeat.GOODBYE_S = 0.3"
+    )
+    script = script.replace(
+        'print("beat", beat.state, flush=True)',
+        'beat.state.startswith("hung") and threading.Event().wait(120)',
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == HUNG_EXIT_CODE
+
+
+@pytest.mark.parametrize("part", ["rollout-0", "learner-0"])
+def test_workers_and_ranks_end_as_their_settings_say(
+    part: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock, ended = [0.0], list[int]()
+    monkeypatch.setattr("services.heartbeat.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("services.heartbeat.os._exit", ended.append)
+    config = load_config("quickstart", ["rollout.hang_s=100", "learner.hang_s=300"])
+    queue = SimpleNamespace(beat=lambda beat, ttl: None, renew=lambda worker, ordinal: True)
+    made = worker_pulse if part == "rollout-0" else learner_pulse
+    pulse = made(part, queue, config)  # type: ignore[arg-type]
+    pulse.enter("updating")
+    for clock[0], over in ((99.0, False), (101.0, part == "rollout-0"), (299.0, None), (301.0, True)):
+        pulse._end_if_hung()
+        assert over is None or bool(ended) is over
+    assert set(ended) == {HUNG_EXIT_CODE} and f"{part} hung: updating" in caplog.text

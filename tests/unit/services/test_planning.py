@@ -17,7 +17,7 @@ from services.messages import GroupHeader, PolicyVersion, Prompt
 from services.planning.local import architecture
 from services.planning.plan import Costs, costs_of, make_plan
 from services.planning.published import PassCost, pass_cost
-from services.planning.show import as_json
+from services.planning.show import _settings, as_json
 from services.planning.step import Shape, Split, Times, predict
 from services.planning.traffic import Machine, group_bytes, weights_bytes
 
@@ -146,6 +146,18 @@ def test_a_reward_that_has_no_room_beside_a_worker_gets_a_gpu() -> None:
     plan = make_plan(costs("learner.micro_batch=4", machine=Machine(gpu_gib=29.0)), 8)
     assert plan.split.reward_gpus == plan.split.replicas["geneval"] >= 1
     assert plan.split.gpus <= 8
+
+
+def test_an_evaluator_that_has_no_room_beside_a_worker_gets_the_gpu_and_its_name() -> None:
+    """No reward is on a GPU."""
+    overrides = "learner.micro_batch=4", "eval.num_gpus=1", "rewards.0.num_gpus=0"
+    found = costs(*overrides, machine=Machine(gpu_gib=20.0))
+    assert not any(one.on_gpu for one in found.rewards)
+    plan = make_plan(found, 8)
+    assert plan.split.reward_gpus == 1 and plan.split.gpus <= 8
+    assert "beside them 1 GPU for the evaluator" in _settings(plan)
+    with pytest.raises(ConfigError, match=r"1 learner rank \+ 1 for the evaluator = 3 GPUs"):
+        make_plan(found, 2)
 
 
 def test_too_few_gpus_are_refused_with_the_sum() -> None:

@@ -52,3 +52,20 @@ def test_an_authority_that_is_none_is_refused_before_there_is_a_run(
     file.write_text("no certificate")
     with pytest.raises(ConfigError, match=f"{named}: {file}: no PEM file of certificates"):
         _refuse_unusable(config)
+
+
+def test_a_queue_server_that_cannot_be_run_is_refused_before_there_is_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load_config("quickstart", ["queue.server=own-valkey"])
+    # The server is started from another folder.
+    assert config.queue.server == tmp_path / "own-valkey"
+    refused = f"queue.server: {tmp_path / 'own-valkey'} is no file that can be run"
+    with pytest.raises(ConfigError, match=refused):
+        _refuse_unusable(config)
+    (tmp_path / "own-valkey").write_text("#!/bin/sh")
+    with pytest.raises(ConfigError, match=refused):
+        _refuse_unusable(config)
+    (tmp_path / "own-valkey").chmod(0o700)
+    _refuse_unusable(config)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from services.metrics import EventRow
+import pytest
+
+from services.metrics import AnyRow, EventRow
 from services.run_directory import RunDirectory
 from services.telemetry import METRICS_FILE
 from services.ui import tail as tail_module
@@ -46,6 +48,21 @@ def test_a_line_is_taken_when_it_is_whole_and_no_byte_twice(tmp_path: Path) -> N
     assert _steps(tail) == [1, 2]
     assert tail.bytes_read == path.stat().st_size
     assert tail.unreadable == 0
+
+
+def test_a_cursor_is_never_ahead_of_the_rows_that_it_stands_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append(RunDirectory(tmp_path), [update(1), update(2)])
+    tail, parse, seen = MetricsTail(tmp_path / METRICS_FILE), tail_module.parse_row, list[int]()
+
+    def looked_at(line: bytes) -> AnyRow:
+        seen.append(tail.cursor.end)
+        return parse(line)
+
+    monkeypatch.setattr(tail_module, "parse_row", looked_at)
+    _read(tail)
+    assert seen == [0, 0] and tail.cursor.end == tail.size
 
 
 def test_a_line_torn_by_a_crash_costs_that_line(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +12,11 @@ import pytest
 from services.metrics import EventRow
 from services.run_directory import RunDirectory
 from services.ui import stream
+from services.ui import watch as watch_module
 from services.ui.stream import events
 from services.ui.tail import Cursor
 from services.ui.watch import Watch
-from tests.unit.services.ui.made_runs import append, evaluation, keep_group, update
+from tests.unit.services.ui.made_runs import a_run, append, evaluation, keep_group, update
 from tests.unit.services.ui.page_support import until, watched
 
 
@@ -149,3 +151,29 @@ async def test_one_reading_serves_all_clients(run: RunDirectory) -> None:
         for client in clients:
             assert (await client.next("rows"))["columns"]["step"] == [5]
         assert watch.tail.bytes_read == (run.root / "metrics.jsonl").stat().st_size
+
+
+async def test_what_cannot_be_asked_is_told_and_the_rest_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a run of another version, say."""
+    run = a_run(tmp_path)
+    append(run, [update(1)])
+
+    def cannot(*_: object, **__: object) -> None:
+        raise ValueError("no such field")
+
+    monkeypatch.setattr(watch_module, "STATUS_S", 0.05)
+    monkeypatch.setattr(watch_module, "GROUPS_S", 0.05)
+    async with watched(run) as watch:
+        monkeypatch.setattr(watch_module, "status_with", cannot)
+        monkeypatch.setattr(watch.gallery, "refresh", cannot)
+        watch.looked_at()
+        await until(watch, lambda: "no such field" in watch.told_status()["problem"])
+        append(run, [update(2)])
+        await until(watch, lambda: len(watch.tail.recent()) == 2)
+        monkeypatch.undo()  # the waits too: nothing below depends on them
+        watch.looked_at()
+        await until(watch, lambda: watch.told_status()["problem"] == "")
+        keep_group(run, 1, 8, [0.1, 0.9])
+        await until(watch, lambda: len(watch.gallery) == 1)
