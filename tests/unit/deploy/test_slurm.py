@@ -29,7 +29,8 @@ NODES = [{"is_head_node": True, "state": "ALIVE", "resources_total": {"CPU": 4.0
 # One program for all of them; what is started in the background lasts until it is told to end.
 PROGRAM = """#!/usr/bin/env bash
 name=$(basename "$0")
-printf '%q ' "$name" "$@" >> "$FAKE/calls"; echo >> "$FAKE/calls"
+line=$(printf '%q ' "$name" "$@")
+printf '%s\\n' "$line" >> "$FAKE/calls"  # in one write: several of these run at once
 last() { trap 'echo "$name" >> "$FAKE/ended"; exit 0' TERM; while :; do sleep 0.1; done; }
 case "$name $*" in
   "scontrol show hostnames"*) printf 'first\\nsecond\\nthird\\n' ;;
