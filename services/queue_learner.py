@@ -86,6 +86,7 @@ class QueueLearner(QueueIntake):
                 "window": window,
                 "limit": limit,
                 "max_staleness": self._config.max_staleness,
+                "uploads": self._config.max_uploads,
                 "kind": announcement.kind,
                 "below": frontier.below,
                 "above": frontier.above,

@@ -3,6 +3,7 @@
 Promises
 - `issue` hands out work only while there is room for it; None means wait, `RunEnded` means go home.
 - A worker that dies loses its lease, not the ordinal.
+- Of large payloads a few at a time are on their way into the server, which answers everybody else meanwhile.
 - `admit` has happened wholly or not at all, whatever it answers; sending a group twice is harmless.
 """
 
@@ -25,6 +26,8 @@ INLINE_BYTES = 64 * 1024
 """A larger payload is not handed through Lua, where it would be copied three times, but SET beside."""
 BLOB_TTL_MS = 60_000
 """What a worker that dies between the two leaves behind is gone after this."""
+UPLOAD_WAIT_S = 10.0
+"""After this a payload is sent whether there is leave for it or not: what is bounded is a burden, no more."""
 BLOCK_S = 2.0
 """Longest single blocking read; well below the socket timeout of services/queue_connection.py."""
 
@@ -130,6 +133,9 @@ class QueueWorker:
         if not groups:
             return []
 
+        if any(len(group.payload) > INLINE_BYTES for group in groups):
+            self._wait_for_leave()
+
         def pipeline() -> Any:
             filled = self._client.pipeline(transaction=False)
             self._send(filled, groups)
@@ -142,11 +148,22 @@ class QueueWorker:
             raise verdicts
         return [Admitted(verdict.decode()) for verdict in verdicts]
 
+    def _wait_for_leave(self) -> None:
+        """Until fewer than `max_uploads` large payloads are on their way; who has waited longest goes first.
+
+        Leave that a worker took to its grave comes back with whoever has waited for it in vain.
+        """
+        give_up = time.monotonic() + UPLOAD_WAIT_S
+        while (left := give_up - time.monotonic()) > 0:
+            if self._client.blpop([self._keys.uploads], timeout=max(0.001, min(left, BLOCK_S))):
+                return
+
     def _send(self, pipeline: Any, groups: Sequence[EncodedGroup]) -> None:
         arguments: list[Argument] = [
             self._config.max_attempts,
             self._config.max_groups,
             self._config.max_bytes,
+            self._config.max_uploads,
         ]
         blobs = []
         for group in groups:

@@ -178,6 +178,9 @@ class QueueConfig(Section):
     """Groups the queue holds at most."""
     max_bytes: int = Field(default=2 * 1024**3, ge=1024)
     """Payload bytes the queue holds at most."""
+    max_uploads: int = Field(default=2, ge=1)
+    """Groups of more than 64 KiB that are on their way into the queue at once; the next workers wait, so that
+    the server answers everybody else meanwhile. More where a worker's own network is what is slow."""
     take_deadline_s: float = Field(default=1200.0, gt=0)
     """Seconds the learner waits for the groups of a step before it fails and names what is missing. Below
     `rollout.hang_s` a worker that hangs may end the run instead of being made anew."""

@@ -58,6 +58,11 @@ class Keys:
         """Where the payload of a large group is."""
         return self.key(f"payload:{sha256}")
 
+    @property
+    def uploads(self) -> str:
+        """Where leave to send a large payload is had."""
+        return self.key("uploads")
+
     def call(self, worker: str) -> str:
         """Where a waiting worker is called."""
         return self.key(f"call:{worker}")
@@ -86,6 +91,7 @@ _SCRIPTED = (
     "called",
     "issued",
     "plan",
+    "uploads",
 )
 
 

@@ -4,7 +4,7 @@
 -- (place 'inline'), or the header alone: a large payload has a key of its own, named by the sha256 ('beside').
 -- An ordinal is in exactly one place: leased, queued, again (issuable), resolved, or never issued (>= next).
 local POLICY, GROUPS, QUEUED, LEASES, LEASE, ATTEMPTS, AGAIN, RESOLVED, DEAD, DEAD_ORDINALS, WEIGHTS, LATEST,
-  LINEAGE, LINE, CALLED, ISSUED, PLAN = unpack(KEYS)
+  LINEAGE, LINE, CALLED, ISSUED, PLAN, UPLOADS = unpack(KEYS)
 
 -- A worker that is called and does not come for so long has lost its turn.
 local CALL_MS = 2000

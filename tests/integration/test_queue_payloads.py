@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import redis
 import torch
@@ -117,3 +119,45 @@ def test_without_memory_a_large_group_is_full_and_nothing_stays(run: Run, client
         client.config_set("maxmemory", 0)
     assert stored(run, client) == {}
     assert run.worker.admit(large(run, first)) is Admitted.OK
+
+
+def free(run: Run, client: redis.Redis) -> int:
+    """How many large payloads may set out now."""
+    return int(client.llen(run.raw("uploads")))
+
+
+def test_a_few_large_payloads_at_a_time_are_on_their_way(run: Run, client: redis.Redis) -> None:
+    """Who finds no leave waits until somebody's payload has arrived; small groups wait for nobody."""
+    run = Run(run.server, run.name, max_uploads=1)
+    run.begin()
+    first, second = run.leases()
+    assert client.blpop([run.raw("uploads")], timeout=5)
+    waiting = threading.Thread(target=run.queue().admit, args=(large(run, first),))
+    waiting.start()
+    while not [one for one in client.client_list() if one["cmd"] == "blpop"]:
+        assert waiting.is_alive()
+    assert run.worker.admit(run.group(second)) is Admitted.OK
+    assert [lease.ordinal for lease in run.learner.status().leases] == [first.ordinal]
+    client.rpush(run.raw("uploads"), 1)
+    waiting.join(timeout=30)
+    assert run.learner.status().leases == () and free(run, client) == 1
+
+
+def test_leave_to_send_that_was_lost_comes_back(
+    run: Run, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With workers that were killed on their way: who waits in vain sends without, and gives one back."""
+    monkeypatch.setattr("services.queue_worker.UPLOAD_WAIT_S", 0.01)
+    run.begin()
+    first, second = run.leases()
+    assert free(run, client) == run.config.max_uploads == 2
+    client.delete(run.raw("uploads"))
+    assert run.worker.admit(large(run, first)) is Admitted.OK
+    assert free(run, client) == 1
+    # Nobody makes more of it than there was: neither a group sent twice, nor a new epoch.
+    client.rpush(run.raw("uploads"), 1, 1)
+    assert run.worker.admit(large(run, first)) is Admitted.DUP and free(run, client) == 2
+    assert run.worker._client.blpop([run.raw("uploads")], timeout=5)
+    run.begin()
+    assert free(run, client) == 2
+    assert run.worker.admit(large(run, second)) is Admitted.OK and free(run, client) == 2
