@@ -216,6 +216,7 @@ class LearnerLoop:
             "phases": clock.seconds,
             "staleness_mean": sum(staleness) / len(staleness),
             "staleness_max": max(staleness),
+            "staleness": [staleness.count(lag) for lag in range(max(staleness) + 1)],
             "ordinals": ordinals,
             "queue_depth": status.depth,
             "queue_bytes": status.bytes,

@@ -12,7 +12,8 @@ from torch import Tensor
 from services.config import RewardConfig
 
 Spread = dict[str, float]
-"""`mean` over samples, and `std`: the mean over groups of the standard deviation within a group."""
+"""Of the samples `mean`, `p10`, `p50` and `p90`; `std`: the mean of that within a group."""
+QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,10 @@ def spread(groups: Sequence[Tensor]) -> Spread:
     """Of one reward: (G,) scores a group."""
     scores = [scores.to(torch.float64) for scores in groups]
     within = torch.stack([one.std(correction=0) for one in scores])
-    return {"mean": float(torch.cat(scores).mean()), "std": float(within.mean())}
+    together = torch.cat(scores)
+    found = torch.quantile(together, together.new_tensor(list(QUANTILES.values())))
+    quantiles = dict(zip(QUANTILES, found.tolist(), strict=True))
+    return {"mean": float(together.mean()), "std": float(within.mean()), **quantiles}
 
 
 def dropped_terms(

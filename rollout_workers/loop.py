@@ -192,7 +192,9 @@ class RolloutLoop:
                 f"announced is {announcement.version if announcement else 'none'}"
             )
         self._pulse.enter("installing weights", ordinal=lease.ordinal)
+        began = time.monotonic()
         error = self._sampler.install(announcement)
+        self._pulse.install_s = time.monotonic() - began
         if error is not None:
             self._pulse.probe_error = error
         self._installed = announcement.version

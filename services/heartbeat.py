@@ -64,6 +64,7 @@ class Pulse:
         self.groups = 0
         self.version: PolicyVersion | None = None
         self.probe_error: float | None = None
+        self.install_s: float | None = None
         self._beat = beat
         self._renew = renew
         self._every_s = every_s if hang_s is None else min(every_s, hang_s / 3)
@@ -125,6 +126,7 @@ class Pulse:
                 groups=self.groups,
                 rss_bytes=peak_rss_bytes(),
                 probe_error=self.probe_error,
+                install_s=self.install_s,
                 pid=os.getpid(),
                 node=socket.gethostname(),
             )

@@ -140,6 +140,8 @@ class Heartbeat(Message):
     """Peak resident memory of the process."""
     probe_error: float | None = Field(default=None, ge=0)
     """Relative error of its velocity to the learner's, when last compared."""
+    install_s: float | None = Field(default=None, ge=0)
+    """Seconds that its last install of weights took, from the fetching to the proof."""
     pid: int = 0
     node: str = ""
 

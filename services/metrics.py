@@ -34,7 +34,7 @@ class Row(BaseModel):
 
 
 class Spread(BaseModel):
-    """Mean and within-group standard deviation of one reward, over the groups of an update."""
+    """How the scores of one reward lie, over the groups of an update."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -42,6 +42,12 @@ class Spread(BaseModel):
     """Mean score of the update's samples."""
     std: Number = None
     """Mean standard deviation of the score within a group."""
+    p10: Number = None
+    """A tenth of the update's samples score this or less."""
+    p50: Number = None
+    """Their median."""
+    p90: Number = None
+    """A tenth of them score this or more."""
 
 
 class Estimate(BaseModel):
@@ -83,6 +89,8 @@ class UpdateRow(Row):
     """Updates that the groups lagged behind."""
     staleness_max: int = 0
     """The same of the stalest of them."""
+    staleness: tuple[int, ...] = ()
+    """Groups by how many updates they lagged behind: those that did not come first."""
     queue_depth: int = 0
     """Groups waiting in the queue after the take."""
     queue_bytes: int = 0

@@ -127,7 +127,7 @@ def _marked(name: str, field: FieldInfo, number: int) -> tuple[Any, dict[float, 
             numbers = {part: float(number + at) for at, part in enumerate(inner.model_fields)}
             return {key: numbers}, {value: f"`{name}.{key}.{part}`" for part, value in numbers.items()}
         return {key: number}, {float(number): f"`{name}.{key}`"}
-    if name in ("time", "kind", "epoch", "when", "ordinals"):
+    if name in ("time", "kind", "epoch", "when", "ordinals", "staleness"):
         return None, {}
     return number, {float(number): f"`{name}`"}
 

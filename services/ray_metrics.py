@@ -47,11 +47,17 @@ METRICS: Final[Mapping[str, Described]] = {
     "dgpo_total_reward_std": Described("Mean standard deviation of the total reward within a group."),
     "dgpo_reward": Described("Mean score of the last update's samples.", ("reward",)),
     "dgpo_reward_std": Described("Mean standard deviation of a score within a group.", ("reward",)),
+    "dgpo_reward_quantile": Described(
+        "Score that a share of the last update's samples have or less: 0.1, 0.5, 0.9.", ("reward", "quantile")
+    ),
     "dgpo_eval_reward": Described("Mean score on held-out prompts, EMA weights.", ("reward",)),
     "dgpo_zero_variance_groups": Described("Groups of the last update that taught nothing."),
     "dgpo_dropped_terms": Described("Groups of the last update that lack this reward.", ("reward",)),
     "dgpo_staleness_mean": Described("Updates that the last update's groups lagged behind, mean."),
     "dgpo_staleness_max": Described("The same of the stalest."),
+    "dgpo_staleness": Described(
+        "Groups by how many updates they lagged behind when they were trained.", kind="histogram"
+    ),
     "dgpo_queue_depth": Described("Groups waiting after the last take."),
     "dgpo_queue_bytes": Described("Their payload."),
     "dgpo_loss": Described("Loss of the last update."),
@@ -66,6 +72,9 @@ METRICS: Final[Mapping[str, Described]] = {
     "dgpo_part_up": Described("1 while the heartbeat of a part comes, else 0.", ("part",)),
     "dgpo_part_state_seconds": Described("Seconds since a part began what it is doing.", ("part",)),
     "dgpo_part_version_lag": Described("Updates that a part's weights are behind the newest.", ("part",)),
+    "dgpo_part_install_seconds": Described(
+        "Time of a worker's last install of weights, from fetching to proof.", ("part",)
+    ),
     "dgpo_part_groups": Described("Groups that a part has completed since it started.", ("part",)),
     "dgpo_part_memory_bytes": Described("Peak resident memory of a part.", ("part",)),
     "dgpo_events": Described(
@@ -97,6 +106,9 @@ _OF_AN_UPDATE: Final = {
 }
 """Metric -> field of UpdateRow."""
 
+_QUANTILES: Final = {"p10": "0.1", "p50": "0.5", "p90": "0.9"}
+_LAGS: Final = [0.5, 1.5, 2.5, 4.5, 8.5, 16.5]
+"""Between whole numbers of updates; Ray takes no bound at 0."""
 _SECONDS: Final = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0]
 
 
@@ -112,6 +124,7 @@ class RunMetrics:
             if told.kind == "gauge"
         }
         self._events = _counter("dgpo_events")
+        self._staleness = _histogram("dgpo_staleness", _LAGS)
         self._parts: set[str] = set()
         # A run that hangs before its first update has made none for that long.
         self._set("dgpo_updated_timestamp_seconds", time.time())
@@ -133,6 +146,11 @@ class RunMetrics:
         for name, spread in row.rewards.items():
             self._set("dgpo_reward", spread.mean, reward=name)
             self._set("dgpo_reward_std", spread.std, reward=name)
+            for field, share in _QUANTILES.items():
+                self._set("dgpo_reward_quantile", getattr(spread, field), reward=name, quantile=share)
+        for lag, groups in enumerate(row.staleness):
+            for _ in range(groups):
+                self._staleness.observe(lag, {"run": self._run})
         for name in self._rewards:
             self._set("dgpo_dropped_terms", row.dropped_terms.get(name, 0), reward=name)
         for phases, metric in ((row.phases, "dgpo_learner_seconds"), (row.rollout, "dgpo_rollout_seconds")):
@@ -150,6 +168,7 @@ class RunMetrics:
             seen.add(beat.part)
             self._set("dgpo_part_up", 1, part=beat.part)
             self._set("dgpo_part_state_seconds", max(0.0, now - beat.since), part=beat.part)
+            self._set("dgpo_part_install_seconds", beat.install_s, part=beat.part)
             self._set("dgpo_part_groups", beat.groups, part=beat.part)
             self._set("dgpo_part_memory_bytes", beat.rss_bytes, part=beat.part)
             if newest is not None and beat.version is not None:
@@ -161,7 +180,7 @@ class RunMetrics:
     def forget(self, part: str) -> None:
         """A part that has been taken away is not down."""
         self._parts.discard(part)
-        for metric in ("dgpo_part_up", "dgpo_part_version_lag"):
+        for metric in ("dgpo_part_up", "dgpo_part_version_lag", "dgpo_part_install_seconds"):
             self._set(metric, math.nan, part=part)
 
     def _set(self, metric: str, value: float | None, **labels: str) -> None:
@@ -174,10 +193,7 @@ class RewardMetrics:
 
     def __init__(self, run: str) -> None:
         self._run = run
-        name = "dgpo_reward_request_seconds"
-        self._seconds = Histogram(
-            name, METRICS[name].text, boundaries=_SECONDS, tag_keys=("run", *METRICS[name].labels)
-        )
+        self._seconds = _histogram("dgpo_reward_request_seconds", _SECONDS)
         self._errors = _counter("dgpo_reward_errors")
 
     def asked(self, reward: str, seconds: float, error: Exception | None) -> None:
@@ -189,6 +205,11 @@ class RewardMetrics:
 
 def _counter(name: str) -> Counter:
     return Counter(name, METRICS[name].text, ("run", *METRICS[name].labels))
+
+
+def _histogram(name: str, bounds: list[float]) -> Histogram:
+    told = METRICS[name]
+    return Histogram(name, told.text, boundaries=bounds, tag_keys=("run", *told.labels))
 
 
 def reference() -> str:

@@ -74,7 +74,11 @@ def scalars(row: UpdateRow | EvalRow) -> dict[str, float | None]:
         **{f"train/{name}": getattr(row, name) for name in _TRAIN},
         **{f"flow/{name}": getattr(row, name) for name in _FLOW},
         **{f"reward/{name}": value.mean for name, value in row.rewards.items()},
-        **{f"reward/{name}_std": value.std for name, value in row.rewards.items()},
+        **{
+            f"reward/{name}_{part}": getattr(value, part)
+            for name, value in row.rewards.items()
+            for part in ("std", "p10", "p50", "p90")
+        },
         **{f"time/{name}": value for name, value in row.phases.items()},
         "rollout/probe_error": row.probe_error,
         **{f"time/update_{name}": value for name, value in row.update.items()},

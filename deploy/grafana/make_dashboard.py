@@ -19,6 +19,12 @@ PANELS: Final[list[tuple[str, list[tuple[str, str, str, str]]]]] = [
         [
             ("Total reward", "max by (run) (ray_dgpo_total_reward{R})", "{{run}}", "none"),
             ("Rewards", "max by (run, reward) (ray_dgpo_reward{R})", "{{reward}}", "none"),
+            (
+                "Scores of a tenth, half, nine tenths",
+                "max by (run, reward, quantile) (ray_dgpo_reward_quantile{R})",
+                "{{reward}} {{quantile}}",
+                "none",
+            ),
             ("Held-out evaluation", "max by (run, reward) (ray_dgpo_eval_reward{R})", "{{reward}}", "none"),
             ("Spread within a group", "max by (run, reward) (ray_dgpo_reward_std{R})", "{{reward}}", "none"),
             (
@@ -45,6 +51,12 @@ PANELS: Final[list[tuple[str, list[tuple[str, str, str, str]]]]] = [
             ("Images a second", "max by (run) (deriv(ray_dgpo_images{R}[5m]))", "{{run}}", "none"),
             ("Update", "max by (run, phase) (ray_dgpo_learner_seconds{R})", "{{phase}}", "s"),
             ("Rollout of a group", "max by (run, phase) (ray_dgpo_rollout_seconds{R})", "{{phase}}", "s"),
+            (
+                "Groups an hour, at most so stale",
+                "sum by (run, le) (increase(ray_dgpo_staleness_bucket{R}[1h]))",
+                "{{le}}",
+                "none",
+            ),
             ("Staleness, most", "max by (run) (ray_dgpo_staleness_max{R})", "{{run}}", "none"),
             ("Groups waiting", "max by (run) (ray_dgpo_queue_depth{R})", "{{run}}", "none"),
             ("Their payload", "max by (run) (ray_dgpo_queue_bytes{R})", "{{run}}", "bytes"),
@@ -55,6 +67,12 @@ PANELS: Final[list[tuple[str, list[tuple[str, str, str, str]]]]] = [
         [
             ("Heartbeats", "max by (run, part) (ray_dgpo_part_up{R})", "{{part}}", "none"),
             ("Version lag", "max by (run, part) (ray_dgpo_part_version_lag{R})", "{{part}}", "none"),
+            (
+                "Install of weights",
+                "max by (run, part) (ray_dgpo_part_install_seconds{R})",
+                "{{part}}",
+                "s",
+            ),
             ("In its state for", "max by (run, part) (ray_dgpo_part_state_seconds{R})", "{{part}}", "s"),
             ("Memory, peak", "max by (run, part) (ray_dgpo_part_memory_bytes{R})", "{{part}}", "bytes"),
             ("Events", "sum by (run, event) (ray_dgpo_events_total{R})", "{{event}}", "none"),

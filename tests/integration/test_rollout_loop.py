@@ -100,7 +100,8 @@ def run(valkey: EmbeddedValkey, run_name: str) -> Run:
 
 def test_groups_come_whole_and_the_loop_ends_with_the_run(run: Run) -> None:
     sampler = Sampler()
-    thread, groups = in_background(loop(run, sampler, Scorer()))
+    made = loop(run, sampler, Scorer())
+    thread, groups = in_background(made)
     for step in (1, 2):
         taken = run.learner.take(2, deadline_s=20)
         assert [group.header.ordinal for group in taken] == [2 * step - 2, 2 * step - 1]
@@ -111,6 +112,7 @@ def test_groups_come_whole_and_the_loop_ends_with_the_run(run: Run) -> None:
     thread.join(timeout=20)
     assert groups == [4]
     assert sampler.installed == ["0.0", "0.1"]
+    assert (made._pulse.snapshot().install_s or 0.0) > 0
 
 
 def test_a_worker_that_is_one_too_many_ends_behind_its_group(run: Run) -> None:

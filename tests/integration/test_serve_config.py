@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,17 +21,22 @@ from PIL import Image, ImageDraw, ImageFont
 from ray import serve
 from ray.serve.schema import ServeDeploySchema
 from ray.util import list_named_actors
+from small_runs import Watching
 
 from benchmarks.reward_scaling import SHORTENED
 from quickstart.words import prompt_of
 from reward_servers.client import RewardClient
 from reward_servers.deployment import autoscaling, build
-from reward_servers.protocol import INFO_PATH, JSON_TYPE, SCORE_PATH, TENSOR_TYPE
+from reward_servers.protocol import INFO_PATH, JSON_TYPE, SCORE_PATH, TENSOR_TYPE, ServerInfo
 from reward_servers.scorer import ScorerOptions
 from reward_servers.scorers import scorer_names
 from reward_servers.server_config import ServerConfig
 from reward_servers.wire import ScoreCall, encode_tensors
+from services.config import Config
 from services.config_file import PROJECT_ROOT
+from services.driver import train
+from services.run_directory import RunDirectory
+from services.telemetry import read_metrics
 from tests.ports import free_ports
 
 TOKEN = "a-token-for-tests-only"
@@ -181,6 +187,84 @@ def test_what_the_file_says_is_what_runs(address: str) -> None:
     assert said["autoscaling_config"]["max_replicas"] == wanted["autoscaling_config"]["max_replicas"]
     assert said["graceful_shutdown_timeout_s"] == APPLICATIONS["reward-ocr"]["args"]["deadline_s"]
     assert said["backpressure_config"] == {"status_code": 429, "retry_after_s": 1}
+
+
+@pytest.mark.integration
+@pytest.mark.timeout(600)
+def test_one_reward_is_scaled_updated_and_rolled_back_under_a_run(
+    address: str, recipe: Callable[..., Config]
+) -> None:
+    """No group is lost, none is trained twice, and the groups are scored by what is served at that time."""
+    plain = APPLICATIONS["reward-ocr"]["args"] | {"args": {}}
+    strict = plain | {"args": {"match": "exact"}}
+    two = {"num_replicas": 2, "autoscaling_config": None}
+    changes = {"scaled": _ocr(plain, **two), "updated": _ocr(strict, **two), "rolled back": _ocr(plain)}
+    _deploy(_ocr(plain))
+    directory = RunDirectory.create(
+        recipe(
+            *("rollout.workers=2", "learner.max_steps=10000", "checkpoint.every_steps=100"),
+            f"rewards=[{{name: ocr, url: '{address}/ocr', token_env: DGPO_REWARD_TOKEN}}]",
+        )
+    )
+    made: list[str] = []
+
+    def step() -> int:
+        rows = read_metrics(directory.root).updates
+        return rows[-1].step if rows else 0
+
+    def trained_further(what: str) -> None:
+        before = step()
+        until(lambda: step() >= before + 2, f"{what}, the run goes on")
+
+    def change() -> None:
+        try:
+            trained_further("before")
+            for what, application in changes.items():
+                _deploy(application)
+                until(lambda wanted=application: _runs(address, wanted), what)  # type: ignore[misc]
+                trained_further(what)
+                made.append(what)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with ThreadPoolExecutor(1) as pool:
+        changed = pool.submit(change)
+        outcome = train(directory.config(), directory, Watching())
+        changed.result()
+    assert made == list(changes) and outcome.interrupted
+    written = read_metrics(directory.root)
+    trained = [ordinal for row in written.updates for ordinal in row.ordinals]
+    assert sorted(trained) == list(range(2 * outcome.version.step))
+    assert [row.what for row in written.events if row.level != "info"] == []
+
+
+def _ocr(arguments: dict[str, Any], **deployment: Any) -> dict[str, Any]:
+    application = APPLICATIONS["reward-ocr"]
+    (told,) = application["deployments"]
+    settings = {name: value for name, value in (told | deployment).items() if value is not None}
+    return {**application, "args": arguments, "deployments": [settings]}
+
+
+def _deploy(application: dict[str, Any]) -> None:
+    """What `serve deploy` does with a file of this one alone."""
+    from ray.serve.context import _get_global_client
+
+    schema = ServeDeploySchema.model_validate(RAW | {"applications": [application]})
+    _get_global_client().deploy_apps(schema)
+
+
+def _runs(address: str, application: dict[str, Any]) -> bool:
+    """As many replicas as it wants, and all of them of its scorer."""
+    from reward_servers.scorers import load_scorer
+
+    arguments, deployment = application["args"], application["deployments"][0]
+    deployed = serve.status().applications["reward-ocr"].deployments.get("reward")
+    if deployed is None or deployed.replica_states != {"RUNNING": deployment.get("num_replicas", 1)}:
+        return False
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    answer = httpx.get(f"{address}/ocr{INFO_PATH}", headers=headers, timeout=DEADLINE_S, trust_env=False)
+    served = ServerInfo.model_validate_json(answer.content).version
+    return served == load_scorer(arguments["app"], arguments["args"]).version
 
 
 def _deployment_config(application: str) -> dict[str, Any]:

@@ -73,6 +73,9 @@ def test_staleness_is_bounded_and_used_and_metrics_are_told(
     outcome = run(recipe(*settings, "learner.publish_through=process_groups"))
     written = read_metrics(outcome.run.root)
     assert max(row.staleness_max for row in written.updates) == 1
+    for row in written.updates:
+        lags = [lag for lag, groups in enumerate(row.staleness) for _ in range(groups)]
+        assert (len(lags), max(lags)) == (len(row.ordinals), row.staleness_max)
     told = [row for row in Heard.last.rows if isinstance(row, UpdateRow | EvalRow)]
     assert sorted(told, key=lambda row: row.time) == sorted(
         [*written.updates, *written.evals], key=lambda row: row.time

@@ -51,7 +51,8 @@ def update(step: int, **changed: Any) -> UpdateRow:
         "seconds": 2.0,
         "reward_mean": 0.5,
         "reward_std": 0.25,
-        "rewards": {"ocr": Spread(mean=0.5, std=0.25)},
+        "rewards": {"ocr": Spread(mean=0.5, std=0.25, p10=0.1, p50=0.5, p90=1.0)},
+        "staleness": (3, 1),
         "kl": None,
         "dropped_terms": {"style": 2},
         "phases": {"wait_s": 0.5},
@@ -65,6 +66,8 @@ def test_rows_become_values(told: dict[tuple[str, ...], float]) -> None:
     metrics.add(update(1))
     assert told[("dgpo_step",)] == 1 and told[("dgpo_updated_timestamp_seconds",)] == 1001
     assert told[("dgpo_reward", "reward=ocr")] == 0.5
+    assert told[("dgpo_reward_quantile", "reward=ocr", "quantile=0.9")] == 1.0
+    assert told[("dgpo_staleness",)] == 1, "of the last of four groups"
     assert told[("dgpo_dropped_terms", "reward=style")] == 2
     assert told[("dgpo_learner_seconds", "phase=wait")] == 0.5
     assert told[("dgpo_rollout_seconds", "phase=sample")] == 1.5
@@ -88,10 +91,12 @@ def test_parts_that_are_gone_are_down(told: dict[tuple[str, ...], float]) -> Non
         since=time.time() - 60,
         version=PolicyVersion(epoch=0, step=3),
         rss_bytes=5,
+        install_s=0.25,
     )
     metrics.beats([beat], PolicyVersion(epoch=0, step=5))
     assert told[("dgpo_part_up", "part=rollout-0")] == 1
     assert told[("dgpo_part_version_lag", "part=rollout-0")] == 2
+    assert told[("dgpo_part_install_seconds", "part=rollout-0")] == 0.25
     assert told[("dgpo_part_state_seconds", "part=rollout-0")] == pytest.approx(60, abs=5)
     metrics.beats([], None)
     assert told[("dgpo_part_up", "part=rollout-0")] == 0
