@@ -20,8 +20,10 @@ ADVISORIES := https://api.osv.dev/v1/query
 quickstart: $(VENV)/.installed
 	$(BIN)/dgpo quickstart $(ARGS)
 
+# Unit tests beside each other; what starts servers and whole runs has the machine to itself.
 test: $(VENV)/.installed-dev
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n logical --dist loadfile $(ARGS) tests/unit
+	$(BIN)/pytest $(ARGS) tests/integration tests/chaos
 
 test-all: $(VENV)/.installed-dev $(VENV)/.installed-audit
 	$(BIN)/pytest -m "slow or not slow" $(ARGS)

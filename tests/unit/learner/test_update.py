@@ -339,7 +339,11 @@ def test_metrics_say_what_happened() -> None:
     row = metrics.row()
     assert row["reward_mean"] == 0.5
     assert row["reward_std"] == 0.5
-    assert row["rewards"] == {"ocr": {"mean": 0.5, "std": 0.5}, "other": {"mean": 2.0, "std": 0.0}}
+    quantiles = {"p10": 0.0, "p50": 0.5, "p90": 1.0}, {"p10": 2.0, "p50": 2.0, "p90": 2.0}
+    assert row["rewards"] == {
+        "ocr": {"mean": 0.5, "std": 0.5} | quantiles[0],
+        "other": {"mean": 2.0, "std": 0.0} | quantiles[1],
+    }
     assert row["group_weight"] == 0.5
     assert row["kl"] == 0.0
     assert row["learning_rate"] == 0.01

@@ -16,6 +16,13 @@ def post(url: str, body: bytes, token: str | None, kind: str = TENSOR_TYPE) -> h
     return httpx.post(f"{url}/v1/score", content=body, headers=headers, trust_env=False, timeout=20)
 
 
+def admitted(url: str, body: bytes, token: str) -> httpx.Response:
+    """Asked again for as long as there is no place: `no_place_left` may have taken it for a moment."""
+    while (response := post(url, body, token)).status_code == 429:
+        continue
+    return response
+
+
 def refused(response: httpx.Response, status: int, says: str) -> None:
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == JSON_TYPE

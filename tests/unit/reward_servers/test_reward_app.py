@@ -21,7 +21,7 @@ from reward_servers.local import LocalServer
 from reward_servers.protocol import JSON_TYPE, TENSOR_TYPE, ScoreResponse, ServerInfo
 from reward_servers.server_config import ServerConfig
 from reward_servers.wire import encode_json, encode_png, encode_tensors
-from tests.unit.reward_servers.http_support import no_place_left, post, refused, until
+from tests.unit.reward_servers.http_support import admitted, no_place_left, post, refused, until
 
 Serve = Callable[..., str]
 Images = NDArray[np.uint8]
@@ -164,7 +164,7 @@ def test_waiting_requests_are_merged_where_it_cannot_be_seen_or_is_asked_for(
     with ThreadPoolExecutor(4) as pool:
         busy = pool.submit(post, url, encode_tensors(images[:1], "hang"), token)
         assert fake.entered.wait(20)
-        waiting = [pool.submit(post, url, encode_tensors(images[:1], "p"), token) for _ in range(3)]
+        waiting = [pool.submit(admitted, url, encode_tensors(images[:1], "p"), token) for _ in range(3)]
         until(lambda: no_place_left(url, token))
         fake.released.set()
         assert {task.result(20).status_code for task in (busy, *waiting)} == {200}
