@@ -1,7 +1,8 @@
 """A kept group as it is shown: its samples from best to worst, with rewards and advantages.
 
 Promises
-- Advantages are computed by the learner's own code: the writer of a group does not know them.
+- Order and advantages are computed by the learner's own code: the writer of a group does not know them. What
+  the learner divides by a deviation over its whole step is divided by the group's here.
 - Knows nothing of images.
 """
 
@@ -38,26 +39,33 @@ class RankedGroup:
     members: tuple[Member, ...]
     mean: float
     flat: bool
-    """All total rewards are equal: the group teaches nothing."""
+    """No sample is better than another: the group teaches nothing."""
 
 
 def ranked_group(sample: GroupSample, config: Config) -> RankedGroup | None:
     """None where the group lacks a reward that the run trains on."""
-    from learner.advantages import group_advantages, total_rewards
+    from learner.advantages import group_advantages, preferences, total_rewards
 
     try:
         totals = total_rewards(sample.rewards, config.trained_rewards)
     except ValueError as error:
         log.warning("group %d left out: %s", sample.ordinal, error)
         return None
-    found = group_advantages(totals[None], config.advantage)
-    return _ranked(sample, found.totals[0].tolist(), found.values[0].tolist(), config)
+    preferred = preferences([sample.rewards], config.trained_rewards, config.advantage)
+    advantages = group_advantages(preferred, config.advantage).values[0].tolist()
+    return _ranked(sample, totals.tolist(), preferred[0].tolist(), advantages, config)
 
 
-def _ranked(sample: GroupSample, totals: list[float], advantages: list[float], config: Config) -> RankedGroup:
-    flat = max(totals) == min(totals)
+def _ranked(
+    sample: GroupSample,
+    totals: list[float],
+    preferred: list[float],
+    advantages: list[float],
+    config: Config,
+) -> RankedGroup:
+    flat = max(preferred) == min(preferred)
     speaker = next((one.name for one in config.trained_rewards if sample.details.get(one.name)), None)
-    order = sorted(range(len(totals)), key=lambda i: (-totals[i], i))
+    order = sorted(range(len(totals)), key=lambda i: (-preferred[i], i))
     members = tuple(
         Member(
             place=i,

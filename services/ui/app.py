@@ -107,7 +107,7 @@ def _page(app: FastAPI, watch: Watch) -> None:
                 "max_staleness": config.queue.max_staleness,
                 "groups_per_step": config.learner.groups_per_step,
                 "group_size": config.rollout.group_size,
-                "whole_step": config.advantage.std == "step" or config.advantage.combine == "normalized",
+                "whole_step": config.advantage.std == "step",
             }
         return about
 
