@@ -223,8 +223,8 @@ def _second_driver(site: Site, rng: random.Random) -> bool:
         _, told = second.communicate(timeout=REFUSED_S)
     finally:
         second.kill()
-    if site.driver.poll() is not None:
-        return False  # the run had ended by then
+    if site.driver.poll() is not None or "nothing to do" in told:
+        return False  # the run had ended by then, or all its updates were done
     if second.returncode != 2 or "another driver" not in told:
         raise FaultError(f"a second driver was not refused: {second.returncode}: {told[-400:]}")
     return True
