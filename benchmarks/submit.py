@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -60,7 +60,13 @@ PHASES: Final[tuple[tuple[str, str], ...]] = (
     ("update", "the first update"),
 )
 """Moment that ends a phase -> what happens in it."""
-PARTS: Final = ("learner's process", "learner ready", "rewards ready", "first worker ready", "last worker ready")
+PARTS: Final = (
+    "learner's process",
+    "learner ready",
+    "rewards ready",
+    "first worker ready",
+    "last worker ready",
+)
 
 
 class Head(NamedTuple):
@@ -76,7 +82,11 @@ class Head(NamedTuple):
 
 
 def run_submit_bench(
-    screen: Console | None = None, *, runs: int = 1, recipe: str = "quickstart", overrides: tuple[str, ...] = ()
+    screen: Console | None = None,
+    *,
+    runs: int = 1,
+    recipe: str = "quickstart",
+    overrides: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Seconds by phase.
 
@@ -122,10 +132,20 @@ def _phases(moments: Moments) -> dict[str, float]:
     return phases
 
 
-def _one(recipe: str, overrides: tuple[str, ...]) -> Moments:
+def _one(recipe: str, overrides: Sequence[str]) -> Moments:
     with tempfile.TemporaryDirectory() as folder, _head(Path(folder)) as (head, moments):
         runs, log = Path(folder) / "runs", Path(folder) / "submit.log"
-        command = [str(SUBMIT), "--runs", str(runs), "--name", NAME, "--address", head.dashboard, recipe, *overrides]
+        command = [
+            str(SUBMIT),
+            "--runs",
+            str(runs),
+            "--name",
+            NAME,
+            "--address",
+            head.dashboard,
+            recipe,
+            *overrides,
+        ]
         with log.open("wb") as output:
             submitting = subprocess.Popen(
                 command, env=head.environment, cwd=PROJECT_ROOT, stdout=output, stderr=output
@@ -137,9 +157,7 @@ def _one(recipe: str, overrides: tuple[str, ...]) -> Moments:
         return moments
 
 
-def _follow(
-    moments: Moments, head: Head, runs: Path, log: Path, submitting: subprocess.Popen[bytes]
-) -> None:
+def _follow(moments: Moments, head: Head, runs: Path, log: Path, submitting: subprocess.Popen[bytes]) -> None:
     def await_(what: str, look: Callable[[], float | None]) -> None:
         give_up = time.monotonic() + DEADLINE_S
         while (reached := look()) is None:
