@@ -53,6 +53,7 @@ from services.run_directory import RunDirectory
 from services.stop_signals import StopSignals
 from services.supervisor import PartFailed, Supervisor
 from services.telemetry import Telemetry
+from services.trackers import refuse_unusable_trackers, tracker_sinks
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ def train(
                 run.root,
                 tensorboard=config.telemetry.tensorboard,
                 resumed_step=_resumed_step(run, resume),
-                beside=[metrics],
+                beside=[metrics, *stack.enter_context(tracker_sinks(config, run))],
             )
         )
         text = context.model_dump_json()
@@ -167,7 +168,7 @@ def train(
 def refuse_unusable(config: Config) -> None:
     """What a run would fail at later, told without starting or loading anything: timesteps and sampler that
     the model does not bear, files of authorities that are none, a queue server that cannot be run, a Ray
-    cluster that does not take this client.
+    cluster that does not take this client, trackers without their packages.
 
     Raises:
         ConfigError: what does not fit, and what would.
@@ -184,6 +185,7 @@ def refuse_unusable(config: Config) -> None:
     if not config.offline or evaluates(config):
         for reward in config.rewards:
             reward_authority(reward)
+    refuse_unusable_trackers(config)
     refuse_without_access(config)
 
 

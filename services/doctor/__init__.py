@@ -35,6 +35,7 @@ from services.ray_runtime import (
     reserved,
     whole_gpus,
 )
+from services.trackers import missing
 
 __all__ = ["Finding", "examine", "table"]
 
@@ -56,6 +57,7 @@ def examine(config: Config) -> list[Finding]:
         _devices,
         _ranks,
         _optimizer,
+        _trackers,
         _prompts,
         _timesteps,
         _rollout,
@@ -182,6 +184,16 @@ def _optimizer(config: Config) -> list[Finding]:
     found = f"{config.learner.optimizer}: bitsandbytes is {'installed' if ok else 'not installed'}"
     remedy = "" if ok else "pip install 'dgpo-cluster[8bit]', or set learner.optimizer to adamw"
     return [Finding(what="optimizer", ok=ok, found=found, remedy=remedy)]
+
+
+def _trackers(config: Config) -> list[Finding]:
+    """Of this machine: on a cluster it is the driver's node that needs the packages."""
+    found = []
+    for name in config.telemetry.trackers:
+        lacks, _, get_it = (missing(name) or "").partition(": ")
+        remedy = f"{get_it}, or leave it out of telemetry.tracker" if lacks else ""
+        found.append(Finding(what=f"tracker {name}", ok=not lacks, found=lacks or "installed", remedy=remedy))
+    return found
 
 
 def _prompts(config: Config) -> list[Finding]:
