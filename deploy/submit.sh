@@ -85,17 +85,19 @@ if [ "$RAY_AUTH_MODE" = token ] && [ -z "${RAY_AUTH_TOKEN:-}" ]; then
   RAY_AUTH_MODE=token on every node before ray start. A cluster without tokens: export RAY_AUTH_MODE=disabled"
 fi
 
-scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
+scratch=$(mktemp -d) beside=''
+trap 'kill $beside 2> /dev/null || true; rm -rf "$scratch"' EXIT
 # Standard output of `ray ...`, or a reason that says what to do; Ray itself gives a traceback.
 ask() {
-  if ray "$@" --address "$address" > "$scratch/out" 2> "$scratch/err"; then
+  local said
+  said=$(mktemp -d "$scratch/XXXXXX")
+  if ray "$@" --address "$address" > "$said/out" 2> "$said/err"; then
     # `ray job list` answers on standard error.
-    cat "$scratch/out" "$scratch/err"
+    cat "$said/out" "$said/err"
     return
   fi
   local why
-  why=$(grep -hE 'Authentication|Failed to connect|Error' "$scratch/err" "$scratch/out" | tail -n 1 || true)
+  why=$(grep -hE 'Authentication|Failed to connect|Error' "$said/err" "$said/out" | tail -n 1 || true)
   case $why in
     *Authentication*)
       die "the cluster at $address refuses this client: $why
@@ -104,10 +106,15 @@ ask() {
     *connect*)
       die "no Ray dashboard answers at $address: start the cluster (ray start --head), open the tunnel
   (kubectl port-forward, ssh -L 8265:127.0.0.1:8265 HEAD), or give --address" ;;
-    *) die "ray $1 $2 failed: ${why:-$(tail -n 1 "$scratch/err")}" ;;
+    *) die "ray $1 $2 failed: ${why:-$(tail -n 1 "$said/err")}" ;;
   esac
 }
 
+if [ "$driver" = auto ]; then
+  # Beside the other: each takes Ray seconds to begin with. Its complaints come after the other's.
+  ask list nodes --format json --limit 10000 > "$scratch/nodes" 2> "$scratch/complaints" &
+  beside=$!
+fi
 jobs=$(ask job list)
 # "N STATUS" of the newest attempt that the cluster knows of.
 newest=$(printf '%s' "$jobs" | python3 -c '
@@ -130,8 +137,9 @@ attempt=${attempt:-$((${number:-0} + 1))}
 # among them. So only nodes that were started for it are asked for.
 entry=()
 if [ "$driver" = auto ]; then
-  nodes=$(ask list nodes --format json --limit 10000)
-  place=$(printf '%s' "$nodes" | python3 -c '
+  wait "$beside" || { cat "$scratch/complaints" >&2; exit 2; }
+  beside=''
+  place=$(python3 -c '
 import json, sys
 text = sys.stdin.read()
 if "[" not in text:
@@ -140,7 +148,7 @@ nodes = [n for n in json.JSONDecoder().raw_decode(text, text.index("["))[0] if n
 gpu_head = any(n["is_head_node"] and n["resources_total"].get("GPU") for n in nodes)
 here = any(n["resources_total"].get(sys.argv[1]) for n in nodes)
 print("resource" if here else "gpu" if gpu_head and len(nodes) > 1 else "head")
-' "$DRIVER")
+' "$DRIVER" < "$scratch/nodes")
   case $place in
     resource) entry=(--entrypoint-resources "{\"$DRIVER\": $SHARE}") ;;
     gpu) die "no node offers $DRIVER, and the head, where Ray puts a driver, has GPUs. Start a node without GPUs with

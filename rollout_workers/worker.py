@@ -61,6 +61,7 @@ class RolloutWorker:
                 keep_images=sample_keeper(context),
                 unwanted=lambda: self._index >= (queue.wanted_workers() or config.rollout.workers),
             )
+            logger.info("ready to sample")
             try:
                 loop.run()
                 return "dismissed" if loop.dismissed else "ended"

@@ -103,6 +103,21 @@ def ui(as_json: Json = False) -> None:
     _bench(run_ui_bench(screen), as_json)
 
 
+@bench.command("submit")
+def submit(
+    runs: Annotated[
+        int, typer.Option("--runs", min=1, help="Each on a new cluster; the fastest counts.")
+    ] = 1,
+    recipe: Annotated[str, typer.Option("--recipe", help="A YAML file here, or a name.")] = "quickstart",
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """From a new Ray cluster to the first update through `ray job submit`: seconds by phase."""
+    from benchmarks.submit import run_submit_bench
+
+    _bench(run_submit_bench(screen, runs=runs, recipe=recipe, overrides=overrides or ()), as_json)
+
+
 @bench.command("plan")
 def plan(
     gpus: Annotated[

@@ -45,6 +45,7 @@ from services.progress import Progress
 from services.prompts import evaluates
 from services.queue_connection import place
 from services.queue_keeper import QueueKeeper
+from services.ray_access import refuse_without_access
 from services.ray_metrics import RunMetrics
 from services.ray_runtime import NAMESPACE, ray_cluster
 from services.resuming import reconfigure
@@ -52,6 +53,7 @@ from services.run_directory import RunDirectory
 from services.stop_signals import StopSignals
 from services.supervisor import PartFailed, Supervisor
 from services.telemetry import Telemetry
+from services.trackers import refuse_unusable_trackers, tracker_sinks
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +131,7 @@ def train(
                 run.root,
                 tensorboard=config.telemetry.tensorboard,
                 resumed_step=_resumed_step(run, resume),
-                beside=[metrics],
+                beside=[metrics, *stack.enter_context(tracker_sinks(config, run))],
             )
         )
         text = context.model_dump_json()
@@ -165,7 +167,8 @@ def train(
 
 def refuse_unusable(config: Config) -> None:
     """What a run would fail at later, told without starting or loading anything: timesteps and sampler that
-    the model does not bear, files of authorities that are none, a queue server that cannot be run.
+    the model does not bear, files of authorities that are none, a queue server that cannot be run, a Ray
+    cluster that does not take this client, trackers without their packages.
 
     Raises:
         ConfigError: what does not fit, and what would.
@@ -182,6 +185,8 @@ def refuse_unusable(config: Config) -> None:
     if not config.offline or evaluates(config):
         for reward in config.rewards:
             reward_authority(reward)
+    refuse_unusable_trackers(config)
+    refuse_without_access(config)
 
 
 def _tell_failure(

@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 from services.docs_page import cell, type_text, write_page
 from services.metrics import Estimate, EvalRow, EventRow, MemoryRow, Row, Spread, UpdateRow
 from services.ray_metrics import reference as prometheus
-from services.tensorboard_events import scalars
+from services.scalars import scalars
 
 ROWS: Final[tuple[type[Row], ...]] = (UpdateRow, EvalRow, EventRow, MemoryRow)
 PARTS: Final[tuple[type[BaseModel], ...]] = (Spread, Estimate)

@@ -12,6 +12,7 @@ What the panel looks like: services/progress_panel.py.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -25,6 +26,8 @@ from services.formatting import duration, number
 from services.messages import Heartbeat
 from services.metrics import AnyRow, EvalRow, EventRow, UpdateRow
 from services.progress_panel import View, event_text, panel, scores_text
+
+logger = logging.getLogger(__name__)
 
 
 class Progress:
@@ -77,6 +80,7 @@ class Progress:
         changed = text != self._view.activity
         self._view.activity = text
         if text and changed:
+            logger.info("%s", text)
             self._line(text)
 
     def row(self, row: AnyRow) -> None:

@@ -27,6 +27,7 @@ from redis.retry import Retry
 
 from reward_servers.tls import client_context, refusal
 from services.config.parts import unverified
+from services.spoken import OWN_PORT, spoken
 
 SOCKET_TIMEOUT_S = 10.0
 """No command may block longer; blocking reads stay well below it."""
@@ -35,6 +36,8 @@ WRITE_BYTES = 256 * 1024
 """Sent in one write, where a command has many parts."""
 AUTHORITY = "queue.tls_ca"
 """Where the authority of the server's certificate is named."""
+NOT_REDIS = "not Redis, answers there"
+"""Of a server that is none for a queue."""
 _LOOK_S = 2.0
 """How long a server that was not understood may take to show what it speaks."""
 
@@ -215,14 +218,18 @@ def _speaks_otherwise(url: str, look_s: float) -> str | None:
     parts = urlsplit(url)
     if parts.scheme == "unix":
         return None
-    address = (parts.hostname or "localhost", parts.port or 6379)
-    with suppress(OSError), socket.create_connection(address, look_s) as connection:
-        if parts.scheme == "redis":
-            return "it speaks TLS: the address must begin with rediss://" if _speaks_tls(connection) else None
-        # Nothing secret: any server without TLS answers this, if only with -NOAUTH.
-        connection.sendall(b"PING\r\n")
-        if connection.recv(1) in (b"+", b"-"):
+    host, port = parts.hostname or "localhost", parts.port or 6379
+    match spoken(host, port, look_s):
+        case "grpc":
+            return f"gRPC, {NOT_REDIS}: Ray's GCS has 6379 by default; {OWN_PORT}"
+        case "http":
+            return f"a web server, {NOT_REDIS}"
+        case "redis" if parts.scheme == "rediss":
             return "it speaks no TLS: give it a certificate, or an address that begins with redis://"
+        case None if parts.scheme == "redis":
+            with suppress(OSError), socket.create_connection((host, port), look_s) as connection:
+                if _speaks_tls(connection):
+                    return "it speaks TLS: the address must begin with rediss://"
     return None
 
 

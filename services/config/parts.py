@@ -268,16 +268,28 @@ class EvalConfig(Section):
     """Ray GPUs the evaluator reserves."""
 
 
+TrackerName = Literal["wandb", "mlflow", "trackio"]
+
+
 class TelemetryConfig(Section):
     samples_every: int = Field(default=10, ge=0)
     """Updates between two groups whose images are kept in samples/; 0 keeps none."""
     tensorboard: bool = True
     """Write TensorBoard events into the run directory."""
+    tracker: TrackerName | tuple[TrackerName, ...] | None = None
+    """Log the same curves with Weights & Biases, MLflow or trackio too, each set up by its own environment
+    variables (docs/watching.md); needs its package."""
     heartbeat_s: float = Field(default=2.0, gt=0)
     """Seconds between two heartbeats of a part."""
     record: bool = False
     """Write every group that is trained into groups/ of the run directory, to train from it later
     (docs/offline.md)."""
+
+    @property
+    def trackers(self) -> tuple[TrackerName, ...]:
+        """Each once, in their order."""
+        named = (self.tracker,) if isinstance(self.tracker, str) else self.tracker or ()
+        return tuple(dict.fromkeys(named))
 
 
 class ClusterConfig(Section):

@@ -11,9 +11,7 @@ import difflib
 import importlib.util
 import json
 import os
-import socket
 from collections.abc import Callable
-from urllib.parse import urlparse
 
 import psutil
 from rich.table import Table
@@ -21,12 +19,8 @@ from rich.table import Table
 from services.config import Config
 from services.config_file import ConfigError, find
 from services.doctor.finding import Finding
-from services.doctor.servers import (
-    REACH_DEADLINE_S,
-    queue_findings,
-    reward_findings,
-    scores_nothing,
-)
+from services.doctor.ray_cluster import ray_findings
+from services.doctor.servers import queue_findings, reward_findings, scores_nothing
 from services.prompts import prompt_source
 from services.ray_runtime import (
     GROWTH_REMEDY,
@@ -35,13 +29,13 @@ from services.ray_runtime import (
     at_max_replicas,
     cluster_address,
     learner_backend,
-    loopback_parts,
     no_room_to_grow,
     own_cpus,
     replicas_to_come,
     reserved,
     whole_gpus,
 )
+from services.trackers import missing
 
 __all__ = ["Finding", "examine", "table"]
 
@@ -63,13 +57,14 @@ def examine(config: Config) -> list[Finding]:
         _devices,
         _ranks,
         _optimizer,
+        _trackers,
         _prompts,
         _timesteps,
         _rollout,
         queue_findings,
         reward_findings,
         _memory,
-        _ray,
+        ray_findings,
         _room_to_grow,
     ]
     return [finding for check in checks for finding in check(config)]
@@ -191,6 +186,16 @@ def _optimizer(config: Config) -> list[Finding]:
     return [Finding(what="optimizer", ok=ok, found=found, remedy=remedy)]
 
 
+def _trackers(config: Config) -> list[Finding]:
+    """Of this machine: on a cluster it is the driver's node that needs the packages."""
+    found = []
+    for name in config.telemetry.trackers:
+        lacks, _, get_it = (missing(name) or "").partition(": ")
+        remedy = f"{get_it}, or leave it out of telemetry.tracker" if lacks else ""
+        found.append(Finding(what=f"tracker {name}", ok=not lacks, found=lacks or "installed", remedy=remedy))
+    return found
+
+
 def _prompts(config: Config) -> list[Finding]:
     if config.offline:
         return [_recording(config)]
@@ -275,25 +280,6 @@ def _memory(config: Config) -> list[Finding]:
             remedy="lower max_replicas of rewards, or close other programs" if warning else remedy,
         )
     ]
-
-
-def _ray(config: Config) -> list[Finding]:
-    address = cluster_address(config)
-    if address is None:
-        found = f"started by the run on loopback, with {reserved(config, 'num_cpus'):.2f} CPUs reserved"
-        return [Finding(what="ray", ok=True, found=found)]
-    local = loopback_parts(config)
-    warning = f"; on more than one node the run refuses to start with {', '.join(local)}" if local else ""
-    if address == "auto":
-        return [Finding(what="ray", ok=True, found=f"address {address}{warning}")]
-    parsed = urlparse(address if "//" in address else f"//{address}")
-    try:
-        with socket.create_connection((parsed.hostname or "", parsed.port or 6379), REACH_DEADLINE_S):
-            pass
-    except OSError as error:
-        remedy = "start the cluster (ray start --head), or mend cluster.address / RAY_ADDRESS"
-        return [Finding(what="ray", ok=False, found=f"{address}: {error}", remedy=remedy)]
-    return [Finding(what="ray", ok=True, found=f"{address}: reachable{warning}")]
 
 
 def _room_to_grow(config: Config) -> list[Finding]:

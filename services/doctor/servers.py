@@ -12,6 +12,7 @@ from services.config_file import ConfigError
 from services.context import queue_authority, reward_authority
 from services.doctor.finding import Finding
 from services.prompts import evaluates
+from services.spoken import OWN_PORT
 
 REACH_DEADLINE_S = 5.0
 _NO_AUTHORITY = "name a PEM file of certificates that this machine has"
@@ -44,6 +45,7 @@ def queue_findings(config: Config) -> list[Finding]:
 
 def _queue_login(url: str, what: str, user: str | None, variable: str | None, trusted: str | None) -> Finding:
     from services.group_queue import QueueUnreachable, connect
+    from services.queue_connection import NOT_REDIS
 
     password = os.environ.get(variable) if variable else None
     if variable and not password:
@@ -56,9 +58,8 @@ def _queue_login(url: str, what: str, user: str | None, variable: str | None, tr
         client = connect(url, password, user=user, authority=trusted)
         policy = client.config_get("maxmemory-policy").get("maxmemory-policy", "unknown")
     except QueueUnreachable as error:
-        return Finding(
-            what=what, ok=False, found=str(error), remedy="mend the server, queue.url or the login"
-        )
+        remedy = OWN_PORT if NOT_REDIS in str(error) else "mend the server, queue.url or the login"
+        return Finding(what=what, ok=False, found=str(error), remedy=remedy)
     except redis.ResponseError as error:  # CONFIG may be forbidden to this user: that is no fault
         return Finding(what=what, ok=True, found=f"reachable; maxmemory-policy not readable: {error}")
     ok = policy == "noeviction"

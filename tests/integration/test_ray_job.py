@@ -1,4 +1,5 @@
-"""`ray job submit`: the same program, on a Ray cluster that is already there and asks for a token."""
+"""`ray job submit`: the same program, on a Ray cluster that is already there and asks for a token; and what
+`dgpo doctor` says of the token."""
 
 from __future__ import annotations
 
@@ -10,14 +11,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import httpx
 import psutil
 import pytest
 from diffusers import StableDiffusion3Pipeline
 from test_cli import settings
 
+from services.config_file import ConfigError, load_config
+from services.doctor.finding import Finding
+from services.doctor.ray_cluster import ray_findings
+from services.doctor.servers import queue_findings
+from services.driver import refuse_unusable
+from services.embedded import EmbeddedValkey
+from services.queue_connection import place
 from services.run_directory import PROJECT_ROOT
 from tests.ports import free_ports
 
@@ -32,18 +42,11 @@ class Cluster(NamedTuple):
     port: int
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+@contextmanager
+def head(environment: dict[str, str]) -> Iterator[Cluster]:
     dashboard, port = free_ports(2)
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "RAY_worker_niceness": "0",
-    }
     # --block and a process group of its own: `ray stop` would stop every Ray of this machine.
-    head = subprocess.Popen(
+    process = subprocess.Popen(
         [
             *(RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}"),
             *("--num-cpus=4", "--object-store-memory=200000000", "--disable-usage-stats"),
@@ -61,17 +64,39 @@ def cluster() -> Iterator[Cluster]:
     try:
         made = Cluster(f"http://127.0.0.1:{dashboard}", environment, port)
         give_up = time.monotonic() + 90
-        while ray(made, "job", "list").returncode != 0:
-            assert head.poll() is None and time.monotonic() < give_up, "the cluster did not start"
-            time.sleep(1)
+        while not answers(f"{made.dashboard}/api/gcs_healthz"):
+            assert process.poll() is None and time.monotonic() < give_up, "the cluster did not start"
+            time.sleep(0.2)
         yield made
     finally:
         # Ray takes half a minute to end by itself.
-        processes = psutil.Process(head.pid).children(recursive=True)
-        for process in (psutil.Process(head.pid), *processes):
+        processes = psutil.Process(process.pid).children(recursive=True)
+        for each in (psutil.Process(process.pid), *processes):
             with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        head.wait(timeout=60)
+                each.kill()
+        process.wait(timeout=60)
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=30, trust_env=False).is_success
+    except httpx.HTTPError:
+        return False
+
+
+def without_ray() -> dict[str, str]:
+    """The environment, without what it says to Ray."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {**kept, "PATH": path, "RAY_worker_niceness": "0"}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """Asks for a token because there is one: nobody has set RAY_AUTH_MODE for it."""
+    environment = {**without_ray(), "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    with head(environment) as made:
+        yield made._replace(environment={**environment, "RAY_AUTH_MODE": "token"})
 
 
 def ray(cluster: Cluster, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -105,3 +130,98 @@ def test_a_client_without_the_token_submits_nothing(cluster: Cluster) -> None:
     stranger = cluster._replace(environment={**cluster.environment, "RAY_AUTH_TOKEN": secrets.token_hex(32)})
     refused = ray(stranger, "job", "submit", "--", "python", "-c", "print(1)")
     assert refused.returncode != 0
+
+
+OTHER = "0123456789abcdef" * 4
+"""A token of another cluster."""
+
+
+@pytest.fixture
+def client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    """Of Ray, with nothing set and no token at home."""
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return monkeypatch
+
+
+def told(*addresses: str) -> list[Finding]:
+    """Of a GCS, or of a dashboard in the environment."""
+    return ray_findings(load_config("quickstart", [f"cluster.address={address}" for address in addresses]))
+
+
+def test_a_client_that_is_not_told_of_tokens_is_refused_and_the_doctor_says_why(
+    cluster: Cluster, client: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    token = cluster.environment["RAY_AUTH_TOKEN"]
+    unset = {name: value for name, value in cluster.environment.items() if name != "RAY_AUTH_MODE"}
+    refused = ray(cluster._replace(environment=unset), "job", "list")
+    assert refused.returncode != 0 and "Unauthorized" in refused.stderr + refused.stdout
+
+    gcs = f"127.0.0.1:{cluster.port}"
+    client.setenv("RAY_ADDRESS", cluster.dashboard)
+    file = tmp_path / ".ray" / "auth_token"
+    file.parent.mkdir()
+    ways = {"RAY_AUTH_TOKEN": {"RAY_AUTH_TOKEN": token}, str(file): {}}
+    file.write_text(token + "\n")
+    for source, environment in ways.items():
+        with pytest.MonkeyPatch.context() as here:
+            for name, value in environment.items():
+                here.setenv(name, value)
+            (dashboard,) = told()
+            for finding in (dashboard, *told(gcs)[:1]):
+                assert not finding.ok and "RAY_AUTH_MODE is not set" in finding.found
+                assert finding.remedy == f"export RAY_AUTH_MODE=token; the token of {source} is the right one"
+            here.setenv("RAY_AUTH_MODE", "disabled")
+            assert "RAY_AUTH_MODE is disabled" in told()[0].found
+            here.setenv("RAY_AUTH_MODE", "token")
+            for finding in (*told(), *told(gcs)):
+                assert finding.ok and not finding.warning
+                assert f"takes the token of {source}" in finding.found
+                assert token not in finding.model_dump_json()
+
+
+def test_the_doctor_tells_a_wrong_token_and_none(cluster: Cluster, client: pytest.MonkeyPatch) -> None:
+    gcs = f"127.0.0.1:{cluster.port}"
+    client.setenv("RAY_API_SERVER_ADDRESS", cluster.dashboard)
+    client.setenv("RAY_AUTH_MODE", "token")
+    found = told(gcs)
+    assert [finding.what for finding in found] == ["ray", "ray jobs"]
+    for finding in found:
+        assert not finding.ok and "asks for a token, and there is none here" in finding.found
+        assert "the one that the cluster's nodes were started with" in finding.remedy
+    client.setenv("RAY_AUTH_TOKEN", OTHER)
+    for finding in told(gcs):
+        assert not finding.ok and finding.found.endswith("refuses the token of RAY_AUTH_TOKEN")
+        assert OTHER not in finding.model_dump_json()
+    with pytest.raises(ConfigError, match="refuses the token of RAY_AUTH_TOKEN; export RAY_AUTH_MODE=token"):
+        refuse_unusable(load_config("quickstart", [f"cluster.address={gcs}"]))
+    client.setenv("RAY_AUTH_TOKEN", cluster.environment["RAY_AUTH_TOKEN"])
+    refuse_unusable(load_config("quickstart", [f"cluster.address={gcs}"]))
+
+
+def test_a_queue_and_a_gcs_that_are_mixed_up_are_told_apart(
+    cluster: Cluster, client: pytest.MonkeyPatch, valkey: EmbeddedValkey
+) -> None:
+    gcs, queue = f"127.0.0.1:{cluster.port}", place(valkey.url)
+    (found,) = queue_findings(load_config("quickstart", [f"queue.url=redis://{gcs}/0"]))
+    assert not found.ok and "gRPC, not Redis, answers there" in found.found
+    assert "6380 as in deploy/redis/redis.conf" in found.remedy
+    (found,) = told(queue)
+    assert not found.ok and "a Redis or Valkey answers there, not Ray" in found.found
+    assert found.remedy.startswith("give the queue a port of its own, 6380")
+    (found,) = told(cluster.dashboard.removeprefix("http://"))
+    assert not found.ok and "a web server answers there" in found.found
+
+
+def test_a_cluster_without_tokens_is_a_warning(client: pytest.MonkeyPatch) -> None:
+    with head(without_ray() | {"RAY_AUTH_MODE": "disabled"}) as cluster:
+        client.setenv("RAY_API_SERVER_ADDRESS", cluster.dashboard)
+        gcs = f"127.0.0.1:{cluster.port}"
+        for finding in told(gcs):
+            assert finding.ok and finding.warning and "whoever reaches it runs code" in finding.found
+            assert "ray get-auth-token --generate" in finding.remedy
+        client.setenv("RAY_AUTH_MODE", "token")
+        for finding in told(gcs):
+            assert not finding.ok and "Ray's clients refuse to start without one" in finding.found
+            assert "RAY_AUTH_MODE=disabled" in finding.remedy
