@@ -14,10 +14,10 @@ from functools import cache
 
 from services.config import Config, LoraConfig
 from services.config_file import PROJECT_ROOT, load_config
+from services.demands import whole_gpus
 from services.planning.cost import RATE, adapters, memory_of, work_of
 from services.planning.published import MODELS, PassCost, Published, pass_cost
 from services.planning.step import Shape, share_of
-from services.ray_runtime import whole_gpus
 
 
 @dataclass(frozen=True)

@@ -215,7 +215,11 @@ def fit(context: RunContext, store: Any) -> None:
             backend=learner_backend(context.config), timeout_s=math.ceil(settings.rank_deadline_s)
         ),
         scaling_config=ScalingConfig(
-            num_workers=ranks, use_gpu=settings.num_gpus > 0, resources_per_worker=resources
+            num_workers=ranks,
+            use_gpu=settings.num_gpus > 0,
+            resources_per_worker=resources,
+            accelerator_type=settings.accelerator_type,
+            placement_strategy=settings.placement.upper(),
         ),
         run_config=RunConfig(
             name=context.run,
@@ -235,7 +239,7 @@ def fit(context: RunContext, store: Any) -> None:
 
 
 def _resources(settings: LearnerConfig) -> dict[str, float]:
-    resources = {"CPU": settings.num_cpus}
+    resources = {"CPU": settings.num_cpus, **settings.resources}
     if settings.num_gpus:
         resources["GPU"] = settings.num_gpus
     return resources
@@ -245,9 +249,10 @@ def _not_placed(settings: LearnerConfig, cluster: ClusterConfig, ranks: int) -> 
     asked = _resources(settings)
     there = ray.cluster_resources()
     each = "a rank asks" if ranks == 1 else f"each of {ranks} ranks asks"
+    on = f" on a node with {settings.accelerator_type}" if settings.accelerator_type is not None else ""
     found = "no node had that" if ranks == 1 else "there was not as much"
     return (
-        f"it could not be placed: {each} for {_amounts(asked)} (learner.num_cpus, learner.num_gpus), "
+        f"it could not be placed: {each} for {_amounts(asked)}{on} (learner.num_cpus, learner.num_gpus), "
         f"and {found} free within {cluster.start_deadline_s:g} s (cluster.start_deadline_s); "
         f"the whole cluster has {_amounts({name: there.get(name, 0.0) for name in asked})}"
     )

@@ -38,6 +38,7 @@ from reward_servers.proxy import CALLBACK
 from reward_servers.scorers import require_scorer
 from reward_servers.server_config import ServerConfig, read_token
 from services.config import RewardConfig
+from services.config.placement import actor_options
 
 log = logging.getLogger(__name__)
 
@@ -279,7 +280,7 @@ def _target(reward: RewardConfig, token_file: Path, owner: str) -> serve.RunTarg
         **scale,
         version=version,
         _internal=True,
-        ray_actor_options={"num_cpus": reward.num_cpus, "num_gpus": reward.num_gpus},
+        ray_actor_options=actor_options(reward),
     )
     application = deployment.bind(config.model_dump(mode="json"))
     return serve.RunTarget(

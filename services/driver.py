@@ -23,7 +23,7 @@ from typing import Any
 
 import ray
 import redis
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, SchedulingStrategyT
 
 from learner.checkpoint import newest_checkpoint
 from learner.ray_train import fit
@@ -33,9 +33,12 @@ from reward_servers.launch import scale_reward, start_rewards, stop_rewards
 from rollout_workers.evaluator import Evaluator
 from rollout_workers.feeder import Feeder
 from rollout_workers.worker import RolloutWorker
+from services.cluster_room import WorkerPlaces, require_room
 from services.config import Config
+from services.config.placement import actor_options
 from services.config_file import ConfigError
 from services.context import RewardPlace, RunContext, SecretPlace, queue_authority, reward_authority
+from services.demands import demands
 from services.formatting import reason
 from services.group_queue import GroupQueue
 from services.logs import configure_logging
@@ -112,6 +115,14 @@ def train(
                 queue.want_replicas(reward.name, None)
         queue.set_state("starting")
         stack.push(partial(_tell_failure, queue))
+
+        def waiting(text: str) -> None:
+            signals.check()
+            view.activity(text)
+            queue.set_state("starting", text)
+
+        require_room(config, demands(config, evaluating=evaluating), own_ray=own_ray, tell=waiting)
+        queue.set_state("starting")
         # What it has is in no other place: it is lost with the driver's node, and with no other.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         store = _actor(PolicyStore, context, "policy-store", num_cpus=0, scheduling_strategy=here).remote()
@@ -140,9 +151,11 @@ def train(
             evaluator = _evaluator(context).remote(text, store)
             stack.callback(ray.kill, evaluator)
 
+        worker_places = WorkerPlaces(config)
+        workers = 1 if config.offline else queue.wanted_workers() or config.rollout.workers
         supervisor = Supervisor(
-            spawn=lambda index: _spawn(context, text, index, store),
-            count=1 if config.offline else queue.wanted_workers() or config.rollout.workers,
+            spawn=lambda index: _spawn(context, text, index, store, worker_places.next(index)),
+            count=workers,
             max_restarts=config.rollout.max_restarts,
             on_death=lambda part, why: monitor.worker_died(part, why),
             part=_part(config),
@@ -157,6 +170,8 @@ def train(
         stack.callback(supervisor.join, JOIN_DEADLINE_S)
         stack.push(partial(_tell_failure, queue))
         queue.set_state("running")
+        if not config.offline:
+            worker_places.plan(workers)
         supervisor.start()
         try:
             return monitor.watch()
@@ -268,26 +283,25 @@ def _actor(kind: type, context: RunContext, part: str, **options: Any) -> Any:
 
 def _evaluator(context: RunContext) -> Any:
     """Made anew by Ray, which asks again for an evaluation that was lost: it would come out the same."""
-    settings, lives = context.config.eval, context.config.rollout.max_restarts
-    reserved = {"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus}
+    lives = context.config.rollout.max_restarts
     again = {"max_restarts": lives, "max_task_retries": lives}
-    return _actor(Evaluator, context, "evaluator", **reserved, **again)
+    return _actor(Evaluator, context, "evaluator", **actor_options(context.config.eval), **again)
 
 
 def _part(config: Config) -> str:
     return "feeder" if config.offline else "rollout"
 
 
-def _spawn(context: RunContext, text: str, index: int, store: Any) -> tuple[Any, Any]:
-    settings, name = context.config.rollout, f"{_part(context.config)}-{index}"
+def _spawn(
+    context: RunContext, text: str, index: int, store: Any, place: SchedulingStrategyT
+) -> tuple[Any, Any]:
+    name = f"{_part(context.config)}-{index}"
     # `run` occupies one thread; a second one answers __ray_terminate__ and profiling.
     if context.config.offline:
         worker = _actor(Feeder, context, name, num_cpus=0, max_concurrency=2).remote(text, index)
     else:
-        reserved = {"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus}
-        worker = _actor(RolloutWorker, context, name, max_concurrency=2, **reserved).remote(
-            text, index, store
-        )
+        options = actor_options(context.config.rollout) | {"scheduling_strategy": place}
+        worker = _actor(RolloutWorker, context, name, max_concurrency=2, **options).remote(text, index, store)
     return worker, worker.run.remote()
 
 

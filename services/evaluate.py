@@ -11,6 +11,7 @@ Evaluations on a suite of prompts, over several workers: services/suites/.
 from __future__ import annotations
 
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,8 @@ def evaluate_model(
     from policy import load_policy
     from rollout_workers.evaluation import evaluate
     from rollout_workers.scoring import RewardServers
+    from services.cluster_room import require_room
+    from services.demands import reward_demands
     from services.driver import reward_places
     from services.prompts import prompt_source
     from services.ray_runtime import ray_cluster
@@ -76,7 +79,9 @@ def evaluate_model(
         policy.install(_weights(checkpoint, weights))
     with tempfile.TemporaryDirectory() as folder, screen.status("starting the reward servers") as status:
         private = RunDirectory(Path(folder))
-        with ray_cluster(config) as own_ray, reward_places(config, private, own_ray) as places:
+        with ray_cluster(config) as own_ray, ExitStack() as serving:
+            require_room(config, reward_demands(config), own_ray=own_ray, tell=status.update)
+            places = serving.enter_context(reward_places(config, private, own_ray))
             scorer = RewardServers(config.rewards, places)
             status.update(f"sampling and scoring {len(prompts)} prompts")
             found = evaluate(policy, scorer, config, prompts, with_diversity=True)

@@ -6,8 +6,9 @@ Promises
 - A signal to this process and its group (Ctrl-C, `timeout`, `kill -- -PGID`) does not reach the Ray that it
   started: the driver ends it when everything has been drained.
 - Usage statistics stay off: nothing is sent anywhere.
-- What a run reserves from its start fits, or it is told before anything waits for a place. Replicas that load
-  alone brings (`max_replicas`) need not fit: that is a warning.
+- Parts that only this machine would reach are refused on a cluster of several nodes.
+
+Whether a cluster can hold a run: services/cluster_room.py.
 """
 
 from __future__ import annotations
@@ -16,103 +17,21 @@ import logging
 import math
 import os
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 from tenacity import retry, stop_after_attempt
 
-from services.config import Config, RewardConfig, Section
+from services.config import Config
 from services.config_file import ConfigError
+from services.demands import reserved
 from services.prompts import evaluates
 
 logger = logging.getLogger(__name__)
 
 NAMESPACE = "dgpo"
 STARTS = 3
-
-Resource = Literal["num_cpus", "num_gpus"]
-"""The setting that reserves it."""
-UNITS: dict[Resource, str] = {"num_cpus": "CPUs", "num_gpus": "GPUs"}
-GROWTH_REMEDY = (
-    "lower max_replicas of rewards, or give the run more room: Serve starts what fits, and a worker or "
-    "learner that restarts may find its place taken"
-)
-
-
-def reserved(config: Config, resource: Resource) -> float:
-    """Ray CPUs or GPUs that the parts of a run reserve together from its start; controllers reserve none."""
-
-    return sum(_pieces(config, resource))
-
-
-def whole_gpus(config: Config) -> int:
-    """GPUs that a run takes from its start: a fraction of one is never spread over two.
-
-    Largest first, each where it fits; Ray, which places parts as they come, may need more if they are of many
-    sizes.
-    """
-    room: list[int] = []
-    # In ten-thousandths, as Ray counts: 0.8 + 0.1 + 0.1 is one.
-    for piece in sorted((round(piece * 10_000) for piece in _pieces(config, "num_gpus")), reverse=True):
-        place = next((place for place, left in enumerate(room) if piece <= left), None)
-        if place is not None:
-            room[place] -= piece
-        elif piece:
-            room += [0] * (piece // 10_000) + ([10_000 - piece % 10_000] if piece % 10_000 else [])
-    return len(room)
-
-
-def _pieces(config: Config, resource: Resource) -> list[float]:
-    """What each part reserves."""
-
-    def of(section: Section, count: int = 1) -> list[float]:
-        return [float(getattr(section, resource))] * count
-
-    # A feeder reserves none, and an evaluation needs its rewards; whether there is one is not looked up here.
-    sampling = [] if config.offline else of(config.rollout, config.rollout.workers)
-    rewards = [piece for reward in _served(config) for piece in of(reward, reward.replicas)]
-    return [*of(config.learner, config.learner.ranks), *sampling, *of(config.eval), *rewards]
-
-
-def replicas_to_come(config: Config) -> int:
-    """Replicas that load may bring beyond those a run starts with."""
-    return sum((reward.max_replicas or reward.replicas) - reward.replicas for reward in _served(config))
-
-
-def at_max_replicas(config: Config, resource: Resource) -> tuple[float, str]:
-    """What is reserved when load has brought every reward to its `max_replicas`, and how that adds up.
-
-    Returns:
-        The sum, and its text such as "3.5 + ocr 4 x 0.5 = 5.5 CPUs"; `reserved` and an empty text where no
-        reward grows by that resource.
-    """
-    start, terms = reserved(config, resource), []
-    total = start
-    for reward in _served(config):
-        more, each = (reward.max_replicas or reward.replicas) - reward.replicas, getattr(reward, resource)
-        if more * each:
-            total += more * each
-            terms.append(f"{reward.name} {more} x {each:g}")
-    return total, f"{' + '.join([f'{start:g}', *terms])} = {total:g} {UNITS[resource]}" if terms else ""
-
-
-def no_room_to_grow(config: Config, there: Mapping[Resource, float]) -> list[str]:
-    """A line for each resource that cannot hold every reward at its `max_replicas`.
-
-    Args:
-        there: what the cluster has; a resource that is not in it is not looked at.
-    """
-    lines = []
-    for resource, has in there.items():
-        total, sum_text = at_max_replicas(config, resource)
-        if sum_text and total > has:
-            lines.append(f"at max_replicas the run reserves {sum_text}, and there are {has:g}")
-    return lines
-
-
-def _served(config: Config) -> list[RewardConfig]:
-    return [reward for reward in config.rewards if reward.app is not None]
 
 
 def own_cpus(config: Config) -> int:
@@ -142,8 +61,7 @@ def ray_cluster(config: Config) -> Iterator[bool]:
     reserves if that is more (a laptop may be oversubscribed, a cluster may not).
 
     Raises:
-        ConfigError: the cluster has several nodes, and the run would start parts that they cannot reach; or
-            the run reserves more GPUs than this machine has.
+        ConfigError: the cluster has several nodes, and the run would start parts that they cannot reach.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -168,36 +86,10 @@ def ray_cluster(config: Config) -> Iterator[bool]:
         # One machine is not taken away piece by piece; the watcher is a process more to start.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         _start(config)
-        here, asked = ray.cluster_resources().get("GPU", 0.0), reserved(config, "num_gpus")
-        if (taken := whole_gpus(config)) > here:
-            ray.shutdown()
-            parts = f" in parts that take {taken} whole ones" if taken > asked else ""
-            raise ConfigError(
-                f"the run reserves {asked:g} GPUs{parts}, this machine has {here:g}: lower num_gpus "
-                "of rollout, learner, eval or rewards, or join a cluster (cluster.address)"
-            )
-    _tell_of_room(config)
     try:
         yield not address
     finally:
         ray.shutdown()
-
-
-def _tell_of_room(config: Config) -> None:
-    """Warn of what does not fit now: a cluster that grows may hold it later, one that does not never will."""
-    import ray
-
-    has = ray.cluster_resources()
-    there: dict[Resource, float] = {"num_cpus": has.get("CPU", 0.0), "num_gpus": has.get("GPU", 0.0)}
-    for resource, amount in there.items():
-        if (asked := reserved(config, resource)) > amount:
-            logger.warning(
-                "the run reserves %g %s, the cluster has %g now: parts wait for it to grow, %g s at most "
-                "(cluster.start_deadline_s)",
-                *(asked, UNITS[resource], amount, config.cluster.start_deadline_s),
-            )
-        elif told := no_room_to_grow(config, {resource: amount}):
-            logger.warning("%s; %s", told[0], GROWTH_REMEDY)
 
 
 def cluster_address(config: Config) -> str | None:

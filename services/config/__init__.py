@@ -224,6 +224,8 @@ class Config(Section):
                 f"learner.ranks {ranks} exceeds learner.groups_per_step {groups}: groups are not split, so "
                 "some ranks would never have one"
             )
+        if ranks == 1 and self.learner.placement == "spread":
+            raise ValueError("learner.placement spread with learner.ranks 1: one rank is in one place")
         if ranks > 1 and ":" in device:
             raise ValueError(
                 f"model.device {device} would put all of {ranks} ranks on one GPU; with cuda or auto each "

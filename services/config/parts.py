@@ -8,6 +8,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
+from services.config.placement import AcceleratorType, CustomResources
 from services.config.section import Section
 
 RunName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
@@ -28,7 +29,10 @@ def _from_here(place: Path | None) -> Path | None:
     return None if place is None else place.absolute()
 
 
-_FOR_APP = ("args", "replicas", "max_replicas", "threads", "num_cpus", "num_gpus")
+_FOR_APP = (
+    *("args", "replicas", "max_replicas", "threads"),
+    *("num_cpus", "num_gpus", "accelerator_type", "resources"),
+)
 """Settings of a reward that only a server started by the driver heeds."""
 
 
@@ -73,6 +77,11 @@ class RewardConfig(Section):
     """Ray CPUs a replica reserves, for `app`."""
     num_gpus: float = Field(default=0.0, ge=0)
     """Ray GPUs a replica reserves, for `app`."""
+    accelerator_type: AcceleratorType | None = None
+    """Only on nodes with this accelerator, by Ray's name, such as H100, for `app`; null: on any."""
+    resources: CustomResources = Field(default_factory=dict)
+    """Custom Ray resources a replica reserves beside, by name, for `app`: only nodes that have them hold
+    it."""
 
     def term(self, score: Any) -> Any:
         """What a score, or a tensor of scores, adds to the total reward."""
@@ -266,6 +275,10 @@ class EvalConfig(Section):
     """Ray CPUs the evaluator reserves."""
     num_gpus: float = Field(default=0.0, ge=0)
     """Ray GPUs the evaluator reserves."""
+    accelerator_type: AcceleratorType | None = None
+    """Only on a node with this accelerator, by Ray's name, such as H100; null: on any."""
+    resources: CustomResources = Field(default_factory=dict)
+    """Custom Ray resources the evaluator reserves beside, by name: only a node that has them holds it."""
 
 
 TrackerName = Literal["wandb", "mlflow", "trackio"]
@@ -303,6 +316,9 @@ class ClusterConfig(Section):
     """Port of the reward servers that this run starts; 0 takes a free one."""
     start_deadline_s: float = Field(default=180.0, gt=0)
     """Seconds for each part to become ready."""
+    wait_s: float = Field(default=0.0, ge=0)
+    """Seconds that a run waits for a joined cluster that is too small for it to grow (an autoscaler, nodes
+    that still join); 0: it is refused at once. Meanwhile Ray's autoscaler is asked for what the run needs."""
 
 
 def _login(url: str) -> tuple[str | None, str | None]:

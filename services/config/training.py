@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from services.config.placement import AcceleratorType, CustomResources, Placement
 from services.config.section import Section
 
 
@@ -99,6 +100,13 @@ class RolloutConfig(Section):
     """Ray CPUs a worker reserves."""
     num_gpus: float = Field(default=0.0, ge=0)
     """Ray GPUs a worker reserves."""
+    accelerator_type: AcceleratorType | None = None
+    """Only on nodes with this accelerator, by Ray's name, such as H100; null: on any."""
+    resources: CustomResources = Field(default_factory=dict)
+    """Custom Ray resources a worker reserves beside, by name: only nodes that have them hold it."""
+    placement: Placement = "pack"
+    """Workers on as few nodes as hold them, or on as many as there are. It is planned for those that a run
+    starts with; one that is made later goes where Ray has room (`spread`: round the nodes)."""
     max_restarts: int = Field(default=5, ge=0)
     """Restarts of one worker, and of the evaluator, before the run fails with the last error."""
     hang_s: float = Field(default=600.0, gt=0)
@@ -202,6 +210,12 @@ class LearnerConfig(Section):
     """Ray CPUs a rank reserves."""
     num_gpus: float = Field(default=0.0, ge=0)
     """Ray GPUs a rank reserves."""
+    accelerator_type: AcceleratorType | None = None
+    """Only on nodes with this accelerator, by Ray's name, such as H100; null: on any."""
+    resources: CustomResources = Field(default_factory=dict)
+    """Custom Ray resources a rank reserves beside, by name: only nodes that have them hold it."""
+    placement: Placement = "pack"
+    """Ranks on as few nodes as hold them, where they talk fastest; or on as many as there are."""
     max_restarts: int = Field(default=3, ge=0)
     """Restarts of the learner by Ray Train before the run fails; what a restart cannot mend fails at once."""
     hang_s: float = Field(default=1800.0, gt=0)

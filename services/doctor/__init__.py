@@ -17,24 +17,25 @@ import psutil
 from rich.table import Table
 
 from services.config import Config
+from services.config.placement import ACCELERATOR
 from services.config_file import ConfigError, find
+from services.demands import (
+    GROWTH_REMEDY,
+    UNITS,
+    Node,
+    Resource,
+    at_max_replicas,
+    demands,
+    no_room_to_grow,
+    replicas_to_come,
+    reserved,
+    shortfalls,
+)
 from services.doctor.finding import Finding
 from services.doctor.ray_cluster import ray_findings
 from services.doctor.servers import queue_findings, reward_findings, scores_nothing
 from services.prompts import prompt_source
-from services.ray_runtime import (
-    GROWTH_REMEDY,
-    UNITS,
-    Resource,
-    at_max_replicas,
-    cluster_address,
-    learner_backend,
-    no_room_to_grow,
-    own_cpus,
-    replicas_to_come,
-    reserved,
-    whole_gpus,
-)
+from services.ray_runtime import cluster_address, learner_backend, own_cpus
 from services.trackers import missing
 
 __all__ = ["Finding", "examine", "table"]
@@ -142,16 +143,22 @@ def _devices(config: Config) -> list[Finding]:
     import torch
 
     there = torch.cuda.device_count()
-    asked, taken = reserved(config, "num_gpus"), whole_gpus(config)
+    # Of which type they are is not looked up.
+    types = {name: 1.0 for demand in demands(config) for name in demand.each if name.startswith(ACCELERATOR)}
+    here = Node({"CPU": own_cpus(config), "GPU": there} | (types if there else {}))
+    short = shortfalls(demands(config), [here], "this machine")
     cuda = config.model.device.startswith("cuda")
-    ok = taken <= there and not (cuda and there == 0)
-    parts = f", in parts that take {taken} whole ones" if taken > asked else ""
-    found = f"{there} GPUs here, {asked:g} reserved{parts}, model.device {config.model.device}"
+    ok = not short and not (cuda and there == 0)
+    sum_text = "".join(f"; {one.text}" for one in short)
+    found = (
+        f"{there} GPUs here, {reserved(config, 'num_gpus'):g} reserved, model.device "
+        f"{config.model.device}{sum_text}"
+    )
     remedy = (
         ""
         if ok
-        else "lower num_gpus of rollout, learner, eval and rewards, or learner.ranks; set model.device to "
-        "cpu or auto"
+        else "lower num_gpus of rollout, learner, eval and rewards, or learner.ranks; leave out resources "
+        "and accelerator_type, or join a cluster; set model.device to cpu or auto"
     )
     return [Finding(what="devices", ok=ok, found=found, remedy=remedy)]
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import tempfile
 from collections import deque
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,8 @@ def _sample(
     settings: EvaluationSettings,
     screen: Console,
 ) -> None:
+    from services.cluster_room import require_room
+    from services.demands import reward_demands, sampling_demand
     from services.driver import reward_places
     from services.ray_runtime import ray_cluster
 
@@ -103,8 +106,11 @@ def _sample(
         tempfile.TemporaryDirectory() as private,
         screen.status("starting the reward servers") as status,
         ray_cluster(config) as own_ray,
-        reward_places(config, RunDirectory(Path(private)), own_ray) as places,
+        ExitStack() as serving,
     ):
+        asked = [sampling_demand(config), *reward_demands(config)]
+        require_room(config, asked, own_ray=own_ray, tell=status.update)
+        places = serving.enter_context(reward_places(config, RunDirectory(Path(private)), own_ray))
         folder.check_scorers(_scorers(places))
         status.stop()
         work = SuiteWork(
@@ -128,10 +134,13 @@ def _shards(
     """Every missing shard, in the order in which they are done."""
     import ray
 
+    from services.cluster_room import unplanned
+    from services.config.placement import actor_options
+
     rollout, deadline_s = evaluation.config.rollout, evaluation.config.eval.deadline_s
     options = {
-        "num_cpus": rollout.num_cpus,
-        "num_gpus": rollout.num_gpus,
+        **actor_options(rollout),
+        "scheduling_strategy": unplanned(rollout),
         "max_restarts": rollout.max_restarts,
         "max_task_retries": rollout.max_restarts,
     }

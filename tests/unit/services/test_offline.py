@@ -10,10 +10,11 @@ import torch
 
 from services.codec import Group
 from services.config_file import ConfigError
+from services.demands import reserved
 from services.doctor import examine
 from services.offline import differences, open_recording, place_of
 from services.prompts import evaluates, prompt_source
-from services.ray_runtime import loopback_parts, reserved
+from services.ray_runtime import loopback_parts
 from services.record import record_groups, recorder_config
 from services.recording import INDEX, RecordingError
 from tests.recorded_groups import config, group, record
