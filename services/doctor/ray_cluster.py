@@ -9,6 +9,7 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from services.config import Config
+from services.demands import reserved
 from services.doctor.finding import Finding
 from services.ray_access import (
     GCS_PORT,
@@ -19,7 +20,7 @@ from services.ray_access import (
     dashboard_access,
     gcs_access,
 )
-from services.ray_runtime import cluster_address, loopback_parts, reserved
+from services.ray_runtime import cluster_address, loopback_parts
 from services.spoken import OWN_PORT
 
 WORKER_PORTS: Final = range(10_002, 20_000)
