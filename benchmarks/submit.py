@@ -86,7 +86,7 @@ def run_submit_bench(
     *,
     runs: int = 1,
     recipe: str = "quickstart",
-    overrides: tuple[str, ...] = (),
+    overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Seconds by phase.
 
