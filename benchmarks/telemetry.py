@@ -72,7 +72,7 @@ def run_telemetry_bench(
     """
     with tempfile.TemporaryDirectory() as folder:
         row, update_s, update_cpu_s = _update_costs(Path(folder) / "runs", updates)
-        costs = _telemetry_costs(Path(folder), load_config("quickstart"), row, update_s, times)
+        costs = telemetry_costs(Path(folder), load_config("quickstart"), row, update_s, times)
     telemetry_cpu_s = sum(cpu_s * count for cpu_s, count in costs.values())
     result = {
         "benchmark": "telemetry",
@@ -149,7 +149,7 @@ def _kill(running: subprocess.Popen[bytes]) -> None:
     running.wait(timeout=60)
 
 
-def _telemetry_costs(folder: Path, config: Config, row: UpdateRow, update_s: float, times: int) -> Costs:
+def telemetry_costs(folder: Path, config: Config, row: UpdateRow, update_s: float, times: int) -> Costs:
     """Each with a real queue server and a real Ray."""
     with EmbeddedValkey(folder / "queue") as server, _ray():
         queue = GroupQueue(connect(server.url, server.password), "bench", config.queue)
