@@ -113,7 +113,7 @@ def run_submit_bench(
         "seconds": min(seconds),
         "all_seconds": seconds,
         "median_s": statistics.median(seconds),
-        "phases": _phases(best),
+        "phases": phases(best),
         "parts": {name: best[name] - best["began"] for name in PARTS},
         "target_s": TARGET_S,
         "met": min(seconds) < TARGET_S,
@@ -123,13 +123,13 @@ def run_submit_bench(
     return result
 
 
-def _phases(moments: Moments) -> dict[str, float]:
+def phases(moments: Moments) -> dict[str, float]:
     """Each phase lasts from the end of the one before; one that others have outlasted takes no time."""
-    phases, before = {}, moments["began"]
+    lasted, before = {}, moments["began"]
     for name, _ in PHASES:
-        phases[name] = max(0.0, moments[name] - before)
+        lasted[name] = max(0.0, moments[name] - before)
         before = max(before, moments[name])
-    return phases
+    return lasted
 
 
 def _one(recipe: str, overrides: Sequence[str]) -> Moments:

@@ -118,6 +118,17 @@ def submit(
     _bench(run_submit_bench(screen, runs=runs, recipe=recipe, overrides=overrides or ()), as_json)
 
 
+@bench.command("telemetry")
+def telemetry(
+    updates: Annotated[int, typer.Option(min=5, help="Of the quickstart that it is held against.")] = 12,
+    as_json: Json = False,
+) -> None:
+    """CPU seconds of rows, heartbeats, curves and metrics against those of an update of the quickstart."""
+    from benchmarks.telemetry import run_telemetry_bench
+
+    _bench(run_telemetry_bench(screen, updates=updates), as_json)
+
+
 @bench.command("plan")
 def plan(
     gpus: Annotated[

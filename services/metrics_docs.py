@@ -31,7 +31,7 @@ _HEAD = """\
 
 What a run says of itself, and where: [watching a run](watching.md) shows how to look at it.
 
-_This page is generated from `services/metrics.py`, `services/tensorboard_events.py` and
+_This page is generated from `services/metrics.py`, `services/scalars.py` and
 `services/ray_metrics.py` by `make docs`; change it there._
 
 ## `metrics.jsonl`

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 HELD_ROWS: Final = 10_000
 """Rows that wait for a slow tracker; later ones are not logged there."""
-CLOSE_S: Final = 30.0
+CLOSE_S: Final = 60.0
 """For what a tracker has not taken when the run ends."""
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://\S+")
 
@@ -56,8 +56,8 @@ def missing(name: TrackerName) -> str | None:
         return f"the package {name} is not installed: pip install 'dgpo-cluster[{name}]'"
     if name == "mlflow" and not _named("MLFLOW_TRACKING_URI") and not _has("sqlalchemy"):
         return (
-            "mlflow-skinny has no store of its own: set MLFLOW_TRACKING_URI to a server, or "
-            "pip install 'dgpo-cluster[mlflow]'"
+            "mlflow-skinny has no store of its own: set MLFLOW_TRACKING_URI to a server's, or "
+            "pip install mlflow"
         )
     return None
 

@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable
 
 import psutil
+from rich.markup import escape
 from rich.table import Table
 
 from services.config import Config
@@ -81,7 +82,8 @@ def table(findings: list[Finding]) -> Table:
     for finding in findings:
         fine = "[yellow]warn[/]" if finding.warning else "[green]ok[/]"
         mark = fine if finding.ok else "[red]no[/]"
-        sheet.add_row(mark, finding.what, finding.found, finding.remedy)
+        # Brackets are none of its own: `pip install 'dgpo-cluster[8bit]'`.
+        sheet.add_row(mark, *map(escape, (finding.what, finding.found, finding.remedy)))
     return sheet
 
 

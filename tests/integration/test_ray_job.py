@@ -214,14 +214,49 @@ def test_a_queue_and_a_gcs_that_are_mixed_up_are_told_apart(
     assert not found.ok and "a web server answers there" in found.found
 
 
-def test_a_cluster_without_tokens_is_a_warning(client: pytest.MonkeyPatch) -> None:
-    with head(without_ray() | {"RAY_AUTH_MODE": "disabled"}) as cluster:
-        client.setenv("RAY_API_SERVER_ADDRESS", cluster.dashboard)
-        gcs = f"127.0.0.1:{cluster.port}"
-        for finding in told(gcs):
-            assert finding.ok and finding.warning and "whoever reaches it runs code" in finding.found
-            assert "ray get-auth-token --generate" in finding.remedy
-        client.setenv("RAY_AUTH_MODE", "token")
-        for finding in told(gcs):
-            assert not finding.ok and "Ray's clients refuse to start without one" in finding.found
-            assert "RAY_AUTH_MODE=disabled" in finding.remedy
+@pytest.fixture(scope="module")
+def tokenless() -> Iterator[Cluster]:
+    with head(without_ray() | {"RAY_AUTH_MODE": "disabled"}) as made:
+        yield made
+
+
+def test_a_cluster_without_tokens_is_a_warning(tokenless: Cluster, client: pytest.MonkeyPatch) -> None:
+    client.setenv("RAY_API_SERVER_ADDRESS", tokenless.dashboard)
+    gcs = f"127.0.0.1:{tokenless.port}"
+    for finding in told(gcs):
+        assert finding.ok and finding.warning and "whoever reaches it runs code" in finding.found
+        assert "ray get-auth-token --generate" in finding.remedy
+    client.setenv("RAY_AUTH_MODE", "token")
+    for finding in told(gcs):
+        assert not finding.ok and "Ray's clients refuse to start without one" in finding.found
+        assert "RAY_AUTH_MODE=disabled" in finding.remedy
+
+
+@pytest.mark.slow
+def test_a_run_does_not_need_the_dashboard(
+    tokenless: Cluster, client: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    port = int(tokenless.dashboard.rpartition(":")[2])
+    (dashboard,) = {
+        each.pid
+        for each in psutil.net_connections("tcp")
+        if each.status == psutil.CONN_LISTEN and each.laddr.port == port
+    }
+    # Stopped, not ended: with --block, a head of which one process ends ends as a whole.
+    psutil.Process(dashboard).suspend()
+    client.setenv("RAY_API_SERVER_ADDRESS", tokenless.dashboard)
+    gcs = f"127.0.0.1:{tokenless.port}"
+    joined, jobs = told(gcs)
+    assert joined.ok and not jobs.ok and "no Ray dashboard answers at" in jobs.found
+    small = settings(tmp_path, "learner.max_steps=1", "eval.final_prompts=4")
+    done = subprocess.run(
+        [sys.executable, "-m", "services.cli", "train", "quickstart", "--json", *small],
+        env={**tokenless.environment, "RAY_ADDRESS": gcs},
+        cwd=PROJECT_ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["steps"] == 1

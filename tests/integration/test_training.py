@@ -10,8 +10,10 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 from rich.console import Console
 from small_runs import STEPS, TOKEN_VARIABLE, Heard, Watching, run
 
@@ -65,11 +67,18 @@ def test_a_finished_run_goes_on_with_more_and_larger_steps(recipe: Callable[...,
 
 
 def test_staleness_is_bounded_and_used_and_metrics_are_told(
-    recipe: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+    recipe: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Weights go straight from the learner to the workers."""
     monkeypatch.setattr("services.driver.RunMetrics", Heard)
-    settings = ("queue.max_staleness=1", "rollout.workers=2", "learner.max_steps=6")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path}/store")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    settings = (
+        "queue.max_staleness=1",
+        "rollout.workers=2",
+        "learner.max_steps=6",
+        "telemetry.tracker=mlflow",
+    )
     outcome = run(recipe(*settings, "learner.publish_through=process_groups"))
     written = read_metrics(outcome.run.root)
     assert max(row.staleness_max for row in written.updates) == 1
@@ -80,6 +89,15 @@ def test_staleness_is_bounded_and_used_and_metrics_are_told(
     assert sorted(told, key=lambda row: row.time) == sorted(
         [*written.updates, *written.evals], key=lambda row: row.time
     )
+    client = MlflowClient(f"file:{tmp_path}/store")
+    (tracked,) = client.search_runs([client.get_experiment_by_name("dgpo").experiment_id])
+    assert (tracked.info.run_name, tracked.info.status) == (outcome.run.name, "FINISHED")
+    rewards = client.get_metric_history(tracked.info.run_id, "train/reward_mean")
+    assert {one.step: one.value for one in rewards} == {row.step: row.reward_mean for row in written.updates}
+    held_out = client.get_metric_history(tracked.info.run_id, "eval/ocr")
+    assert {one.step: one.value for one in held_out} == {
+        row.step: row.rewards["ocr"].mean for row in written.evals
+    }
     # A busy machine may silence a part for a while.
     assert Heard.last.states[0] == "starting"
     assert set(Heard.last.states[1:]) - {"degraded"} == {"running"}

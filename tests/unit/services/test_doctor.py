@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 
 import psutil
 import pytest
 import torch
+from rich.console import Console
 
 from services.config_file import load_config
-from services.doctor import Finding, examine
+from services.doctor import Finding, examine, table
 
 
 @pytest.mark.parametrize(
@@ -59,6 +61,14 @@ def test_an_optimizer_without_its_package_is_found(monkeypatch: pytest.MonkeyPat
     (finding,) = [finding for finding in examine(config) if finding.what == "optimizer"]
     assert not finding.ok
     assert "pip install 'dgpo-cluster[8bit]'" in finding.remedy
+
+
+def test_the_table_shows_what_is_in_brackets() -> None:
+    remedy = "pip install 'dgpo-cluster[8bit]'"
+    screen = Console(width=200, record=True, file=io.StringIO())
+    screen.print(table([Finding(what="reward [a]", ok=False, found="[b]", remedy=remedy)]))
+    text = screen.export_text()
+    assert all(shown in text for shown in ("reward [a]", "[b]", remedy))
 
 
 def test_a_hub_id_is_no_mistyped_directory() -> None:
