@@ -299,6 +299,9 @@ class ClusterConfig(Section):
     """Object store of a Ray that this run starts, MiB."""
     serve_port: int = Field(default=0, ge=0, le=65535)
     """Port of the reward servers that this run starts; 0 takes a free one."""
+    colocate: bool = False
+    """One GPU for all: learner, rollout worker and evaluator take turns on it, and who has no turn keeps its
+    model and optimizer in host memory. For one worker, one rank and `queue.max_staleness` 0."""
     start_deadline_s: float = Field(default=180.0, gt=0)
     """Seconds for each part to become ready."""
     wait_s: float = Field(default=0.0, ge=0)

@@ -32,6 +32,7 @@ from services.demands import (
     replicas_to_come,
     reserved,
     shortfalls,
+    sums,
 )
 from services.doctor.finding import Finding
 from services.doctor.servers import (
@@ -40,6 +41,7 @@ from services.doctor.servers import (
     reward_findings,
     scores_nothing,
 )
+from services.formatting import reason
 from services.prompts import prompt_source
 from services.ray_runtime import cluster_address, learner_backend, loopback_parts, own_cpus
 
@@ -70,6 +72,7 @@ def examine(config: Config) -> list[Finding]:
         reward_findings,
         _memory,
         _ray,
+        _room,
         _room_to_grow,
     ]
     return [finding for check in checks for finding in check(config)]
@@ -161,8 +164,8 @@ def _devices(config: Config) -> list[Finding]:
     remedy = (
         ""
         if ok
-        else "lower num_gpus of rollout, learner, eval and rewards, or learner.ranks; leave out resources and "
-        "accelerator_type, or join a cluster; set model.device to cpu or auto"
+        else "lower num_gpus of rollout, learner, eval and rewards, or learner.ranks; leave out resources "
+        "and accelerator_type, or join a cluster; set model.device to cpu or auto"
     )
     return [Finding(what="devices", ok=ok, found=found, remedy=remedy)]
 
@@ -300,6 +303,33 @@ def _ray(config: Config) -> list[Finding]:
         remedy = "start the cluster (ray start --head), or mend cluster.address / RAY_ADDRESS"
         return [Finding(what="ray", ok=False, found=f"{address}: {error}", remedy=remedy)]
     return [Finding(what="ray", ok=True, found=f"{address}: reachable{warning}")]
+
+
+def _room(config: Config) -> list[Finding]:
+    """Whether the cluster that a run would join can hold it."""
+    address = cluster_address(config)
+    if address is None or not all(finding.ok for finding in _ray(config)):
+        return []
+    from ray.exceptions import RayError
+
+    from services.cluster_room import nodes_at
+
+    asked = demands(config, evaluating=not scores_nothing(config))
+    what, needs = "room", f"the run needs {sums(asked) or 'nothing of Ray'}"
+    if address == "auto" or "//" in address:
+        return [Finding(what=what, ok=True, found=needs)]
+    try:
+        nodes = nodes_at(address)
+    except RayError as error:
+        told = f"{needs}; {address} does not say what it has: {reason(error)}"
+        return [Finding(what=what, ok=True, warning=True, found=told, remedy="see RAY_AUTH_TOKEN")]
+    short, wait_s = shortfalls(asked, nodes), config.cluster.wait_s
+    found = "; ".join(one.text for one in short) or f"{needs}, and {len(nodes)} nodes have it"
+    remedy = "lower workers, ranks or replicas, or what each reserves; add nodes, or set cluster.wait_s"
+    if short and wait_s:
+        remedy = f"nothing, where the cluster grows by then: the run waits {wait_s:g} s (cluster.wait_s)"
+    ok = not short or wait_s > 0
+    return [Finding(what=what, ok=ok, warning=bool(short), found=found, remedy=remedy if short else "")]
 
 
 def _room_to_grow(config: Config) -> list[Finding]:
