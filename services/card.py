@@ -18,7 +18,7 @@ from typing import Protocol
 
 from services.config import Config
 from services.group_queue import GroupQueue
-from services.heartbeat import BEATS_TO_LIVE, Pulse
+from services.heartbeat import Pulse
 from services.queue_turn import Turn
 
 logger = logging.getLogger(__name__)
@@ -105,5 +105,5 @@ def card_of(config: Config, queue: GroupQueue, pulse: Pulse) -> OwnCard:
     """Of the part that beats with this pulse."""
     if not config.cluster.colocate:
         return OwnCard()
-    turn = queue.turn(pulse.part, BEATS_TO_LIVE * config.telemetry.heartbeat_s)
+    turn = queue.turn(pulse.part, config.queue.lease_s)
     return SharedCard(turn, pulse, config.groups_deadline_s)

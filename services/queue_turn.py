@@ -1,10 +1,11 @@
 """Turns on what only one part of a run may use at a time: a lock in the queue server, with a lease.
 
 Promises
-- One part has the turn. Whoever dies loses it with its lease; whoever lives renews it with every heartbeat.
+- One part has the turn. Whoever dies loses it with its lease, and at once where the part is made anew;
+  whoever lives renews it with every heartbeat.
 - A wait has a deadline, and names who has the turn.
-- A server that has lost its data gives the turn back to who had it, unless another part was faster: that
-  is told by `give`, where the turn would have ended.
+- A server that has lost its data gives the turn back to who had it. Where another part was faster, that is
+  a warning, and an error of `give` where the turn would have ended.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 import uuid
+from contextlib import suppress
 
 import redis
 from redis.exceptions import LockError
@@ -53,6 +55,7 @@ class Turn:
         Raises:
             QueueTimeout: another part has had it all the time.
         """
+        self._end_former_life()
         token = f"{self._part} {uuid.uuid4().hex}".encode()
         if not self._lock.acquire(blocking=True, blocking_timeout=deadline_s, token=token):
             raise QueueTimeout(f"{self._part} waited {deadline_s:g} s for its turn; {self._holder()} has it")
@@ -67,8 +70,10 @@ class Turn:
             try:
                 self._lock.reacquire()
             except LockError:
-                kept = self._client.set(self._key, self._token, nx=True, px=self._lease_ms)
-                logger.warning("the turn of %s was gone%s", self._part, "; taken again" if kept else "")
+                if self._client.set(self._key, self._token, nx=True, px=self._lease_ms):
+                    logger.warning("the turn of %s was gone, and is taken again", self._part)
+                else:
+                    logger.warning("the turn of %s is now that of %s", self._part, self._holder())
 
     def give(self) -> None:
         """The turn is over.
@@ -82,6 +87,15 @@ class Turn:
                 self._lock.release()
             except LockError as error:
                 raise TurnLost(f"{self._part} has lost its turn; {self._holder()} has it") from error
+
+    def _end_former_life(self) -> None:
+        """A part that is made anew is alone of its name: who had the turn by this name is dead."""
+        found = self._client.get(self._key)
+        if isinstance(found, bytes) and found.startswith(f"{self._part} ".encode()):
+            former = self._client.lock(self._key, thread_local=False)
+            former.local.token = found
+            with suppress(LockError):
+                former.release()
 
     def _holder(self) -> str:
         found = self._client.get(self._key)

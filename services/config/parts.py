@@ -178,7 +178,8 @@ class QueueConfig(Section):
     max_staleness: int = Field(default=1, ge=0)
     """Updates a group may lag behind; 0 is synchronous and bit-reproducible."""
     lease_s: float = Field(default=120.0, gt=0)
-    """Seconds a worker may hold an ordinal between two renewals before it is issued again."""
+    """Seconds a worker may hold an ordinal between two renewals before it is issued again, and a part its
+    turn on a card that others share (`cluster.colocate`)."""
     max_attempts: int = Field(default=3, ge=1)
     """Issues of one ordinal before it goes to the dead-letter stream."""
     max_dead: int = Field(default=8, ge=0)

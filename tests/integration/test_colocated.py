@@ -15,7 +15,7 @@ from services.card import TURN
 from services.config import Config
 from services.messages import Heartbeat
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_local"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_local"), pytest.mark.timeout(900)]
 
 LINE = re.compile(re.escape(TURN.partition(",")[0]).replace(re.escape("%.6f"), r"(\d+\.\d+)"))
 
@@ -35,7 +35,7 @@ def test_turns_do_not_overlap_and_a_killed_holder_loses_its_own(
                 os.kill(beat.pid, signal.SIGKILL)
 
     view = Watching(at_beats=kill_in_its_turn)
-    outcome = run(recipe("cluster.colocate=true", "rollout.workers=1", "telemetry.heartbeat_s=0.2"), view)
+    outcome = run(recipe("cluster.colocate=true", "rollout.workers=1"), view)
     assert killed and view.pids["rollout-0"] != killed[0]
     assert outcome.version.step == STEPS
     assert outcome.weights_digest == digest

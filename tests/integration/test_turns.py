@@ -35,6 +35,19 @@ def test_the_turn_of_a_dead_part_ends_with_its_lease(run: Run) -> None:
     assert not worker.held
 
 
+def test_a_part_that_is_made_anew_ends_the_turn_of_its_former_life(run: Run) -> None:
+    former, learner = turns(run, 60.0)
+    former.take(1.0)
+    with pytest.raises(QueueTimeout, match="rollout-0 has it"):
+        learner.take(0.1)
+    anew = run.queue().turn("rollout-0", 60.0)
+    anew.take(1.0)
+    anew.give()
+    learner.take(1.0)
+    with pytest.raises(TurnLost, match="learner-0 has it"):
+        former.give()
+
+
 def test_a_turn_that_is_renewed_does_not_end(run: Run) -> None:
     worker, learner = turns(run, 0.6)
     worker.take(1.0)

@@ -35,9 +35,9 @@ def large_tensors() -> list[Tensor]:
 
 def onto_device(policy: Policy) -> None:
     """As a GPU has it: a move there makes buffers anew, which here are views of what was read."""
-    for part in vars(policy.pipeline).values():
-        if isinstance(part, torch.nn.Module):
-            part._apply(torch.clone)
+    parts: list[Any] = [part for part in vars(policy.pipeline).values() if isinstance(part, torch.nn.Module)]
+    for part in parts:
+        part._apply(torch.clone)
 
 
 def memory(tensors: list[Tensor]) -> dict[int, Any]:
