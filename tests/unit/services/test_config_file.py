@@ -298,7 +298,7 @@ def test_parts_on_one_card_take_turns_and_wait_for_an_evaluation_too() -> None:
     [
         (
             "queue.max_staleness=1",
-            "needs queue.max_staleness 0, not 1: who trains and who samples take turns",
+            "queue.max_staleness 0, not 1: who trains and who samples take turns",
         ),
         ("learner.ranks=2", "needs learner.ranks 1, not 2"),
         ("rollout.workers=2", "needs rollout.workers 1, not 2"),
