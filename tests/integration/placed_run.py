@@ -25,7 +25,7 @@ from services.progress import Progress
 from services.ray_runtime import NAMESPACE
 from services.run_directory import RunDirectory
 
-REFUSED = ("rollout.workers=9", "cluster.wait_s=0", "learner.resources={}")
+REFUSED = ("rollout.workers=9", "cluster.wait_s=0")
 
 
 class Waiting(Progress):
