@@ -40,7 +40,9 @@ def recipe_cost(config: Config, model: Published) -> RecipeCost:
     rank = memory.rank + memory.activations
     # An evaluator that has no GPU of its own has a policy of its own.
     sharing = memory.sampler + memory.rewards + (memory.sampler if config.eval.num_gpus < 1 else 0.0)
-    if gpus == 1:
+    if config.cluster.colocate:
+        seconds, fullest = (work.sampling + work.training) / RATE, max(memory.sampler, rank) + memory.rewards
+    elif gpus == 1:
         seconds, fullest = (work.sampling + work.training) / RATE, sharing + rank
     else:
         shape = Shape(config.learner.groups_per_step, config.queue.max_staleness)

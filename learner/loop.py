@@ -13,6 +13,9 @@ Order within a step, and why
 5. commit: one transaction acknowledges the groups, records their ordinals as trained and announces the new
    version. No worker can be issued an ordinal of the next step with the old version at max_staleness 0.
 
+Where parts take turns on one card (services/card.py), 2 to 4 are the learner's turn: the groups of the next
+step are sampled in the worker's, which begins behind 5.
+
 Promises
 - Ends normally when max_steps are done or the run is draining, each time with a checkpoint behind the last
   committed step; any other end is an exception.
@@ -29,6 +32,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from services.card import OwnCard
 from services.codec import Group
 from services.config import Config
 from services.group_queue import Frontier, GroupQueue, Stopped
@@ -105,6 +109,7 @@ class LearnerLoop:
         on_step: Callable[[dict[str, Any]], None] | None = None,
         record: Callable[[Sequence[Group]], None] | None = None,
         curriculum: Curriculum | None = None,
+        card: OwnCard | None = None,
     ) -> None:
         self._config = config
         self._queue = queue
@@ -113,6 +118,7 @@ class LearnerLoop:
         self._on_step = on_step
         self._record = record
         self._curriculum = curriculum
+        self._card = card or OwnCard()
         self._checkpointed = -1
 
     def run(self, start: Start) -> int:
@@ -154,18 +160,19 @@ class LearnerLoop:
 
     def _begin(self, start: Start) -> int:
         settings, queue = self._config.learner, self._config.queue
-        self._pulse.enter("publishing the first weights")
-        version = self._queue.begin_epoch(
-            lambda version: self._trainer.publish(version, kind="policy"),
-            limit=start.trained + max(0, settings.max_steps - start.step) * settings.groups_per_step,
-            window=(queue.max_staleness + 1) * settings.groups_per_step,
-            checkpoint=start.version,
-            frontier=start.frontier,
-        )
-        if self._curriculum is not None:
-            self._curriculum.assign(start.frontier or Frontier())
-            self._queue.plan(self._curriculum.places())
-        self._queue.announce(self._trainer.publish(version, kind="ema"))
+        with self._card.turn():
+            self._pulse.enter("publishing the first weights")
+            version = self._queue.begin_epoch(
+                lambda version: self._trainer.publish(version, kind="policy"),
+                limit=start.trained + max(0, settings.max_steps - start.step) * settings.groups_per_step,
+                window=(queue.max_staleness + 1) * settings.groups_per_step,
+                checkpoint=start.version,
+                frontier=start.frontier,
+            )
+            if self._curriculum is not None:
+                self._curriculum.assign(start.frontier or Frontier())
+                self._queue.plan(self._curriculum.places())
+            self._queue.announce(self._trainer.publish(version, kind="ema"))
         self._pulse.version = version
         self._checkpointed = start.step if start.version is not None else -1
         return version.epoch
@@ -176,7 +183,7 @@ class LearnerLoop:
         self._pulse.enter(f"waiting for the groups of step {step + 1}", waits=True)
         groups = self._queue.take(
             settings.groups_per_step,
-            deadline_s=self._config.queue.take_deadline_s,
+            deadline_s=self._config.groups_deadline_s,
         )
         clock.lap("wait_s")
         clock.move("wait_s", "codec_s", self._queue.opening_s - opened)
@@ -184,23 +191,28 @@ class LearnerLoop:
             self._pulse.enter(f"recording the groups of step {step + 1}")
             self._record(groups)
             clock.lap("record_s")
-        self._pulse.enter(f"updating to step {step + 1}")
-        row = self._trainer.update(groups, step)
-        clock.lap("forward_backward_s")
         version = PolicyVersion(epoch=epoch, step=step + 1)
-        self._pulse.enter(f"publishing step {step + 1}")
-        announcement = self._trainer.publish(version, kind="policy")
-        ema = self._trainer.publish(version, kind="ema") if self._evaluates(step + 1) else None
-        clock.lap("publish_s")
         ordinals = [group.header.ordinal for group in groups]
-        if self._curriculum is not None:
-            self._curriculum.observe(groups)
-            row["prompts_left_out"] = self._curriculum.assign(self._queue.frontier_after(ordinals))
-        if self._checkpoints(step + 1):
-            self._pulse.enter(f"checkpointing step {step + 1}")
-            self._trainer.checkpoint(version, self._queue.frontier_after(ordinals))
-            self._checkpointed = step + 1
-        clock.lap("checkpoint_s")
+        with self._card.turn():
+            if self._config.cluster.colocate:
+                clock.lap("turn_s")
+            self._pulse.enter(f"updating to step {step + 1}")
+            row = self._trainer.update(groups, step)
+            clock.lap("forward_backward_s")
+            self._pulse.enter(f"publishing step {step + 1}")
+            announcement = self._trainer.publish(version, kind="policy")
+            ema = self._trainer.publish(version, kind="ema") if self._evaluates(step + 1) else None
+            clock.lap("publish_s")
+            if self._curriculum is not None:
+                self._curriculum.observe(groups)
+                row["prompts_left_out"] = self._curriculum.assign(self._queue.frontier_after(ordinals))
+            if self._checkpoints(step + 1):
+                self._pulse.enter(f"checkpointing step {step + 1}")
+                self._trainer.checkpoint(version, self._queue.frontier_after(ordinals))
+                self._checkpointed = step + 1
+            clock.lap("checkpoint_s")
+        if self._config.cluster.colocate:
+            clock.lap("turn_s")
         if self._curriculum is not None:
             self._queue.plan(self._curriculum.places())
         self._queue.commit(announcement, ordinals)

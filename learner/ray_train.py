@@ -33,6 +33,8 @@ from learner.sharded_checkpoint import CheckpointRefused
 from learner.trainer import PolicyTrainer
 from learner.update import UpdateError
 from policy.loading import find_device
+from policy.parking import Parking
+from services.card import OwnCard, card_of
 from services.config import ClusterConfig, Config, LearnerConfig
 from services.context import RunContext
 from services.full_disk import disk_refuses
@@ -91,11 +93,16 @@ def train_rank(settings: dict[str, Any]) -> str | None:
     try:
         queue = together(ranks, "the opening of the queue", partial(context.open_queue, "learner"))
         with learner_pulse(part, queue, config) as pulse:
+            card = card_of(config, queue, pulse)
+            # Until the first weights are published (learner/loop.py).
+            card.take()
             pulse.enter("loading the model")
             transport = open_transport(config, context.directory, settings["store"])
             if ranks is None:
                 kind = PolicyTrainer if context.record is None else UntrainedTrainer
-                _lead(context, queue, kind(context, transport), pulse)
+                alone = kind(context, transport)
+                card.state = Parking(alone.held, alone.policy.device)
+                _lead(context, queue, alone, pulse, card=card)
                 return None
             make = partial(PolicyTrainer, context, transport, ranks)
             trainer = together(ranks, "the loading of the model", make)
@@ -137,6 +144,7 @@ def _lead(
     trainer: PolicyTrainer | UntrainedTrainer,
     pulse: Pulse,
     ranks: Ranks | None = None,
+    card: OwnCard | None = None,
 ) -> None:
     """The learner's loop, from the newest checkpoint to its end."""
     start = trainer.begin()
@@ -147,6 +155,7 @@ def _lead(
             on_step=_reporter(ranks),
             record=record,
             curriculum=trainer.curriculum,
+            card=card or OwnCard(),
         )
         try:
             loop.run(start)

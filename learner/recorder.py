@@ -62,10 +62,10 @@ class UntrainedTrainer:
     def __init__(self, context: RunContext, transport: WeightsTransport) -> None:
         self._context, self._transport = context, transport
         config = context.config
-        self._policy = load_policy(
+        self.policy = load_policy(
             config.model, text_encoders=False, vae=False, base=False, seed=config.run.seed
         )
-        self._prober = Prober(self._policy, config)
+        self._prober = Prober(self.policy, config)
 
     def begin(self) -> Start:
         """Behind the groups that an earlier learner has recorded."""
@@ -91,7 +91,7 @@ class UntrainedTrainer:
         }
 
     def publish(self, version: PolicyVersion, *, kind: str) -> WeightsAnnouncement:
-        tensors = self._policy.trainable()
+        tensors = self.policy.trainable()
         probe = self._prober.of(tensors, version, kind=kind)
         dtype = getattr(torch, self._context.config.learner.publish_dtype)
         return publish(self._transport, tensors, version, kind=kind, dtype=dtype, probe=probe)
@@ -106,6 +106,10 @@ class UntrainedTrainer:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(self._state)
+
+    def held(self) -> Iterator[torch.Tensor]:
+        """Every tensor that is kept."""
+        return self.policy.held()
 
     def finish(self) -> None:
         self._transport.close()

@@ -8,7 +8,7 @@ Promises
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -108,6 +108,13 @@ class Trained:
         for ago, past in enumerate(self.past.kept, start=1):
             state[f"reference-{ago}"] = dict(past.tensors)
         return state
+
+    def held(self) -> Iterator[Tensor]:
+        """Every tensor that is kept beside the policy's own."""
+        for moments in self.optimizer.state.values():
+            yield from (value for value in moments.values() if isinstance(value, Tensor))
+        for average in (self.ema, self.reference, *self.past.kept):
+            yield from (average.tensors.values() if average is not None else ())
 
     def load(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Continue from what `state` returned, in this or another process.

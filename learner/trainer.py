@@ -186,6 +186,11 @@ class PolicyTrainer:
             {"epoch": version.epoch, "frontier": frontier.model_dump(mode="json")},
         )
 
+    def held(self) -> Iterator[Tensor]:
+        """Every tensor that is kept from one update to the next."""
+        yield from self.policy.held()
+        yield from self.updater.trained.held()
+
     def finish(self) -> None:
         self._writer.finish()
         self._transport.close()

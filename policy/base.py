@@ -190,6 +190,16 @@ class Policy(ABC):
         if base:
             self._base = self.tensors()
 
+    def held(self) -> Iterator[Tensor]:
+        """Every tensor that this policy keeps, wherever it is."""
+        parts = (part for part in vars(self.pipeline).values() if isinstance(part, nn.Module))
+        for module in (self.transformer, *parts):
+            yield from module.parameters()
+            yield from module.buffers()
+        yield from (self._base or {}).values()
+        for condition in self._conditions.values():
+            yield from condition.values()
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name, float32; the same objects at every call."""
         return dict(self._trainable)

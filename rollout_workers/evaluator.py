@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from policy.parking import Parking
 from rollout_workers.evaluation import Evaluation, evaluate
 from rollout_workers.policy_sampler import PolicySampler
 from rollout_workers.scoring import RewardServers
+from services.card import card_of
 from services.context import RunContext
 from services.heartbeat import BEATS_TO_LIVE, Pulse
 from services.images import write_grid
@@ -50,9 +52,12 @@ class Evaluator:
             hang_s=self._context.config.eval.deadline_s,
         )
         self._pulse.__enter__()
-        self._pulse.enter("loading the model")
         config, directory = self._context.config, self._context.directory
-        self._sampler = PolicySampler(config, directory, open_transport(config, directory, store))
+        self._card = card_of(config, self._queue, self._pulse)
+        with self._card.turn():
+            self._pulse.enter("loading the model")
+            self._sampler = PolicySampler(config, directory, open_transport(config, directory, store))
+            self._card.state = Parking(self._sampler.policy.held, self._sampler.policy.device)
         self._scorer = RewardServers(self._context.config.rewards, self._context.rewards)
         self._prompts = prompt_source(self._context.config)
         self._pulse.enter("waiting for weights", waits=True)
@@ -68,9 +73,10 @@ class Evaluator:
             about: its next life announces newer ones.
         """
         told = WeightsAnnouncement.model_validate_json(announcement)
-        self._pulse.enter(f"evaluating {told.version}")
         try:
-            return self._evaluate(told, when).model_dump_json()
+            with self._card.turn():
+                self._pulse.enter(f"evaluating {told.version}")
+                return self._evaluate(told, when).model_dump_json()
         except WeightsGone as error:
             logger.warning("evaluation skipped: %s", error)
             return None

@@ -6,6 +6,7 @@ Promises
 - While a group is being scored the next one is being sampled; at most one group waits for its scores.
 - A group that cannot be had, or its scores cannot, is given back with the reason, and nothing of it reaches
   the learner.
+- Where parts take turns on one card, this one has its turn from the first group of a step to the last.
 - A lease is renewed while its group is alive, for `rollout.hang_s` at most; the loop ends by `RunEnded` only:
   anything else is a failure.
 
@@ -28,6 +29,7 @@ from numpy.typing import NDArray
 
 from reward_servers.client import RewardError
 from rollout_workers.scoring import GroupScores, Scorer
+from services.card import OwnCard
 from services.codec import CorruptGroup, encode_group
 from services.config import Config
 from services.group_queue import Admitted, GroupQueue, Lease, NotAssigned, RunEnded
@@ -97,6 +99,7 @@ class RolloutLoop:
         poll_s: float = 1.0,
         keep_images: KeepImages | None = None,
         unwanted: Callable[[], bool] = lambda: False,
+        card: OwnCard | None = None,
     ) -> None:
         self.worker = worker
         self._queue = queue
@@ -107,6 +110,7 @@ class RolloutLoop:
         self._poll_s = poll_s
         self._keep_images = keep_images
         self._unwanted = unwanted
+        self._card = card or OwnCard()
         self.dismissed = False
         """Whether `run` has ended because nobody wanted this worker any more."""
         self._installed: PolicyVersion | None = None
@@ -128,10 +132,12 @@ class RolloutLoop:
             while not self._unwanted():
                 self._turn()
             self.dismissed = True
+            self._card.give()
             self._settle()
             logger.info("one worker too many: ends after %d groups", self._pulse.groups)
             return self._pulse.groups
         except RunEnded as ended:
+            self._card.give()
             self._settle()
             logger.info("run is %s after %d groups", ended.state, self._pulse.groups)
             return self._pulse.groups
@@ -139,9 +145,10 @@ class RolloutLoop:
             self._background.shutdown(wait=False, cancel_futures=True)
 
     def _turn(self) -> None:
-        started = time.monotonic()
+        asked = time.monotonic()
         lease = self._queue.issue(self.worker)
         if lease is None:
+            self._card.give()
             self._pulse.enter("waiting for an ordinal", waits=True)
             # A failure of the scoring thread must not hide behind an idle queue.
             if self._scoring is not None and self._scoring.done():
@@ -149,6 +156,9 @@ class RolloutLoop:
             self._queue.wait_for_work(self._poll_s)
             return
         self._pulse.hold(lease.ordinal)
+        issue_s = time.monotonic() - asked
+        self._card.take()
+        started = time.monotonic()
         try:
             self._update_weights(lease)
             assert self._installed is not None
@@ -159,12 +169,13 @@ class RolloutLoop:
             logger.warning("ordinal %d given back: %s", lease.ordinal, error)
             self._queue.release(self.worker, lease.ordinal)
             self._pulse.let_go(lease.ordinal)
+            self._card.give()
             what = "weights" if isinstance(error, WeightsGone) else "a prompt"
             self._pulse.enter(f"waiting for {what}", waits=True)
             # Not `wait_for_work`: what was given back wakes everyone who waits there, this worker too.
             time.sleep(self._poll_s)
             return
-        self._overhead_s += time.monotonic() - started
+        self._overhead_s += issue_s + time.monotonic() - started
         self._pulse.enter("sampling", ordinal=task.ordinal)
         started = time.monotonic()
         try:

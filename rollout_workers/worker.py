@@ -8,9 +8,11 @@ from typing import Any, Literal
 
 import torch
 
+from policy.parking import Parking
 from rollout_workers.loop import KeepImages, RolloutLoop, SampledGroup, worker_pulse
 from rollout_workers.policy_sampler import PolicySampler
 from rollout_workers.scoring import GroupScores, RewardServers
+from services.card import card_of
 from services.context import RunContext
 from services.group_queue import Lease
 from services.images import write_strip
@@ -44,9 +46,12 @@ class RolloutWorker:
         context, config = self._context, self._context.config
         queue = context.open_queue("worker")
         with worker_pulse(self._name, queue, config) as pulse:
-            pulse.enter("loading the model")
-            transport = open_transport(config, context.directory, self._store)
-            sampler = PolicySampler(config, context.directory, transport)
+            card = card_of(config, queue, pulse)
+            with card.turn():
+                pulse.enter("loading the model")
+                transport = open_transport(config, context.directory, self._store)
+                sampler = PolicySampler(config, context.directory, transport)
+                card.state = Parking(sampler.policy.held, sampler.policy.device)
             scorer = RewardServers(config.rewards, context.rewards, RewardMetrics(context.run).asked)
             prompts = prompt_source(config)
 
@@ -59,6 +64,7 @@ class RolloutWorker:
             loop = RolloutLoop(
                 *(self._name, queue, sampler, scorer, task_of, pulse),
                 keep_images=sample_keeper(context),
+                card=card,
                 unwanted=lambda: self._index >= (queue.wanted_workers() or config.rollout.workers),
             )
             logger.info("ready to sample")

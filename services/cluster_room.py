@@ -48,6 +48,19 @@ def cluster_nodes() -> list[Node]:
     return [Node(node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
 
+def nodes_at(address: str) -> list[Node]:
+    """The nodes of the cluster at `host:port`, for one who does not join it.
+
+    Raises:
+        RayError: it does not answer, or refuses this process's token.
+    """
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+
+    alive = 0  # of ray.core.generated.gcs_pb2.GcsNodeInfo
+    found = GcsClient(address=address).get_all_node_info().values()
+    return [Node(dict(node.resources_total)) for node in found if node.state == alive]
+
+
 def require_room(
     config: Config,
     asked: Sequence[Demand],

@@ -19,7 +19,7 @@ frontier of resolved ordinals: the same dedupe, in bounded space.
     fail, release                   frontier -> into the checkpoint
 
 The sides live in queue_worker, queue_learner (which reads through queue_intake) and queue_board; the way to
-a server in queue_connection.
+a server in queue_connection; turns on a card that parts share in queue_turn.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from __future__ import annotations
 from services.codec import CorruptGroup, EncodedGroup, Group, decode_group, encode_group
 from services.queue_connection import QueueUnreachable, connect
 from services.queue_learner import QueueLearner
+from services.queue_turn import Turn
 from services.queue_types import (
     Admitted,
     Failed,
@@ -73,3 +74,7 @@ class GroupQueue(QueueLearner):
 
     >>> queue = GroupQueue(connect(url, password), "demo", config.queue)  # doctest: +SKIP
     """
+
+    def turn(self, part: str, lease_s: float) -> Turn:
+        """The turn of a part on the card that the run's parts share."""
+        return Turn(self._client, self._keys.key("turn"), part, lease_s)

@@ -74,6 +74,7 @@ class Pulse:
         self._until: float | None = None
         self._ordinal: int | None = None
         self._held: set[int] = set()
+        self._kept: list[Callable[[], object]] = []
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"pulse-{part}", daemon=True)
@@ -103,6 +104,11 @@ class Pulse:
             if (state, ordinal) != (self._state, self._ordinal):
                 self._state, self._ordinal, self._since = state, ordinal, time.time()
             self._until = None if waits or self._hang_s is None else time.monotonic() + self._hang_s
+
+    def keep(self, renew: Callable[[], object]) -> None:
+        """Call this with every beat too."""
+        with self._lock:
+            self._kept.append(renew)
 
     def hold(self, ordinal: int) -> None:
         """Renew this lease with every beat."""
@@ -154,14 +160,17 @@ class Pulse:
             "%s %s for %g s; it ends\n%s", self.part, self._state, self._hang_s, "\n".join(stacks)
         )
         self._held.clear()
+        self._kept.clear()
         self._send()
         os._exit(HUNG_EXIT_CODE)
 
     def _send(self) -> None:
         with self._lock:
-            held = tuple(self._held)
+            held, kept = tuple(self._held), tuple(self._kept)
         try:
             self._beat(self.snapshot())
+            for renew in kept:
+                renew()
             if self._renew is not None:
                 for ordinal in held:
                     self._renew(ordinal)

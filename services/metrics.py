@@ -123,7 +123,7 @@ class UpdateRow(Row):
     """Samples in one forward-backward: what `learner.micro_batch` says, or `auto` found."""
     phases: dict[str, float] = Field(default_factory=dict)
     """Seconds of this update by phase of the learner: wait_s, codec_s, forward_backward_s, publish_s,
-    commit_s, checkpoint_s."""
+    commit_s, checkpoint_s; of a colocated run turn_s, for its turn and for moving on and off the card."""
     update: dict[str, float] = Field(default_factory=dict)
     """What forward_backward_s consists of: reference_s, forward_s, backward_s, optimizer_s, ema_s; of several
     ranks what rank 0 spent on each, and in ranks_s on waiting for the others and adding up gradients."""

@@ -33,6 +33,7 @@ _PHASES = {
     "publish_s": "publish",
     "commit_s": "commit",
     "checkpoint_s": "checkpoint",
+    "turn_s": "turns",
 }
 
 

@@ -121,6 +121,12 @@ class Config(Section):
         return self.queue.max_staleness if relative else 0
 
     @property
+    def groups_deadline_s(self) -> float:
+        """Seconds that the learner waits for the groups of a step; where parts take turns on one card, an
+        evaluation may be in between, and any of them waits so long for its turn."""
+        return self.queue.take_deadline_s + (self.eval.deadline_s if self.cluster.colocate else 0.0)
+
+    @property
     def evaluation_rollout(self) -> RolloutConfig:
         """How evaluations and exported pipelines sample: as rollouts do, but never stochastically."""
         used = self.rollout.solver
@@ -188,6 +194,7 @@ class Config(Section):
                 f"learner.micro_batch {micro} must divide rollout.group_size {group} or be a multiple of it"
             )
         self._check_ranks()
+        self._check_colocated()
         self._check_objective()
         self._check_heldout()
         if self.offline and self.telemetry.record:
@@ -214,6 +221,39 @@ class Config(Section):
         if self.eval.path is not None and own:
             raise ValueError(
                 f"eval.path and {', '.join(own)} both say which prompts are held out: give one of them"
+            )
+
+    def _check_colocated(self) -> None:
+        """What parts that take turns on one card cannot be."""
+        if not self.cluster.colocate:
+            return
+        for key, found, wanted, why in (
+            ("queue.max_staleness", self.queue.max_staleness, 0, "who trains and who samples take turns"),
+            ("learner.ranks", self.learner.ranks, 1, "ranks train at the same time"),
+            ("rollout.workers", self.rollout.workers, 1, "workers sample at the same time"),
+            ("model.compile", self.model.compile, False, "compiled code keeps to memory that moves away"),
+        ):
+            if found != wanted:
+                raise ValueError(f"cluster.colocate needs {key} {wanted}, not {found}: {why}")
+        if self.offline:
+            raise ValueError("cluster.colocate is for rollouts: with prompts.source 'recorded' leave it out")
+        if self.learner.publish_through == "process_groups":
+            raise ValueError(
+                "cluster.colocate with learner.publish_through process_groups: the learner would wait in its "
+                "turn for a worker that takes the weights in its own: take object_store or shared_directory"
+            )
+        learner, rollout, evaluator = self.learner.num_gpus, self.rollout.num_gpus, self.eval.num_gpus
+        parts = {"learner": learner, "rollout": rollout, "eval": evaluator}
+        if any(parts.values()) and not all(parts.values()):
+            none = ", ".join(f"{part}.num_gpus" for part, share in parts.items() if not share)
+            raise ValueError(
+                f"cluster.colocate: {none} is 0, and Ray may hide the card from a part that reserves "
+                "nothing of it: give each a share, such as 0.3, or none of them one"
+            )
+        if (total := sum(parts.values())) > 1:
+            raise ValueError(
+                f"cluster.colocate: num_gpus of learner, rollout and eval add up to {total:g}, which takes "
+                "more than one card: at most 1, with what rewards take of it"
             )
 
     def _check_ranks(self) -> None:

@@ -178,7 +178,8 @@ class QueueConfig(Section):
     max_staleness: int = Field(default=1, ge=0)
     """Updates a group may lag behind; 0 is synchronous and bit-reproducible."""
     lease_s: float = Field(default=120.0, gt=0)
-    """Seconds a worker may hold an ordinal between two renewals before it is issued again."""
+    """Seconds a worker may hold an ordinal between two renewals before it is issued again, and a part its
+    turn on a card that others share (`cluster.colocate`)."""
     max_attempts: int = Field(default=3, ge=1)
     """Issues of one ordinal before it goes to the dead-letter stream."""
     max_dead: int = Field(default=8, ge=0)
@@ -314,6 +315,9 @@ class ClusterConfig(Section):
     """Object store of a Ray that this run starts, MiB."""
     serve_port: int = Field(default=0, ge=0, le=65535)
     """Port of the reward servers that this run starts; 0 takes a free one."""
+    colocate: bool = False
+    """One GPU for all: learner, rollout worker and evaluator take turns on it, and who has no turn keeps its
+    model and optimizer in host memory. For one worker, one rank and `queue.max_staleness` 0."""
     start_deadline_s: float = Field(default=180.0, gt=0)
     """Seconds for each part to become ready."""
     wait_s: float = Field(default=0.0, ge=0)

@@ -21,19 +21,15 @@ from services.config import Config
 from services.config.placement import ACCELERATOR
 from services.config_file import ConfigError, find
 from services.demands import (
-    GROWTH_REMEDY,
-    UNITS,
     Node,
-    Resource,
-    at_max_replicas,
     demands,
-    no_room_to_grow,
     replicas_to_come,
     reserved,
     shortfalls,
 )
 from services.doctor.finding import Finding
 from services.doctor.ray_cluster import ray_findings
+from services.doctor.room import room_findings
 from services.doctor.servers import queue_findings, reward_findings, scores_nothing
 from services.prompts import prompt_source
 from services.ray_runtime import cluster_address, learner_backend, own_cpus
@@ -67,7 +63,7 @@ def examine(config: Config) -> list[Finding]:
         reward_findings,
         _memory,
         ray_findings,
-        _room_to_grow,
+        room_findings,
     ]
     return [finding for check in checks for finding in check(config)]
 
@@ -287,28 +283,5 @@ def _memory(config: Config) -> list[Finding]:
             warning=warning,
             found=found + (f", {grown / 1024**3:.1f} GiB at max_replicas" if grown > needed else ""),
             remedy="lower max_replicas of rewards, or close other programs" if warning else remedy,
-        )
-    ]
-
-
-def _room_to_grow(config: Config) -> list[Finding]:
-    """Whether every reward can have its `max_replicas` at once. A run starts without."""
-    sums = [text for resource in UNITS if (text := at_max_replicas(config, resource)[1])]
-    if not sums or scores_nothing(config):
-        return []
-    if cluster_address(config) is not None:
-        found = f"the run reserves {', '.join(sums)}; a cluster that has less starts fewer"
-        return [Finding(what="max_replicas", ok=True, found=found)]
-    import torch
-
-    there: dict[Resource, float] = {"num_cpus": own_cpus(config), "num_gpus": torch.cuda.device_count()}
-    lines = no_room_to_grow(config, there)
-    return [
-        Finding(
-            what="max_replicas",
-            ok=True,
-            warning=bool(lines),
-            found="; ".join(lines) or f"the run reserves {', '.join(sums)}, and has them here",
-            remedy=GROWTH_REMEDY if lines else "",
         )
     ]

@@ -33,6 +33,7 @@ _PHASES = {
     "publish_s": ("publish weights", 3),
     "codec_s": ("codec", 4),
     "commit_s": ("commit", 4),
+    "turn_s": ("turns on the card", 1),
 }
 _OVERHEAD = ("publish_s", "codec_s", "commit_s")
 _OTHER_TONE = 5

@@ -3,22 +3,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import secrets
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
-import httpx
 import psutil
 import pytest
 from diffusers import StableDiffusion3Pipeline
+from ray_nodes import Cluster, cluster_on_this_machine
 from test_cli import settings
 
 from services.config_file import ConfigError, load_config
@@ -29,87 +26,15 @@ from services.driver import refuse_unusable
 from services.embedded import EmbeddedValkey
 from services.queue_connection import place
 from services.run_directory import PROJECT_ROOT
-from tests.ports import free_ports
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(420)]
-
-RAY = str(Path(sys.executable).with_name("ray"))
-
-
-class Cluster(NamedTuple):
-    dashboard: str
-    environment: dict[str, str]
-    port: int
-
-
-@contextmanager
-def head(environment: dict[str, str]) -> Iterator[Cluster]:
-    dashboard, port = free_ports(2)
-    # --block and a process group of its own: `ray stop` would stop every Ray of this machine.
-    process = subprocess.Popen(
-        [
-            *(RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}"),
-            *("--num-cpus=4", "--object-store-memory=200000000", "--disable-usage-stats"),
-            *(
-                "--dashboard-host=127.0.0.1",
-                f"--dashboard-port={dashboard}",
-                "--dashboard-agent-listen-port=0",
-            ),
-        ],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        made = Cluster(f"http://127.0.0.1:{dashboard}", environment, port)
-        give_up = time.monotonic() + 90
-        while not answers(f"{made.dashboard}/api/gcs_healthz"):
-            assert process.poll() is None and time.monotonic() < give_up, "the cluster did not start"
-            time.sleep(0.2)
-        yield made
-    finally:
-        # Ray takes half a minute to end by itself.
-        processes = psutil.Process(process.pid).children(recursive=True)
-        for each in (psutil.Process(process.pid), *processes):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                each.kill()
-        process.wait(timeout=60)
-
-
-def answers(url: str) -> bool:
-    try:
-        return httpx.get(url, timeout=30, trust_env=False).is_success
-    except httpx.HTTPError:
-        return False
-
-
-def without_ray() -> dict[str, str]:
-    """The environment, without what it says to Ray."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return {**kept, "PATH": path, "RAY_worker_niceness": "0"}
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """Asks for a token because there is one: nobody has set RAY_AUTH_MODE for it."""
-    environment = {**without_ray(), "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    with head(environment) as made:
-        yield made._replace(environment={**environment, "RAY_AUTH_MODE": "token"})
-
-
-def ray(cluster: Cluster, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**cluster.environment, "RAY_ADDRESS": cluster.dashboard}
-    return subprocess.run(
-        [RAY, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment,
-        cwd=PROJECT_ROOT,
-        check=False,
-    )
+    with cluster_on_this_machine("--num-cpus=4", of_nodes={"RAY_AUTH_MODE": None}) as made:
+        yield made
 
 
 def test_a_submitted_job_trains_a_lora_and_exports_it(cluster: Cluster, tmp_path: Path) -> None:
@@ -117,7 +42,7 @@ def test_a_submitted_job_trains_a_lora_and_exports_it(cluster: Cluster, tmp_path
     small = settings(
         tmp_path, "learner.max_steps=2", "model.train=lora", "model.lora.rank=4", "rewards.1.every=1"
     )
-    done = ray(cluster, "job", "submit", "--working-dir", ".", "--", *job, *small)
+    done = cluster.ray("job", "submit", "--working-dir", ".", "--", *job, *small)
     assert done.returncode == 0, done.stdout + done.stderr
     printed = [line for line in done.stdout.splitlines() if line.startswith("{")]
     result = json.loads(printed[-1])
@@ -127,8 +52,8 @@ def test_a_submitted_job_trains_a_lora_and_exports_it(cluster: Cluster, tmp_path
 
 
 def test_a_client_without_the_token_submits_nothing(cluster: Cluster) -> None:
-    stranger = cluster._replace(environment={**cluster.environment, "RAY_AUTH_TOKEN": secrets.token_hex(32)})
-    refused = ray(stranger, "job", "submit", "--", "python", "-c", "print(1)")
+    stranger = replace(cluster, environment={**cluster.environment, "RAY_AUTH_TOKEN": secrets.token_hex(32)})
+    refused = stranger.ray("job", "submit", "--", "python", "-c", "print(1)")
     assert refused.returncode != 0
 
 
@@ -155,7 +80,7 @@ def test_a_client_that_is_not_told_of_tokens_is_refused_and_the_doctor_says_why(
 ) -> None:
     token = cluster.environment["RAY_AUTH_TOKEN"]
     unset = {name: value for name, value in cluster.environment.items() if name != "RAY_AUTH_MODE"}
-    refused = ray(cluster._replace(environment=unset), "job", "list")
+    refused = replace(cluster, environment=unset).ray("job", "list")
     assert refused.returncode != 0 and "Unauthorized" in refused.stderr + refused.stdout
 
     gcs = f"127.0.0.1:{cluster.port}"
@@ -216,7 +141,7 @@ def test_a_queue_and_a_gcs_that_are_mixed_up_are_told_apart(
 
 @pytest.fixture(scope="module")
 def tokenless() -> Iterator[Cluster]:
-    with head(without_ray() | {"RAY_AUTH_MODE": "disabled"}) as made:
+    with cluster_on_this_machine("--num-cpus=4", RAY_AUTH_MODE="disabled", RAY_AUTH_TOKEN=None) as made:
         yield made
 
 

@@ -83,6 +83,10 @@ def whole_run(server: AclServer, run: str, opened: Callable[[str], GroupQueue]) 
 
     taken = learner.take(2, deadline_s=10)
     assert [found.header.ordinal for found in taken] == [0, 1]
+    for turn in (worker.turn("rollout-0", 10.0), learner.turn("learner-0", 10.0)):
+        turn.take(1.0)
+        turn.renew()
+        turn.give()
     learner.frontier()
     learner.frontier_after([0, 1])
     learner.status()

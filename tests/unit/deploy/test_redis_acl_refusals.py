@@ -42,6 +42,7 @@ FORBIDDEN = {
         ("XADD", "weights", "*", "announcement", "mine"),
         ("HSET", "latest", "policy", "mine"),
         ("SET", "hb:rollout-0", "{}"),
+        ("DEL", "turn"),
         ("DEL", "policy"),
     ],
     "observer": [
@@ -52,13 +53,14 @@ FORBIDDEN = {
         ("RPUSH", "call:rollout-0", "1"),
         ("SADD", "parts", "me"),
         ("SET", "hb:me", "{}"),
+        ("SET", "turn", "me"),
         ("DEL", "policy"),
         ("XREAD", "STREAMS", "groups", "0"),
         ("MGET", "payload:00"),
     ],
     "run": [("DEL", "groups"), ("XTRIM", "groups", "MAXLEN", "0"), ("GET", "payload:00")],
 }
-KEYS = {*Keys("x").scripted} | {Keys("x").key(name) for name in ("metrics", "parts")}
+KEYS = {*Keys("x").scripted} | {Keys("x").key(name) for name in ("metrics", "parts", "turn")}
 NAMES = {key.rpartition(":")[2] for key in KEYS}
 
 

@@ -280,3 +280,40 @@ def test_a_scorer_of_another_package_is_named_by_where_it_is() -> None:
         ConfigError, match=r"rewards\.0\.app: there is no scorer 'no\.such:create'.*module:create"
     ):
         load_config("quickstart", ["rewards.0.app=no.such:create"])
+
+
+ONE_CARD = ("cluster.colocate=true", "queue.max_staleness=0", "rollout.workers=1")
+
+
+def test_parts_on_one_card_take_turns_and_wait_for_an_evaluation_too() -> None:
+    alone, sharing = load_config("quickstart"), load_config("quickstart", ONE_CARD)
+    assert alone.groups_deadline_s == alone.queue.take_deadline_s
+    assert sharing.groups_deadline_s == sharing.queue.take_deadline_s + sharing.eval.deadline_s
+    shares = ("learner.num_gpus=0.4", "rollout.num_gpus=0.4", "eval.num_gpus=0.2")
+    load_config("quickstart", [*ONE_CARD, *shares])
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        (
+            "queue.max_staleness=1",
+            "queue.max_staleness 0, not 1: who trains and who samples take turns",
+        ),
+        ("learner.ranks=2", "needs learner.ranks 1, not 2"),
+        ("rollout.workers=2", "needs rollout.workers 1, not 2"),
+        ("model.compile=true", "needs model.compile False"),
+        ("learner.publish_through=process_groups", "the learner would wait in its turn"),
+        ("learner.num_gpus=0.5", "rollout.num_gpus, eval.num_gpus is 0"),
+    ],
+)
+def test_what_cannot_take_turns_is_refused(override: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=r"cluster\.colocate") as caught:
+        load_config("quickstart", [*ONE_CARD, override])
+    assert says in str(caught.value)
+
+
+def test_shares_of_one_card_are_not_more_than_one() -> None:
+    shares = ("learner.num_gpus=0.6", "rollout.num_gpus=0.6", "eval.num_gpus=0.2")
+    with pytest.raises(ConfigError, match=r"add up to 1\.4, which takes more than one card"):
+        load_config("quickstart", [*ONE_CARD, *shares])

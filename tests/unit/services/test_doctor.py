@@ -117,13 +117,21 @@ def test_memory_of_replicas_to_come_is_a_warning(monkeypatch: pytest.MonkeyPatch
     assert fixed.ok and not fixed.warning
 
 
+def test_a_pool_of_nodes_is_not_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    (finding,) = found_of("devices", "learner.resources={trainers: 1}")
+    assert not finding.ok
+    assert "needs 1 trainers: 1 learner; this machine has 0" in finding.found
+    assert "leave out resources" in finding.remedy
+
+
 @pytest.mark.parametrize(
     ("override", "there", "told"),
     [
         (
             "rollout={workers: 3, num_gpus: 0.6}",
             2,
-            "1.8 reserved, in parts that take 3 whole ones",
+            "needs 1.8 GPUs (in parts that take 3 whole ones): 1.8 rollout; this machine has 2",
         ),
         ("rollout={workers: 2, num_gpus: 0.5}", 1, "1 reserved"),
     ],
