@@ -133,22 +133,33 @@ if [ -z "$resume" ] && [ -n "$newest" ]; then
 fi
 attempt=${attempt:-$((${number:-0} + 1))}
 
+# Where the driver goes, by what `ray list nodes` said.
+driver_place() {
+  python3 -c '
+import json, sys
+text = sys.stdin.read()
+found = json.JSONDecoder().raw_decode(text, text.index("["))[0] if "[" in text else []
+nodes = [n for n in found if n["state"] == "ALIVE"]
+gpu_head = any(n["is_head_node"] and n["resources_total"].get("GPU") for n in nodes)
+here = any(n["resources_total"].get(sys.argv[1]) for n in nodes)
+print("nowhere" if not nodes else "resource" if here else "gpu" if gpu_head and len(nodes) > 1 else "head")
+' "$DRIVER" < "$scratch/nodes"
+}
+
 # Without resources of its own Ray puts a driver on the head; with CPUs it would go wherever those are free, GPU nodes
 # among them. So only nodes that were started for it are asked for.
 entry=()
 if [ "$driver" = auto ]; then
   wait "$beside" || { cat "$scratch/complaints" >&2; exit 2; }
   beside=''
-  place=$(python3 -c '
-import json, sys
-text = sys.stdin.read()
-if "[" not in text:
-    sys.exit(print("nowhere"))
-nodes = [n for n in json.JSONDecoder().raw_decode(text, text.index("["))[0] if n["state"] == "ALIVE"]
-gpu_head = any(n["is_head_node"] and n["resources_total"].get("GPU") for n in nodes)
-here = any(n["resources_total"].get(sys.argv[1]) for n in nodes)
-print("resource" if here else "gpu" if gpu_head and len(nodes) > 1 else "head")
-' "$DRIVER" < "$scratch/nodes")
+  place=$(driver_place)
+  # A head that has just started answers before it knows of any node.
+  give_up=$((SECONDS + ${DGPO_NODES_WAIT_S:-30}))
+  while [ "$place" = nowhere ] && [ "$SECONDS" -lt "$give_up" ]; do
+    sleep 1
+    ask list nodes --format json --limit 10000 > "$scratch/nodes"
+    place=$(driver_place)
+  done
   case $place in
     resource) entry=(--entrypoint-resources "{\"$DRIVER\": $SHARE}") ;;
     gpu) die "no node offers $DRIVER, and the head, where Ray puts a driver, has GPUs. Start a node without GPUs with

@@ -2,8 +2,8 @@
 
 Promises
 - Listens on 127.0.0.1 only, behind a random password that is on no command line and in no environment.
-- Writes an append-only file in its directory (at most the last second is lost when it is killed) and reads it
-  again at the next start, on the same port where that is free, so that clients find their way back.
+- Writes an append-only file in its directory (at most the last second is lost when it is killed), which holds
+  2 GB at most, or twice what is in the queue, and reads it again at the next start, on the same port where that is free, so that clients find their way back.
 - Never evicts, never listens for others, never outlives the process that started it (Linux), never shares its
   directory with a second server: the lock is held for as long as the server lives.
 - `start` and `stop` have deadlines; a start that fails shows the end of the server's log.
@@ -215,7 +215,7 @@ class EmbeddedValkey:
                 'save ""',
                 "appendonly yes",
                 "appendfsync everysec",
-                "auto-aof-rewrite-min-size 256mb",
+                "auto-aof-rewrite-min-size 2gb",
                 "enable-debug-command no",
                 "daemonize no",
                 "",

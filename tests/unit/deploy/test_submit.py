@@ -22,6 +22,7 @@ RECORDER = """#!/usr/bin/env bash
 echo "$(printf '%q ' "$(basename "$0")" "$@")" >> "$FAKE/calls"
 answer="$FAKE/$1-$2"
 [ -f "$answer" ] && cat "$answer" >&"${ANSWER_ON:-1}"
+[ ! -f "$answer.then" ] || mv "$answer.then" "$answer"
 [ ! -f "$answer.fails" ] || { cat "$answer.fails" >&2; exit 1; }
 """
 
@@ -186,8 +187,16 @@ def test_it_does_not_go_to_a_head_with_gpus_by_accident(fake: Fake) -> None:
 
 def test_a_cluster_without_nodes_is_still_starting(fake: Fake) -> None:
     (fake.folder / "list-nodes").write_text("No resource in the cluster\n")
-    done = fake.run(SUBMIT, "--runs", "/r", "--name", "mine", "quickstart")
+    done = fake.run(SUBMIT, "--runs", "/r", "--name", "mine", "quickstart", DGPO_NODES_WAIT_S="1")
     assert done.returncode == 2 and "still starting" in done.stderr
+
+
+@pytest.mark.parametrize("first", ["No resource in the cluster\n", "[]"])
+def test_a_cluster_that_has_just_started_is_asked_again(fake: Fake, first: str) -> None:
+    (fake.folder / "list-nodes").rename(fake.folder / "list-nodes.then")
+    (fake.folder / "list-nodes").write_text(first)
+    call = submitted(fake, "--runs", "/r", "--name", "mine", "quickstart")
+    assert option(call, "--entrypoint-resources") == '{"dgpo_driver": 0.01}'
 
 
 @pytest.mark.parametrize(
