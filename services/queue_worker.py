@@ -133,8 +133,8 @@ class QueueWorker:
         if not groups:
             return []
 
-        if any(len(group.payload) > INLINE_BYTES for group in groups):
-            self._wait_for_leave()
+        large = any(len(group.payload) > INLINE_BYTES for group in groups)
+        leave = self._wait_for_leave() if large else 0
 
         def pipeline() -> Any:
             filled = self._client.pipeline(transaction=False)
@@ -142,28 +142,34 @@ class QueueWorker:
             return filled
 
         verdicts = self._scripts.send(pipeline, "admit")[-1]
+        if large:
+            away_ms = int(UPLOAD_WAIT_S * 1000)
+            self._scripts.run("leave", leave, self._config.max_uploads, away_ms)
         if isinstance(verdicts, redis.exceptions.OutOfMemoryError):
             return [Admitted.FULL] * len(groups)
         if isinstance(verdicts, Exception):
             raise verdicts
         return [Admitted(verdict.decode()) for verdict in verdicts]
 
-    def _wait_for_leave(self) -> None:
+    def _wait_for_leave(self) -> int:
         """Until fewer than `max_uploads` large payloads are on their way; who has waited longest goes first.
 
-        Leave that a worker took to its grave comes back with whoever has waited for it in vain.
+        Returns:
+            The number of the leave, to give back; 0 for who has waited in vain and sends without. Leaves that
+            workers took to their graves are replaced by that.
         """
         give_up = time.monotonic() + UPLOAD_WAIT_S
         while (left := give_up - time.monotonic()) > 0:
-            if self._client.blpop([self._keys.uploads], timeout=max(0.001, min(left, BLOCK_S))):
-                return
+            found = self._client.blpop([self._keys.uploads], timeout=max(0.001, min(left, BLOCK_S)))
+            if found:
+                return int(found[1])
+        return 0
 
     def _send(self, pipeline: Any, groups: Sequence[EncodedGroup]) -> None:
         arguments: list[Argument] = [
             self._config.max_attempts,
             self._config.max_groups,
             self._config.max_bytes,
-            self._config.max_uploads,
         ]
         blobs = []
         for group in groups:

@@ -31,6 +31,7 @@ Name = Literal[
     "set_state",
     "status",
     "frontier",
+    "leave",
 ]
 Argument = str | bytes | int | float
 INLINE, BESIDE = "inline", "beside"

@@ -1,10 +1,10 @@
 #!lua
 -- Whole groups in, each with a verdict of its own. Without memory the server refuses the script as a whole.
--- ARGV: four bounds, then "ordinal epoch step header_bytes payload_bytes place sha256 worker" and the body of each
+-- ARGV: three bounds, then "ordinal epoch step header_bytes payload_bytes place sha256 worker" and the body of each
 -- group. The body is header and payload, or the header alone where the place is 'beside': the payload was SET before,
 -- with a time to live, under the next of the keys after the eighteen, and is kept by this script or not at all.
-local max_attempts, max_groups, max_bytes, uploads = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
-local BOUNDS, VALUES, blobs_seen = 4, 2, 18
+local max_attempts, max_groups, max_bytes = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
+local BOUNDS, VALUES, blobs_seen = 3, 2, 18
 
 local now_epoch, now_step, max_staleness, next, below, bytes =
   policy('epoch', 'step', 'max_staleness', 'next', 'below', 'bytes')
@@ -71,9 +71,6 @@ for n, ordinal in ipairs(ordinals) do
   end
   answers[n] = verdict or 'OK'
 end
-
--- The leave to send comes back; or one that was lost with its worker is replaced, for whoever goes on without.
-if blobs_seen > 18 and redis.call('LLEN', UPLOADS) < uploads then redis.call('RPUSH', UPLOADS, 1) end
 
 if #records > 0 then
   local places = {}

@@ -99,7 +99,7 @@ redis.call('XGROUP', 'CREATE', GROUPS, 'learner:' .. epoch, '0', 'MKSTREAM')
 local state = redis.call('HGET', POLICY, 'state')
 if not state or state == 'starting' then redis.call('HSET', POLICY, 'state', 'running') end
 redis.call('DEL', UPLOADS)
-for _ = 1, checkpoint.uploads do redis.call('RPUSH', UPLOADS, 1) end
+for leave = 1, checkpoint.uploads do redis.call('RPUSH', UPLOADS, leave) end
 announce(checkpoint.kind, announcement)
 call_waiting()
 return {'OK', epoch}
