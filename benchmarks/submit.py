@@ -184,7 +184,11 @@ def _follow(moments: Moments, head: Head, runs: Path, log: Path, submitting: sub
 
 def _started(head: Head, moments: Moments) -> float | None:
     """When Ray started the driver's process; None before it has."""
-    for job in head.asked("/api/jobs/"):
+    try:
+        jobs = head.asked("/api/jobs/")
+    except httpx.HTTPError:
+        return None  # a dashboard that is busy starting
+    for job in jobs:
         if job["submission_id"] and job.get("driver_info"):
             moments["submitted"] = job["start_time"] / 1000
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -9,6 +9,7 @@
 #   --address URL    of the cluster's dashboard; else RAY_API_SERVER_ADDRESS, RAY_ADDRESS, http://127.0.0.1:8265
 #   --driver PLACE   `auto`: a node with the resource dgpo_driver, else the head; `head`: the head, whatever it has
 #   --attempt N      number of this attempt; else one more than the cluster knows of
+#                    A head that has just started knows of no node: it is asked again for DGPO_NODES_WAIT_S (30) seconds
 #   --no-wait        return when the job is submitted, do not follow its log
 #   --print          print the command and do not run it
 #

@@ -83,7 +83,11 @@ class SharedCard(OwnCard):
         self._since, self._waited_s = time.time(), taken - asked
         self._pulse.enter("moving onto the card")
         if self.state is not None:
-            self.state.come_back()
+            try:
+                self.state.come_back()
+            except BaseException:
+                self._turn.give()
+                raise
         self._moved_s = time.monotonic() - taken
 
     def give(self) -> None:

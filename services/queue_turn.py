@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 import uuid
 from contextlib import suppress
 
@@ -57,10 +58,25 @@ class Turn:
         """
         self._end_former_life()
         token = f"{self._part} {uuid.uuid4().hex}".encode()
-        if not self._lock.acquire(blocking=True, blocking_timeout=deadline_s, token=token):
-            raise QueueTimeout(f"{self._part} waited {deadline_s:g} s for its turn; {self._holder()} has it")
+        if not self._acquire(token, deadline_s):
+            raise QueueTimeout(
+                f"{self._part} waited {deadline_s:g} s for its turn; {self._holder() or 'nobody'} has it"
+            )
         with self._guard:
             self._token = token
+
+    def _acquire(self, token: bytes, deadline_s: float) -> bool:
+        """Asked once a look, since an answer that was lost with its connection is that this part has it."""
+        give_up = time.monotonic() + deadline_s
+        while True:
+            if self._lock.acquire(blocking=False, token=token):
+                return True
+            if self._client.get(self._key) == token:
+                self._lock.local.token = token
+                return True
+            if time.monotonic() >= give_up:
+                return False
+            time.sleep(LOOK_EVERY_S)
 
     def renew(self) -> None:
         """For another lease; nothing without the turn."""
@@ -86,7 +102,10 @@ class Turn:
             try:
                 self._lock.release()
             except LockError as error:
-                raise TurnLost(f"{self._part} has lost its turn; {self._holder()} has it") from error
+                if (other := self._holder()) is not None:
+                    raise TurnLost(f"{self._part} has lost its turn; {other} has it") from error
+                # Given before, by a command whose answer was lost; or the server has lost its data.
+                logger.warning("the turn of %s was gone when it was given", self._part)
 
     def _end_former_life(self) -> None:
         """A part that is made anew is alone of its name: who had the turn by this name is dead."""
@@ -97,6 +116,6 @@ class Turn:
             with suppress(LockError):
                 former.release()
 
-    def _holder(self) -> str:
+    def _holder(self) -> str | None:
         found = self._client.get(self._key)
-        return found.decode().partition(" ")[0] if isinstance(found, bytes) else "nobody"
+        return found.decode().partition(" ")[0] if isinstance(found, bytes) else None

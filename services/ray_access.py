@@ -95,10 +95,14 @@ def gcs_access(address: str, client: ClientToken) -> Access:
         return Access(
             "unreachable", found, f"give the GCS, HOST:{GCS_PORT}; a dashboard's address begins with http://"
         )
+    if what is None and os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
+        return Access("reachable", f"{at}: asked without TLS it says nothing, and RAY_USE_TLS is set")
     if what is None:
         return Access("unreachable", f"{at}: no Ray answers there", START_REMEDY)
     first = _ask_gcs(at, None)
     takes = _ask_gcs(at, client.token) if first == "asks" and client.token else None
+    if first == "asks" and client.token and takes is None:
+        first = None  # too busy to say
     return _access(f"Ray's GCS at {at}", first, None if takes is None else takes == "answers", client)
 
 

@@ -212,6 +212,8 @@ def scale_run(
     state = queue.state()
     if state not in ("starting", "running", "degraded"):
         raise ConfigError(f"{run.root}: the run is {state or 'not there'}; only one that goes on is scaled")
+    if workers is not None and workers != 1 and config.cluster.colocate:
+        raise ConfigError(f"{run.root}: cluster.colocate: the card is for one rollout worker, not {workers}")
     if workers is not None:
         queue.want_workers(workers)
     for name, count in (replicas or {}).items():

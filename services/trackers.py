@@ -19,6 +19,7 @@ import os
 import queue
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -115,11 +116,12 @@ class TrackerSink:
         """Give what waits `CLOSE_S`, then let it be."""
         self._failed = failed
         if self._thread.is_alive():
+            give_up = time.monotonic() + CLOSE_S
             try:
                 self._rows.put(None, timeout=CLOSE_S)
             except queue.Full:
                 return
-            self._thread.join(CLOSE_S)
+            self._thread.join(max(0.0, give_up - time.monotonic()))
         if self._thread.is_alive():
             self._warn(f"it has not taken everything within {CLOSE_S:g} s of the end of the run")
 
@@ -133,11 +135,11 @@ class TrackerSink:
             numbers = {name: value for name, value in scalars(row).items() if value is not None}
             try:
                 tracker.log(numbers, row.step, row.time)
-            except Exception as error:
+            except BaseException as error:
                 self._warn(reason(error))
         try:
             tracker.finish(failed=self._failed)
-        except Exception as error:
+        except BaseException as error:
             self._warn(reason(error))
 
     def _warn(self, why: str) -> None:

@@ -322,7 +322,8 @@ class ClusterConfig(Section):
     """Seconds for each part to become ready."""
     wait_s: float = Field(default=0.0, ge=0)
     """Seconds that a run waits for a joined cluster that is too small for it to grow (an autoscaler, nodes
-    that still join); 0: it is refused at once. Meanwhile Ray's autoscaler is asked for what the run needs."""
+    that still join); 0: it is refused at once. Meanwhile Ray's autoscaler is asked for what the run needs. A
+    Ray that the run starts itself does not grow."""
 
 
 def _login(url: str) -> tuple[str | None, str | None]:

@@ -106,7 +106,8 @@ class RolloutConfig(Section):
     """Custom Ray resources a worker reserves beside, by name: only nodes that have them hold it."""
     placement: Placement = "pack"
     """Workers on as few nodes as hold them, or on as many as there are. It is planned for those that a run
-    starts with; one that is made later goes where Ray has room (`spread`: round the nodes)."""
+    starts with; one that is made later, and those of `dgpo eval`, go where Ray has room (`spread`: round the
+    nodes)."""
     max_restarts: int = Field(default=5, ge=0)
     """Restarts of one worker, and of the evaluator, before the run fails with the last error."""
     hang_s: float = Field(default=600.0, gt=0)

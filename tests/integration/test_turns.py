@@ -49,9 +49,9 @@ def test_a_part_that_is_made_anew_ends_the_turn_of_its_former_life(run: Run) -> 
 
 
 def test_a_turn_that_is_renewed_does_not_end(run: Run) -> None:
-    worker, learner = turns(run, 0.6)
+    worker, learner = turns(run, 3.0)
     worker.take(1.0)
-    for _ in range(8):
+    for _ in range(24):
         with pytest.raises(QueueTimeout):
             learner.take(0.15)
         worker.renew()
@@ -68,6 +68,11 @@ def test_a_server_that_has_lost_its_data_gives_the_turn_back(run: Run) -> None:
     with pytest.raises(QueueTimeout, match="rollout-0 has it"):
         learner.take(0.2)
     worker.give()
+    # Given with an answer that was lost, and again; or the server lost its data in between.
+    worker.take(1.0)
+    run.worker._client.delete(run.worker._keys.key("turn"))
+    worker.give()
+    assert not worker.held
 
 
 def test_turns_of_two_runs_have_nothing_to_do_with_each_other(run: Run) -> None:

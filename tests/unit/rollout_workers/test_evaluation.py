@@ -15,6 +15,7 @@ from rollout_workers import evaluation
 from rollout_workers.evaluation import evaluate
 from rollout_workers.evaluator import Evaluator
 from rollout_workers.scoring import GroupScores
+from services.card import OwnCard
 from services.config import Config, ModelConfig
 from services.config_file import load_config
 from services.heartbeat import Pulse
@@ -91,7 +92,12 @@ def test_weights_that_are_gone_are_no_error_of_the_evaluator(when: When) -> None
 
     pulse = Pulse("evaluator", lambda beat: None, hang_s=1800)
     evaluator = Evaluator.__new__(Evaluator)
-    evaluator.__dict__ |= {"_context": Context(), "_sampler": Sampler(), "_pulse": pulse}
+    evaluator.__dict__ |= {
+        "_context": Context(),
+        "_sampler": Sampler(),
+        "_pulse": pulse,
+        "_card": OwnCard(),
+    }
     told = WeightsAnnouncement(
         version=PolicyVersion(epoch=0, step=0), kind="ema", digest="0" * 32, tensors=1, bytes=4
     )
