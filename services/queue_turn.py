@@ -4,8 +4,8 @@ Promises
 - One part has the turn. Whoever dies loses it with its lease, and at once where the part is made anew;
   whoever lives renews it with every heartbeat.
 - A wait has a deadline, and names who has the turn.
-- A server that has lost its data gives the turn back to who had it. Where another part was faster, that is
-  a warning, and an error of `give` where the turn would have ended.
+- A server that has lost its data gives the turn back to who had it.
+- A turn whose lease has ended, or that another part has had since, is an error of `give`.
 """
 
 from __future__ import annotations
@@ -44,6 +44,9 @@ class Turn:
         self._lease_ms = int(lease_s * 1000)
         self._lock = client.lock(key, timeout=lease_s, sleep=LOOK_EVERY_S, thread_local=False)
         self._token: bytes | None = None
+        self._until = 0.0
+        """Monotonic; the lease lasts at least so long."""
+        self._ended = False
         self._guard = threading.Lock()
 
     @property
@@ -63,12 +66,13 @@ class Turn:
                 f"{self._part} waited {deadline_s:g} s for its turn; {self._holder() or 'nobody'} has it"
             )
         with self._guard:
-            self._token = token
+            self._token, self._ended = token, False
 
     def _acquire(self, token: bytes, deadline_s: float) -> bool:
         """Asked once a look, since an answer that was lost with its connection is that this part has it."""
         give_up = time.monotonic() + deadline_s
         while True:
+            self._until = time.monotonic() + self._lease_ms / 1000
             if self._lock.acquire(blocking=False, token=token):
                 return True
             if self._client.get(self._key) == token:
@@ -83,10 +87,15 @@ class Turn:
         with self._guard:
             if self._token is None:
                 return
+            asked = time.monotonic()
             try:
                 self._lock.reacquire()
+                self._until = asked + self._lease_ms / 1000
             except LockError:
+                # Others may have had it since, and given it back.
+                self._ended = self._ended or asked >= self._until
                 if self._client.set(self._key, self._token, nx=True, px=self._lease_ms):
+                    self._until = asked + self._lease_ms / 1000
                     logger.warning("the turn of %s was gone, and is taken again", self._part)
                 else:
                     logger.warning("the turn of %s is now that of %s", self._part, self._holder())
@@ -99,6 +108,7 @@ class Turn:
         """
         with self._guard:
             self._token = None
+            ended = self._ended
             try:
                 self._lock.release()
             except LockError as error:
@@ -106,6 +116,9 @@ class Turn:
                     raise TurnLost(f"{self._part} has lost its turn; {other} has it") from error
                 # Given before, by a command whose answer was lost; or the server has lost its data.
                 logger.warning("the turn of %s was gone when it was given", self._part)
+                ended = ended or time.monotonic() >= self._until
+            if ended:
+                raise TurnLost(f"{self._part} had lost its turn for a while: its lease had ended")
 
     def _end_former_life(self) -> None:
         """A part that is made anew is alone of its name: who had the turn by this name is dead."""

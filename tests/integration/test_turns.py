@@ -35,6 +35,22 @@ def test_the_turn_of_a_dead_part_ends_with_its_lease(run: Run) -> None:
     assert not worker.held
 
 
+def test_a_turn_that_others_have_had_meanwhile_is_lost_though_it_was_taken_again(run: Run) -> None:
+    worker, learner = turns(run, 0.2)
+    worker.take(1.0)
+    learner.take(30.0)
+    learner.give()
+    worker.renew()
+    with pytest.raises(TurnLost, match="its lease had ended"):
+        worker.give()
+    # And where nobody has it by then.
+    worker.take(1.0)
+    learner.take(30.0)
+    learner.give()
+    with pytest.raises(TurnLost, match="its lease had ended"):
+        worker.give()
+
+
 def test_a_part_that_is_made_anew_ends_the_turn_of_its_former_life(run: Run) -> None:
     former, learner = turns(run, 60.0)
     former.take(1.0)
