@@ -121,6 +121,11 @@ class Wanted:
 def test_workers_come_and_go_with_the_number_that_is_wanted(tmp_path: Path) -> None:
     wanted, made, left = tmp_path / "wanted", list[int](), list[str]()
 
+    def say(count: int) -> None:
+        # In one move: a worker may be reading it.
+        (tmp_path / "new").write_text(str(count))
+        (tmp_path / "new").replace(wanted)
+
     def spawn(index: int) -> tuple[Any, Any]:
         worker = Wanted.remote()
         made.append(index)
@@ -135,28 +140,28 @@ def test_workers_come_and_go_with_the_number_that_is_wanted(tmp_path: Path) -> N
     supervisor = Supervisor(
         spawn, count=1, max_restarts=0, on_death=lambda part, why: None, on_leave=left.append
     )
-    wanted.write_text("3")
+    say(3)
     supervisor.start()
     supervisor.resize(3)
     assert made == [0, 1, 2]
-    wanted.write_text("1")
+    say(1)
     supervisor.resize(1, begun=("rollout-0", "rollout-1", "rollout-2"))
     until(lambda: len(left) == 2)
     assert sorted(left) == ["rollout-1", "rollout-2"]
-    wanted.write_text("2")
+    say(2)
     supervisor.resize(2)
     assert made == [0, 1, 2, 1]
     # Wanted again before it has gone: it is made anew once it has.
-    wanted.write_text("1")
+    say(1)
     supervisor.resize(1, begun=("rollout-0", "rollout-1"))
     supervisor.resize(2)
     until(lambda: made == [0, 1, 2, 1, 1])
     # Not wanted, and never heard of: nobody waits for it.
-    wanted.write_text("3")
+    say(3)
     supervisor.resize(3)
     supervisor.resize(2)
     assert left[2:] == ["rollout-2"]
-    wanted.write_text("0")
+    say(0)
     supervisor.join(60)
     assert len(left) == 3, "the others have ended with the run"
 
