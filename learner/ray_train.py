@@ -41,6 +41,7 @@ from services.full_disk import disk_refuses
 from services.group_queue import Fenced, GroupQueue, QueueTimeout
 from services.heartbeat import BEATS_TO_LIVE, Pulse
 from services.logs import configure_logging
+from services.process_title import show_title
 from services.ray_runtime import learner_backend
 from services.transports import open_transport
 
@@ -71,8 +72,8 @@ class LearnerFailed(RuntimeError):
 def learner_pulse(part: str, queue: GroupQueue, config: Config) -> Pulse:
     """The heartbeat of a rank."""
     every_s = config.telemetry.heartbeat_s
-    ttl = BEATS_TO_LIVE * every_s
-    return Pulse(part, lambda beat: queue.beat(beat, ttl), every_s=every_s, hang_s=config.learner.hang_s)
+    ttl, hang_s = BEATS_TO_LIVE * every_s, config.learner.hang_s
+    return Pulse(part, lambda beat: queue.beat(beat, ttl), every_s=every_s, hang_s=hang_s, show=show_title)
 
 
 def train_rank(settings: dict[str, Any]) -> str | None:

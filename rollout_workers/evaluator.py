@@ -21,6 +21,7 @@ from services.logs import configure_logging
 from services.messages import WeightsAnnouncement
 from services.metrics import EvalRow, When
 from services.policy_store import WeightsGone
+from services.process_title import show_title
 from services.prompts import prompt_source
 from services.transports import open_transport
 
@@ -50,6 +51,7 @@ class Evaluator:
             lambda beat: self._queue.beat(beat, ttl),
             every_s=telemetry.heartbeat_s,
             hang_s=self._context.config.eval.deadline_s,
+            show=show_title,
         )
         self._pulse.__enter__()
         config, directory = self._context.config, self._context.directory

@@ -27,6 +27,7 @@ from services.heartbeat import Pulse
 from services.logs import configure_logging
 from services.messages import GroupHeader, GroupTask, Prompt, WeightsAnnouncement
 from services.offline import open_recording, place_of
+from services.process_title import show_title
 from services.recording import Recording
 
 logger = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ class Feeder:
         """Work until the run ends; returns the groups admitted."""
         context, config = self._context, self._context.config
         queue = context.open_queue("worker")
-        with worker_pulse(self._name, queue, config) as pulse:
+        with worker_pulse(self._name, queue, config, show=show_title) as pulse:
             pulse.enter("opening the recording")
             try:
                 recording = open_recording(config)

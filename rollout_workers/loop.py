@@ -33,7 +33,7 @@ from services.card import OwnCard
 from services.codec import CorruptGroup, encode_group
 from services.config import Config
 from services.group_queue import Admitted, GroupQueue, Lease, NotAssigned, RunEnded
-from services.heartbeat import BEATS_TO_LIVE, Pulse
+from services.heartbeat import BEATS_TO_LIVE, Pulse, Show, unshown
 from services.messages import GroupHeader, GroupTask, PolicyVersion, WeightsAnnouncement
 from services.policy_store import WeightsGone
 from services.queue_types import ENDED
@@ -72,7 +72,7 @@ TaskOf = Callable[[Lease], GroupTask]
 KeepImages = Callable[[GroupTask, SampledGroup, GroupScores], None]
 
 
-def worker_pulse(worker: str, queue: GroupQueue, config: Config) -> Pulse:
+def worker_pulse(worker: str, queue: GroupQueue, config: Config, show: Show = unshown) -> Pulse:
     """The heartbeat of a worker, which renews its leases too."""
     ttl = BEATS_TO_LIVE * config.telemetry.heartbeat_s
     return Pulse(
@@ -81,6 +81,7 @@ def worker_pulse(worker: str, queue: GroupQueue, config: Config) -> Pulse:
         lambda ordinal: queue.renew(worker, ordinal),
         every_s=min(config.telemetry.heartbeat_s, config.queue.lease_s / 3),
         hang_s=config.rollout.hang_s,
+        show=show,
     )
 
 

@@ -18,6 +18,7 @@ from services.group_queue import Lease
 from services.images import write_strip
 from services.logs import configure_logging
 from services.messages import GroupTask
+from services.process_title import show_title
 from services.prompts import group_task, prompt_source
 from services.ray_metrics import RewardMetrics
 from services.transports import open_transport
@@ -45,7 +46,7 @@ class RolloutWorker:
         """Work until the run ends, or this worker is one too many."""
         context, config = self._context, self._context.config
         queue = context.open_queue("worker")
-        with worker_pulse(self._name, queue, config) as pulse:
+        with worker_pulse(self._name, queue, config, show=show_title) as pulse:
             card = card_of(config, queue, pulse)
             with card.turn():
                 pulse.enter("loading the model")

@@ -40,6 +40,14 @@ def peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+Show = Callable[[str, str], None]
+"""Told a part and its state."""
+
+
+def unshown(part: str, state: str) -> None:
+    """Nobody is told."""
+
+
 class Pulse:
     """A thread that beats.
 
@@ -49,6 +57,7 @@ class Pulse:
         renew: keeps the lease of one ordinal alive; None for parts without leases.
         every_s: seconds between two beats.
         hang_s: seconds that the part may be at one thing; None: as long as it likes.
+        show: told part and state whenever that changes, and with every beat.
     """
 
     def __init__(
@@ -59,6 +68,7 @@ class Pulse:
         *,
         every_s: float = 2.0,
         hang_s: float | None = None,
+        show: Show = unshown,
     ) -> None:
         self.part = part
         self.groups = 0
@@ -67,6 +77,7 @@ class Pulse:
         self.install_s: float | None = None
         self._beat = beat
         self._renew = renew
+        self._show = show
         self._every_s = every_s if hang_s is None else min(every_s, hang_s / 3)
         self._hang_s = hang_s
         self._state = "starting"
@@ -103,6 +114,7 @@ class Pulse:
         with self._lock:
             if (state, ordinal) != (self._state, self._ordinal):
                 self._state, self._ordinal, self._since = state, ordinal, time.time()
+                self._show(self.part, state)
             self._until = None if waits or self._hang_s is None else time.monotonic() + self._hang_s
 
     def keep(self, renew: Callable[[], object]) -> None:
@@ -167,6 +179,7 @@ class Pulse:
     def _send(self) -> None:
         with self._lock:
             held, kept = tuple(self._held), tuple(self._kept)
+            self._show(self.part, self._state)
         try:
             self._beat(self.snapshot())
             for renew in kept:

@@ -143,8 +143,7 @@ class QueueWorker:
 
         verdicts = self._scripts.send(pipeline, "admit")[-1]
         if large:
-            away_ms = int(UPLOAD_WAIT_S * 1000)
-            self._scripts.run("leave", leave, self._config.max_uploads, away_ms)
+            self._scripts.run("leave", leave, self._config.max_uploads, int(UPLOAD_WAIT_S * 1000))
         if isinstance(verdicts, redis.exceptions.OutOfMemoryError):
             return [Admitted.FULL] * len(groups)
         if isinstance(verdicts, Exception):

@@ -164,10 +164,13 @@ def test_leaves_that_were_lost_come_back_and_are_no_more_than_they_were(
     for _ in range(2):
         run.worker._scripts.run("leave", 2, 2, 10_000)
     assert leaves(run, client) == [1, 2]
-    # Others come back: then there are many who wait, and nothing is lost.
+    # What comes back meanwhile is not lost, however many wait; what does not is, though the other comes back.
     client.delete(run.raw("uploads"))
     run.worker._scripts.run("leave", 0, 2, 10_000)
     assert leaves(run, client) == []
+    client.hset(run.raw("policy"), "leave:1", 0)
+    run.worker._scripts.run("leave", 0, 2, 10_000)
+    assert leaves(run, client) == [1]
     run.begin()
     assert leaves(run, client) == [1, 2]
     assert run.worker.admit(large(run, second)) is Admitted.OK and leaves(run, client) == [1, 2]

@@ -10,8 +10,10 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from mlflow import MlflowClient
 from rich.console import Console
@@ -79,7 +81,18 @@ def test_staleness_is_bounded_and_used_and_metrics_are_told(
         "learner.max_steps=6",
         "telemetry.tracker=mlflow",
     )
-    outcome = run(recipe(*settings, "learner.publish_through=process_groups"))
+    titles: set[str] = set()
+
+    def look(beats: list[Heartbeat]) -> None:
+        for beat in beats:
+            with suppress(psutil.Error, IndexError):
+                titles.add(psutil.Process(beat.pid).cmdline()[0])
+
+    view = Watching(at_beats=look)
+    outcome = run(recipe(*settings, "learner.publish_through=process_groups"), view)
+    shown = {title.removeprefix("ray::").partition(": ")[0] for title in titles if ": " in title}
+    assert shown >= {"learner-0", "rollout-0", "rollout-1", "evaluator"}, "Ray's dashboard shows titles"
+    assert not any(character.isdigit() for title in titles for character in title.partition(": ")[2])
     written = read_metrics(outcome.run.root)
     assert max(row.staleness_max for row in written.updates) == 1
     for row in written.updates:

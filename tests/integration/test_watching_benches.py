@@ -29,7 +29,8 @@ def test_every_cost_of_watching_is_paid(tmp_path: Path) -> None:
     costs = telemetry_costs(tmp_path, load_config("quickstart"), row, update_s=4.0, times=3)
     assert {"metrics.jsonl", "TensorBoard", "a heartbeat", "Ray's metrics of the row"} <= costs.keys()
     assert costs["a heartbeat"][1] == 4 * 4.0 / 2.0, "four parts, every two seconds"
-    assert all(cpu_s >= 0 and count > 0 for cpu_s, count in costs.values())
+    assert all(count > 0 for _, count in costs.values())
+    assert sum(cpu_s for cpu_s, _ in costs.values()) > 0
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 9
     assert list((tmp_path / "both" / "tensorboard").iterdir()) and (tmp_path / "group.png").is_file()
 
