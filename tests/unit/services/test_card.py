@@ -29,11 +29,13 @@ class Lock:
 
 
 class State:
-    def __init__(self, done: list[str], *, stuck: bool = False) -> None:
-        self.done, self.stuck = done, stuck
+    def __init__(self, done: list[str], *, stuck: bool = False, full: bool = False) -> None:
+        self.done, self.stuck, self.full = done, stuck, full
 
     def come_back(self) -> None:
         self.done.append("on the card")
+        if self.full:
+            raise MemoryError
 
     def leave(self) -> None:
         self.done.append("off the card")
@@ -59,6 +61,15 @@ def test_state_is_on_the_card_in_the_turn_only() -> None:
     first, second = ["taken", "loads"], ["taken", "on the card", "computes"]
     end = ["off the card", "given"]
     assert done == [*first, *end, *second, *end]
+
+
+def test_a_card_that_has_no_room_is_left_to_the_others() -> None:
+    done: list[str] = []
+    card = shared(done)
+    card.state = State(done, full=True)
+    with pytest.raises(MemoryError), card.turn():
+        done.append("computes")
+    assert done == ["taken", "on the card", "given"]
 
 
 def test_a_beat_renews_the_turn() -> None:

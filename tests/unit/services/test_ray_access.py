@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from services import ray_access
 from services.config_file import load_config
 from services.doctor.ray_cluster import ray_findings
 from services.ray_access import client_token
@@ -49,6 +50,22 @@ def test_nobody_there_is_told_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -
     assert "ray start --head" in cluster.remedy
     assert not jobs.ok and "no Ray dashboard answers at" in jobs.found
     assert "open the tunnel" in jobs.remedy
+
+
+def test_a_gcs_that_cannot_be_asked_refuses_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that speaks TLS hears nothing of what is asked; one that is too busy has refused nothing."""
+    (port,) = free_ports(1)
+    config = load_config("quickstart", [f"cluster.address=127.0.0.1:{port}"])
+    monkeypatch.setenv("RAY_USE_TLS", "1")
+    (found, *_) = ray_findings(config)
+    assert found.ok and "RAY_USE_TLS is set" in found.found
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    monkeypatch.setattr(ray_access, "spoken", lambda *place: "grpc")
+    answers: list[str | None] = ["asks", None]
+    monkeypatch.setattr(ray_access, "_ask_gcs", lambda at, token: answers.pop(0))
+    (found, *_) = ray_findings(config)
+    assert answers == [] and found.ok and "does not tell whether it wants a token" in found.found
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "ray://127.0.0.1:10001"])
