@@ -32,7 +32,10 @@ from services.transports import WeightsTransport, open_transport
 DEADLINE_S = 300.0
 TARGET = 1.5
 """Of the first transport, the default."""
-TRANSPORTS: Final[tuple[str, ...]] = get_args(LearnerConfig.model_fields["publish_through"].annotation)
+TRANSPORTS: Final[tuple[str, ...]] = tuple(
+    name for name in get_args(LearnerConfig.model_fields["publish_through"].annotation) if name != "nccl"
+)
+"""Those between workers on the CPU."""
 
 
 def transport_of(name: str, directory: Path, store: Any) -> WeightsTransport:

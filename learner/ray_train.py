@@ -42,7 +42,7 @@ from services.group_queue import Fenced, GroupQueue, QueueTimeout
 from services.heartbeat import BEATS_TO_LIVE, Pulse
 from services.logs import configure_logging
 from services.process_title import show_title
-from services.ray_runtime import learner_backend
+from services.ray_runtime import learner_backend, nccl_listens_where_ray_does
 from services.transports import open_transport
 
 if TYPE_CHECKING:
@@ -91,6 +91,8 @@ def train_rank(settings: dict[str, Any]) -> str | None:
     ranks = _ranks(config.learner) if config.learner.ranks > 1 else None
     part = f"learner-{ranks.rank if ranks is not None else 0}"
     configure_logging(part, context.directory, run=context.run)
+    if "nccl" in (learner_backend(config) or ""):
+        nccl_listens_where_ray_does()
     try:
         queue = together(ranks, "the opening of the queue", partial(context.open_queue, "learner"))
         with learner_pulse(part, queue, config) as pulse:

@@ -52,6 +52,20 @@ def learner_backend(config: Config) -> str | None:
     return "cpu:gloo,cuda:nccl" if own_gpu else "gloo"
 
 
+def nccl_listens_where_ray_does() -> None:
+    """By itself NCCL takes any interface but loopback. For a process on Ray that has not used it yet.
+
+    NCCL_SOCKET_IFNAME stays as it is where it is set.
+    """
+    import psutil
+    import ray
+
+    here = ray.util.get_node_ip_address()
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address == here for address in addresses):
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
+
+
 @contextmanager
 def ray_cluster(config: Config) -> Iterator[bool]:
     """Ray is initialised inside the block; yields whether it was started here and ends with the block.

@@ -195,6 +195,7 @@ class Config(Section):
             )
         self._check_ranks()
         self._check_colocated()
+        self._check_nccl()
         self._check_objective()
         self._check_heldout()
         if self.offline and self.telemetry.record:
@@ -237,9 +238,9 @@ class Config(Section):
                 raise ValueError(f"cluster.colocate needs {key} {wanted}, not {found}: {why}")
         if self.offline:
             raise ValueError("cluster.colocate is for rollouts: with prompts.source 'recorded' leave it out")
-        if self.learner.publish_through == "process_groups":
+        if (through := self.learner.publish_through) in ("process_groups", "nccl"):
             raise ValueError(
-                "cluster.colocate with learner.publish_through process_groups: the learner would wait in its "
+                f"cluster.colocate with learner.publish_through {through}: the learner would wait in its "
                 "turn for a worker that takes the weights in its own: take object_store or shared_directory"
             )
         learner, rollout, evaluator = self.learner.num_gpus, self.rollout.num_gpus, self.eval.num_gpus
@@ -254,6 +255,26 @@ class Config(Section):
             raise ValueError(
                 f"cluster.colocate: num_gpus of learner, rollout and eval add up to {total:g}, which takes "
                 "more than one card: at most 1, with what rewards take of it"
+            )
+
+    def _check_nccl(self) -> None:
+        """NCCL joins the learner's GPU to others, each of another."""
+        if self.learner.publish_through != "nccl":
+            return
+        if self.model.device == "cpu":
+            raise ValueError(
+                "learner.publish_through nccl with model.device cpu: NCCL joins GPUs: take process_groups"
+            )
+        if self.learner.num_gpus < 1:
+            raise ValueError(
+                f"learner.publish_through nccl with learner.num_gpus {self.learner.num_gpus:g}: a worker may "
+                "be on the same GPU, to which NCCL joins none: 1, or take process_groups"
+            )
+        parts = {"rollout": self.rollout.num_gpus if not self.offline else 1.0, "eval": self.eval.num_gpus}
+        if none := ", ".join(f"{part}.num_gpus" for part, share in parts.items() if not share):
+            raise ValueError(
+                f"learner.publish_through nccl: {none} is 0, and NCCL brings weights to GPUs only: give a "
+                "share of one, such as 0.5, or take process_groups"
             )
 
     def _check_ranks(self) -> None:

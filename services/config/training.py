@@ -165,9 +165,10 @@ class LearnerConfig(Section):
     publish_dtype: Literal["float32", "bfloat16"] = "float32"
     """In which weights travel to rollout workers and the evaluator. bfloat16 halves the bytes; what samples
     is then the rounded policy. Checkpoints and exports keep float32."""
-    publish_through: Literal["object_store", "shared_directory", "process_groups"] = "object_store"
+    publish_through: Literal["object_store", "shared_directory", "process_groups", "nccl"] = "object_store"
     """How they travel: Ray's object store; files in the run directory; or straight from the learner to each
-    worker, over Gloo, so that no store has to hold them (docs/weights.md)."""
+    worker, so that no store has to hold them: by TCP (`process_groups`, over Gloo), or from GPU to GPU
+    (`nccl`, which needs the extra `nccl`; docs/weights.md)."""
     groups_per_step: int = Field(default=8, ge=1)
     """Groups an update consumes."""
     max_steps: int = Field(default=100, ge=1)

@@ -55,6 +55,7 @@ def examine(config: Config) -> list[Finding]:
         _devices,
         _ranks,
         _optimizer,
+        _transport,
         _trackers,
         _prompts,
         _timesteps,
@@ -189,6 +190,18 @@ def _optimizer(config: Config) -> list[Finding]:
     found = f"{config.learner.optimizer}: bitsandbytes is {'installed' if ok else 'not installed'}"
     remedy = "" if ok else "pip install 'dgpo-cluster[8bit]', or set learner.optimizer to adamw"
     return [Finding(what="optimizer", ok=ok, found=found, remedy=remedy)]
+
+
+def _transport(config: Config) -> list[Finding]:
+    """Of this machine, as the optimizer."""
+    if config.learner.publish_through != "nccl" or cluster_address(config) is not None:
+        return []
+    ok = importlib.util.find_spec("cupy") is not None
+    found = f"{config.learner.publish_through}: CuPy is {'installed' if ok else 'not installed'}"
+    remedy = (
+        "" if ok else "pip install 'dgpo-cluster[nccl]', or set learner.publish_through to process_groups"
+    )
+    return [Finding(what="weights", ok=ok, found=found, remedy=remedy)]
 
 
 def _trackers(config: Config) -> list[Finding]:

@@ -24,9 +24,11 @@ from services.config_file import load_config
 from services.full_disk import disk_refuses
 from services.messages import PolicyVersion, WeightsAnnouncement
 from services.policy_store import PolicyStore, WeightsGone, WeightsMismatch, fetch, publish
-from services.transports import open_transport, process_groups
+from services.transports import open_transport, pairs
+from services.transports.gloo_pair import GlooPair
 from services.transports.object_store import ObjectStoreTransport
-from services.transports.process_groups import CHUNK_BYTES, CONNECT_S, ProcessGroupsTransport
+from services.transports.pair import CHUNK_BYTES, CONNECT_S, Broken
+from services.transports.pairs import PairsTransport
 from services.transports.rendezvous import SILENCE_S, WeightsRequest
 from services.transports.shared_directory import FOLDER, KEPT_FILES, SharedDirectoryTransport
 
@@ -45,6 +47,10 @@ def tensors(seed: float, size: int = 1000) -> dict[str, torch.Tensor]:
         "a.weight": torch.full((size, 1), float(seed)),
         "b.weight": torch.arange(6).half() * seed,
     }
+
+
+def over_gloo(store: Any, **settings: Any) -> PairsTransport:
+    return PairsTransport(store, GlooPair, **settings)
 
 
 def publisher() -> Any:
@@ -102,7 +108,7 @@ def rig(store: Any, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[
 
 @pytest.mark.parametrize(
     ("kind", "transport"),
-    zip(TRANSPORTS, (ObjectStoreTransport, SharedDirectoryTransport, ProcessGroupsTransport), strict=True),
+    zip(TRANSPORTS, (ObjectStoreTransport, SharedDirectoryTransport, PairsTransport), strict=True),
 )
 def test_the_configuration_chooses(kind: str, transport: type, store: Any, tmp_path: Path) -> None:
     assert type(transport_of(kind, tmp_path, store)) is transport
@@ -181,7 +187,7 @@ def test_a_receiver_that_never_comes_keeps_nobody_waiting(rig: Rig, store: Any) 
 def test_a_store_without_a_publisher_says_so(store: Any) -> None:
     ray.get(store.publisher_begins.remote("somebody"), timeout=DEADLINE_S)
     ray.get(store.publisher_ends.remote("somebody"), timeout=DEADLINE_S)
-    receiver = ProcessGroupsTransport(store)
+    receiver = over_gloo(store)
     announcement = WeightsAnnouncement(version=version(1), digest="0", tensors=1, bytes=1)
     assert receiver.receive(announcement) is None
 
@@ -254,13 +260,13 @@ def test_a_file_that_was_cut_short_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_publisher_over_process_groups_holds_one_version_of_a_kind(store: Any) -> None:
-    transport = ProcessGroupsTransport(store)
+    transport = over_gloo(store)
     places = []
     for step in range(3):
         announcement = publish(transport, {"a": torch.full((8,), float(step))}, version(step))
         places.append(transport._kept["policy"][1].ctypes.data)
     assert len(set(places)) == 1, "a new version was not written over the former one"
-    found = fetch(ProcessGroupsTransport(store), announcement)
+    found = fetch(over_gloo(store), announcement)
     assert found["a"].tolist() == [2.0] * 8
     transport.close()
 
@@ -269,14 +275,14 @@ def test_a_publisher_over_process_groups_holds_one_version_of_a_kind(store: Any)
 def blocked(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
     """A publisher stops where it begins to send (the first event), until it may go on (the second)."""
     begun, go = threading.Event(), threading.Event()
-    send = process_groups._Connection.send
+    send = GlooPair.send
 
     def slow(self: Any, payload: Any) -> None:
         begun.set()
         assert go.wait(DEADLINE_S)
         send(self, payload)
 
-    monkeypatch.setattr(process_groups._Connection, "send", slow)
+    monkeypatch.setattr(GlooPair, "send", slow)
     return begun, go
 
 
@@ -284,7 +290,7 @@ def test_what_is_being_received_is_not_written_over(
     store: Any, blocked: tuple[threading.Event, threading.Event]
 ) -> None:
     begun, go = blocked
-    transport, receiver = ProcessGroupsTransport(store), ProcessGroupsTransport(store)
+    transport, receiver = over_gloo(store), over_gloo(store)
     announcement = publish(transport, {"a": torch.ones(8)}, version(1))
     with ThreadPoolExecutor() as beside:
         fetched = beside.submit(fetch, receiver, announcement)
@@ -301,10 +307,10 @@ def test_a_receiver_that_takes_too_long_costs_memory_and_not_the_run(
     store: Any, blocked: tuple[threading.Event, threading.Event]
 ) -> None:
     begun, go = blocked
-    transport = ProcessGroupsTransport(store, deadline_s=0.5)
+    transport = over_gloo(store, deadline_s=0.5)
     announcement = publish(transport, {"a": torch.ones(8)}, version(1))
     with ThreadPoolExecutor() as beside:
-        fetched = beside.submit(ProcessGroupsTransport(store).receive, announcement)
+        fetched = beside.submit(over_gloo(store).receive, announcement)
         assert begun.wait(DEADLINE_S)
         assert transport.reclaim("policy") is None
         go.set()
@@ -315,29 +321,29 @@ def test_a_receiver_that_takes_too_long_costs_memory_and_not_the_run(
 def test_a_connection_that_breaks_in_the_middle_is_made_anew_within_a_receive(
     store: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    receive, broken = process_groups._Connection.receive, []
+    receive, broken = GlooPair.receive, []
 
     def cut(self: Any, expected: int) -> Any:
         if not broken:
             broken.append(self)
-            self._travel("recv", torch.zeros(1, dtype=torch.int64))
+            self._receive(torch.zeros(1, dtype=torch.int64))
             self.close()
-            raise process_groups.Broken("cut off")
+            raise Broken("cut off")
         return receive(self, expected)
 
-    monkeypatch.setattr(process_groups._Connection, "receive", cut)
+    monkeypatch.setattr(GlooPair, "receive", cut)
     # A send into what was cut off may only end with its deadline, and the next publish waits for that.
-    transport = ProcessGroupsTransport(store, deadline_s=5)
+    transport = over_gloo(store, deadline_s=5)
     announcement = publish(transport, {"a": torch.ones(CHUNK_BYTES // 2)}, version(1))
-    assert weights_digest(fetch(ProcessGroupsTransport(store), announcement)) == announcement.digest
+    assert weights_digest(fetch(over_gloo(store), announcement)) == announcement.digest
     assert len(broken) == 1
     later = publish(transport, {"a": torch.zeros(CHUNK_BYTES // 2)}, version(2))
-    assert weights_digest(fetch(ProcessGroupsTransport(store), later)) == later.digest
+    assert weights_digest(fetch(over_gloo(store), later)) == later.digest
     transport.close()
 
 
 def test_another_size_than_the_announced_one_is_not_received(store: Any) -> None:
-    transport, receiver = ProcessGroupsTransport(store), ProcessGroupsTransport(store)
+    transport, receiver = over_gloo(store), over_gloo(store)
     announcement = publish(transport, {"a": torch.ones(8)}, version(1))
     assert receiver.receive(announcement.model_copy(update={"bytes": 10**15})) is None
     assert receiver.receive(announcement) is not None
@@ -345,7 +351,7 @@ def test_another_size_than_the_announced_one_is_not_received(store: Any) -> None
 
 
 def test_connections_listen_where_ray_does(store: Any) -> None:
-    transport, receiver = ProcessGroupsTransport(store), ProcessGroupsTransport(store)
+    transport, receiver = over_gloo(store), over_gloo(store)
     receiver.receive(publish(transport, {"a": torch.ones(8)}, version(1)))
     own = {place.laddr.ip for place in psutil.Process().net_connections() if place.status == "LISTEN"}
     assert own and {ip.removeprefix("::ffff:") for ip in own} == {"127.0.0.1"}
@@ -354,7 +360,7 @@ def test_connections_listen_where_ray_does(store: Any) -> None:
 
 def test_a_publisher_without_a_store_is_told(ray_local: None) -> None:
     own = ray.remote(PolicyStore).options(num_cpus=0).remote()
-    transport = ProcessGroupsTransport(own)
+    transport = over_gloo(own)
     publish(transport, {"a": torch.ones(8)}, version(1))
     ray.kill(own)
     with pytest.raises(RayActorError):
@@ -363,12 +369,12 @@ def test_a_publisher_without_a_store_is_told(ray_local: None) -> None:
 
 
 def test_idle_connections_are_closed_and_made_anew(store: Any) -> None:
-    transport, receiver = ProcessGroupsTransport(store), ProcessGroupsTransport(store)
+    transport, receiver = over_gloo(store), over_gloo(store)
     announcement = publish(transport, {"a": torch.ones(8)}, version(1))
     fetch(receiver, announcement)
     (idle,) = transport._connections.values()
-    idle.used -= 2 * process_groups.IDLE_S
-    fetch(ProcessGroupsTransport(store), announcement)
+    idle.used -= 2 * pairs.IDLE_S
+    fetch(over_gloo(store), announcement)
     assert idle not in transport._connections.values() and len(transport._connections) == 1
     assert weights_digest(fetch(receiver, announcement)) == announcement.digest
     transport.close()

@@ -49,18 +49,32 @@ def test_ranks_are_told_with_what_they_reserve(monkeypatch: pytest.MonkeyPatch) 
     assert not [f for f in examine(load_config("quickstart")) if f.what == "ranks"]
 
 
-def test_an_optimizer_without_its_package_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+NCCL = [
+    *("learner.publish_through=nccl", "model.device=cuda"),
+    *("learner.num_gpus=1", "rollout.num_gpus=1", "eval.num_gpus=1"),
+]
+
+
+@pytest.mark.parametrize(
+    ("package", "settings", "what", "extra"),
+    [
+        ("bitsandbytes", ["learner.optimizer=adamw8bit"], "optimizer", "8bit"),
+        ("cupy", NCCL, "weights", "nccl"),
+    ],
+)
+def test_what_lacks_its_package_is_found(
+    package: str, settings: list[str], what: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     found = importlib.util.find_spec
 
-    def without(name: str, package: str | None = None) -> object:
-        return None if name == "bitsandbytes" else found(name, package)
+    def without(name: str, package_: str | None = None) -> object:
+        return None if name == package else found(name, package_)
 
     monkeypatch.setattr(importlib.util, "find_spec", without)
-    config = load_config("quickstart", ["learner.optimizer=adamw8bit"])
-    (finding,) = [finding for finding in examine(config) if finding.what == "optimizer"]
+    (finding,) = [finding for finding in examine(load_config("quickstart", settings)) if finding.what == what]
     assert not finding.ok
-    assert "pip install 'dgpo-cluster[8bit]'" in finding.remedy
+    assert f"pip install 'dgpo-cluster[{extra}]'" in finding.remedy
 
 
 def test_the_table_shows_what_is_in_brackets() -> None:

@@ -1,4 +1,4 @@
-"""Weights straight from the learner to each worker, through a process group of the two (Gloo).
+"""Weights straight from the learner to each worker, through a connection of the two.
 
 Promises
 - Neither Ray's object store nor a disk holds them, and their publisher holds one version of each kind: for
@@ -8,9 +8,7 @@ Promises
   receiver whose connection broke makes a new one within the same `receive`.
 - Every wait has a deadline; a publisher that has ended is known, not waited for.
 
-torch's process groups, and not Ray's collectives, which over Gloo take the process's default group: on a
-learner that is the one of its ranks. From GPU to GPU (NCCL) nothing is sent: that could not be tried anywhere
-yet.
+What they are connected by: services/transports/gloo_pair.py, services/transports/nccl_pair.py.
 """
 
 from __future__ import annotations
@@ -20,30 +18,20 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
-from functools import partial
-from typing import Any, Final
+from typing import Any, Final, Protocol
 from uuid import uuid4
 
-import numpy as np
 import ray
-import torch
-import torch.distributed as dist
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
-from torch import Tensor
+from ray.exceptions import GetTimeoutError, RayActorError
 
 from services.messages import WeightsAnnouncement
 from services.safetensors_layout import Bytes
 from services.transports.base import DEADLINE_S
+from services.transports.pair import GRACE_S, Broken, Pair
 from services.transports.rendezvous import WeightsRequest
 
-CHUNK_BYTES: Final = 64 * 1024**2
-CONNECT_S: Final = 15.0
-"""For the other side to come, once both know of each other."""
 LISTEN_S: Final = 2.0
 """The publisher asks for requests for so long at a time."""
-GRACE_S: Final = 10.0
-"""For an answer of the store's actor, beyond what it was asked to wait."""
 IDLE_S: Final = 3600.0
 """A connection that has carried nothing for so long is closed."""
 TRIES: Final = 3
@@ -52,31 +40,34 @@ TRIES: Final = 3
 log = logging.getLogger(__name__)
 
 
-class Broken(RuntimeError):
-    """The other side of a connection is gone, or too slow."""
+class Connect(Protocol):
+    """How a pair is made: see `Pair`."""
+
+    def __call__(self, store: Any, name: str, *, rank: int, deadline_s: float) -> Pair: ...
 
 
-class ProcessGroupsTransport:
+class PairsTransport:
     """See the module. From the first `send` on a publisher; else a receiver, of one thread.
 
     Args:
         store: handle of the PolicyStore actor.
+        pair: makes a connection.
         deadline_s: for a chunk to arrive, and for every answer.
     """
 
-    def __init__(self, store: Any, *, deadline_s: float = DEADLINE_S) -> None:
-        self._store = store
+    def __init__(self, store: Any, pair: Connect, *, deadline_s: float = DEADLINE_S) -> None:
+        self._store, self._pair = store, pair
         self._deadline_s = deadline_s
         self._name = uuid4().hex[:12]
         # Of a publisher.
         self._kept: dict[str, tuple[WeightsAnnouncement, Bytes]] = {}
         self._sending: dict[str, int] = {}
         self._changed = threading.Condition()
-        self._connections: dict[str, _Connection] = {}
+        self._connections: dict[str, Pair] = {}
         self._listener: threading.Thread | None = None
         self._closed = threading.Event()
         # Of a receiver.
-        self._connection: _Connection | None = None
+        self._connection: Pair | None = None
 
     def reclaim(self, kind: str) -> Bytes | None:
         """Waits for who is just receiving it."""
@@ -213,97 +204,5 @@ class ProcessGroupsTransport:
                 self._sending[asked.kind] -= 1
                 self._changed.notify_all()
 
-    def _connect(self, name: str, *, rank: int = 1) -> _Connection:
-        return _Connection(self._store, name, rank=rank, deadline_s=self._deadline_s)
-
-
-class _Connection:
-    """A process group of publisher (rank 0) and receiver.
-
-    Raises:
-        Broken: the other side did not come.
-    """
-
-    def __init__(self, store: Any, name: str, *, rank: int, deadline_s: float) -> None:
-        self.name, self.used = name, time.monotonic()
-        self._peer, self._deadline = 1 - rank, timedelta(seconds=deadline_s)
-        self._one_at_a_time = threading.Lock()
-        gloo: Any = dist.ProcessGroupGloo
-        # Kept: the group refers to it, but does not keep its Python half alive.
-        self._members = _RendezvousStore(store, name)
-        self._forget = partial(store.forget.remote, name)
-        try:
-            options = gloo._Options()
-            options._timeout = self._deadline
-            # Where Ray's own connections are: loopback, unless the cluster has several nodes.
-            options._devices = [gloo.create_device(hostname=ray.util.get_node_ip_address())]
-            self._group: Any = gloo(self._members, rank, 2, options)
-        except (RuntimeError, TimeoutError, RayError) as error:
-            self._forget()
-            raise Broken(str(error)) from error
-
-    def send(self, payload: Bytes | None) -> None:
-        """Its size first; of None, that there is nothing."""
-        self.used = time.monotonic()
-        size = torch.tensor([0 if payload is None else payload.size])
-        with self._one_at_a_time:
-            self._travel("send", size)
-            for chunk in _chunks(payload):
-                self._travel("send", chunk)
-
-    def receive(self, expected: int) -> Bytes | None:
-        """So many bytes, or None.
-
-        Raises:
-            Broken: the other side is gone, or sends something else.
-        """
-        size = torch.zeros(1, dtype=torch.int64)
-        with self._one_at_a_time:
-            self._travel("recv", size)
-            if int(size) not in (0, expected):
-                raise Broken(f"{int(size)} bytes are sent, {expected} were announced")
-            payload = np.empty(expected, dtype=np.uint8) if size else None
-            for chunk in _chunks(payload):
-                self._travel("recv", chunk)
-        return payload
-
-    def close(self) -> None:
-        self._group.abort()
-        self._forget()
-
-    def _travel(self, how: str, tensor: Tensor) -> None:
-        try:
-            getattr(self._group, how)([tensor], self._peer, 0).wait(self._deadline)
-        except RuntimeError as error:
-            raise Broken(str(error).splitlines()[0]) from error
-
-
-_Store: Any = getattr(dist, "Store")  # noqa: B009 - torch's stubs do not have it
-
-
-class _RendezvousStore(_Store):  # type: ignore[misc]
-    """What a process group finds its members by, kept by the PolicyStore actor: no port is opened for it."""
-
-    def __init__(self, store: Any, connection: str) -> None:
-        super().__init__()
-        self._store, self._connection = store, connection
-
-    def set(self, key: str, value: bytes | str) -> None:
-        content = value.encode() if isinstance(value, str) else bytes(value)
-        ray.get(self._store.set_value.remote(f"{self._connection}/{key}", content), timeout=CONNECT_S)
-
-    def get(self, key: str) -> bytes:
-        told = self._store.value.remote(f"{self._connection}/{key}", CONNECT_S)
-        found: bytes | None = ray.get(told, timeout=CONNECT_S + GRACE_S)
-        if found is None:
-            raise TimeoutError(f"the other side did not come within {CONNECT_S:g} s")
-        return found
-
-    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
-        for key in keys:
-            self.get(key)
-
-
-def _chunks(payload: Bytes | None) -> Iterator[Tensor]:
-    if payload is not None:
-        yield from torch.from_numpy(payload).split(CHUNK_BYTES)  # type: ignore[no-untyped-call]
+    def _connect(self, name: str, *, rank: int = 1) -> Pair:
+        return self._pair(self._store, name, rank=rank, deadline_s=self._deadline_s)

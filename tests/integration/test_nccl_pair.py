@@ -1,0 +1,183 @@
+"""Weights over NCCL: what is ours of it, over TCP in the place of GPUs, and all of it where there are two."""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import pytest
+import ray
+import torch
+from torch import Tensor
+
+from services.codec import weights_digest
+from services.messages import PolicyVersion
+from services.policy_store import PolicyStore, fetch, publish
+from services.transports.nccl_pair import NcclPair, nccl_pairs
+from services.transports.pair import CHUNK_BYTES, CONNECT_S, Broken
+from services.transports.pairs import PairsTransport
+
+pytestmark = pytest.mark.integration
+
+DEADLINE_S = 60.0
+AT_ONCE_S = 8.0
+
+
+class TcpWire:
+    """Joins two over loopback. Like NCCL it waits for ever, until it is aborted."""
+
+    def __init__(self) -> None:
+        self._server: socket.socket | None = None
+        self._socket: socket.socket | None = None
+
+    def unique(self) -> bytes:
+        self._server = socket.create_server(("127.0.0.1", 0))
+        return str(self._server.getsockname()[1]).encode()
+
+    def join(self, unique: bytes, rank: int) -> None:
+        if rank == 0:
+            assert self._server is not None
+            self._socket = self._server.accept()[0]
+        else:
+            self._socket = socket.create_connection(("127.0.0.1", int(unique)))
+
+    def send(self, tensor: Tensor, peer: int) -> None:
+        self._whole(lambda view: self._open.send(view), tensor)
+
+    def receive(self, tensor: Tensor, peer: int) -> None:
+        self._whole(lambda view: self._open.recv_into(view), tensor)
+
+    def abort(self) -> None:
+        for one in (self._socket, self._server):
+            if one is not None:
+                try:
+                    one.shutdown(socket.SHUT_RDWR)
+                except OSError:
+                    one.close()
+
+    @property
+    def _open(self) -> socket.socket:
+        assert self._socket is not None
+        return self._socket
+
+    def _whole(self, move: Any, tensor: Tensor) -> None:
+        left = memoryview(tensor.view(torch.uint8).numpy())
+        try:
+            while left:
+                moved = move(left)
+                if not moved:
+                    raise RuntimeError("the other side is gone\nand what NCCL would say of it")
+                left = left[moved:]
+        except OSError as error:
+            raise RuntimeError(str(error)) from error
+
+
+class Unreached(TcpWire):
+    """Never gets across."""
+
+    def send(self, tensor: Tensor, peer: int) -> None:
+        self._open.recv(1)
+        raise RuntimeError("aborted")
+
+
+def version(step: int) -> PolicyVersion:
+    return PolicyVersion(epoch=0, step=step)
+
+
+def over(wire: type[TcpWire], store: Any, **settings: Any) -> PairsTransport:
+    return PairsTransport(store, partial(NcclPair, wire=wire), **settings)
+
+
+@pytest.fixture(scope="module")
+def store(ray_local: None) -> Iterator[Any]:
+    handle = ray.remote(PolicyStore).options(num_cpus=0).remote()
+    yield handle
+    ray.kill(handle)
+
+
+def threads() -> set[int | None]:
+    return {thread.ident for thread in threading.enumerate() if thread.name.startswith("nccl ")}
+
+
+def test_versions_arrive_as_they_were_published_and_no_thread_stays(store: Any) -> None:
+    before = threads()
+    transport, receiver = over(TcpWire, store), over(TcpWire, store)
+    for step in (1, 2):
+        # A little more than a chunk.
+        tensors = {"a": torch.full((CHUNK_BYTES // 4 + 3,), float(step)), "b": torch.arange(5).half()}
+        announcement = publish(transport, tensors, version(step))
+        assert weights_digest(fetch(receiver, announcement)) == announcement.digest == weights_digest(tensors)
+    assert len(threads() - before) == 2, "both versions over one connection"
+    for connection in (*transport._connections.values(), receiver._connection):
+        assert connection is not None
+        connection.close()
+    transport.close()
+    until = time.monotonic() + DEADLINE_S
+    while threads() - before and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not threads() - before
+
+
+def test_who_does_not_come_is_not_waited_for_by_nccl(store: Any) -> None:
+    joined = []
+
+    class Watched(TcpWire):
+        def join(self, unique: bytes, rank: int) -> None:
+            joined.append(rank)
+            super().join(unique, rank)
+
+    began = time.monotonic()
+    with pytest.raises(Broken, match=f"did not come within {CONNECT_S:g} s"):
+        NcclPair(store, "alone", rank=0, deadline_s=DEADLINE_S, wire=Watched)
+    assert time.monotonic() - began < CONNECT_S + AT_ONCE_S and not joined
+
+
+def test_a_call_of_nccl_that_never_ends_is_aborted_at_the_deadline(store: Any) -> None:
+    transport, receiver = over(Unreached, store, deadline_s=1.0), over(TcpWire, store)
+    announcement = publish(transport, {"a": torch.ones(8)}, version(1))
+    began = time.monotonic()
+    # The receiver hears of the abort, asks again as often as it may, and gives up.
+    assert receiver.receive(announcement) is None
+    assert time.monotonic() - began < DEADLINE_S / 2
+    assert not transport._connections
+    transport.close()
+
+
+def test_an_error_of_nccl_breaks_the_connection_in_one_line(store: Any) -> None:
+    with ThreadPoolExecutor() as beside:
+        other = beside.submit(NcclPair, store, "cut", rank=0, deadline_s=DEADLINE_S, wire=TcpWire)
+        here = NcclPair(store, "cut", rank=1, deadline_s=DEADLINE_S, wire=TcpWire)
+        other.result(DEADLINE_S).close()
+    with pytest.raises(Broken, match=r"^the other side is gone$"):
+        here.receive(8)
+    here.close()
+
+
+@pytest.mark.skipif(
+    torch.cuda.device_count() < 2 or importlib.util.find_spec("cupy") is None,
+    reason="needs two GPUs and CuPy (pip install 'dgpo-cluster[nccl]')",
+)
+def test_from_one_gpu_to_another(store: Any) -> None:
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    transport = PairsTransport(store, nccl_pairs(first))
+    receiver = PairsTransport(store, nccl_pairs(second))
+    tensors = {"a": torch.randn(CHUNK_BYTES // 2, device=first), "b": torch.arange(5, device=first).half()}
+    for step in (1, 2):
+        announcement = publish(transport, tensors, version(step))
+        found = fetch(receiver, announcement)
+        assert weights_digest(found) == announcement.digest
+        assert torch.equal(found["a"], tensors["a"].cpu())
+        tensors["a"] += 1
+    # A receiver that dies: the publisher is not held up, and the next one gets its weights.
+    assert receiver._connection is not None
+    receiver._connection.close()
+    announcement = publish(transport, tensors, version(3))
+    again = PairsTransport(store, nccl_pairs(second))
+    assert weights_digest(fetch(again, announcement)) == announcement.digest
+    transport.close()
