@@ -1,10 +1,11 @@
-"""All rewards of one group at once: one request a reward server, concurrently.
+"""All rewards of one group at once: one request a reward server, or several, concurrently.
 
 Promises
 - Every required reward is there, for every sample, or `RewardError` is raised: nothing is made up.
 - An optional or held-out reward that fails is left out of the group whole, and the failure is reported.
 - An evaluation (no ordinal) gets every reward, or `RewardError`: a reward that is there for some prompts only
   would be paired with the wrong ones.
+- All scores that a reward gives a group are of one version of its scorer, however many requests they took.
 """
 
 from __future__ import annotations
@@ -12,19 +13,24 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from reward_servers.client import RewardError, Scored
+from reward_servers.client import RewardError, RewardInvalid, Scored
 from services.config import RewardConfig
 from services.context import RewardPlace
 from services.messages import Prompt
 
 logger = logging.getLogger(__name__)
+
+MOST_AT_ONCE: Final = 64
+"""Requests of one process, where a group is scored in several."""
+TRIES: Final = 3
+"""Of a group whose requests were answered by two versions, as while a server is updated."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,8 @@ class RewardServers:
             for reward in rewards
         }
         self._threads = ThreadPoolExecutor(max_workers=len(self._rewards), thread_name_prefix="reward")
+        # Of their own: who waits for them in a thread of the others takes none of theirs.
+        self._requests = ThreadPoolExecutor(max_workers=MOST_AT_ONCE, thread_name_prefix="request")
 
     def score(
         self, images: NDArray[np.uint8], prompts: Sequence[Prompt], *, ordinal: int | None = None
@@ -86,8 +94,7 @@ class RewardServers:
         due = [r for r in self._rewards if ordinal is None or ordinal % r.every == 0]
         texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
         pending = {
-            reward.name: self._threads.submit(self._ask, reward.name, images, texts, metadata)
-            for reward in due
+            reward.name: self._threads.submit(self._whole, reward, images, texts, metadata) for reward in due
         }
         scored: dict[str, Scored] = {}
         failure: RewardError | None = None
@@ -107,6 +114,40 @@ class RewardServers:
             details={name: tuple(s.details) for name, s in scored.items()},
         )
 
+    def _whole(
+        self,
+        reward: RewardConfig,
+        images: NDArray[np.uint8],
+        texts: Sequence[str],
+        metadata: Sequence[dict[str, Any]],
+    ) -> Scored:
+        """Of all images, in requests of `images_per_request`."""
+        size = reward.images_per_request or len(images)
+        if len(images) <= size:
+            return self._ask(reward.name, images, texts, metadata)
+        parts = [slice(first, first + size) for first in range(0, len(images), size)]
+        for _ in range(TRIES):
+            asked = [
+                self._requests.submit(self._ask, reward.name, images[part], texts[part], metadata[part])
+                for part in parts
+            ]
+            # Also after a failure: none still runs when the group is given up.
+            wait(asked)
+            found = [one.result() for one in asked]
+            versions = sorted({f"{one.model} {one.version}" for one in found})
+            if len(versions) == 1:
+                return Scored(
+                    scores=tuple(score for one in found for score in one.scores),
+                    details=tuple(detail for one in found for detail in one.details),
+                    model=found[0].model,
+                    version=found[0].version,
+                )
+            logger.info("reward %s: one group was scored by %s: asked again", reward.name, versions)
+        raise RewardInvalid(
+            *(reward.name, self._clients[reward.name].url),
+            f"the requests of one group were answered by {' and '.join(versions)}, {TRIES} times",
+        )
+
     def _ask(
         self,
         reward: str,
@@ -124,6 +165,7 @@ class RewardServers:
             self._asked(reward, time.monotonic() - begun, failed)
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._requests):
+            threads.shutdown(wait=False, cancel_futures=True)
         for client in self._clients.values():
             client.close()

@@ -28,7 +28,7 @@ def plan(
     queue_mb: Annotated[
         float | None,
         typer.Option(
-            "--queue-mb-s", help="MB/s of the queue's server and its reader; default: 167, measured."
+            "--queue-mb-s", help="MB/s of the queue's server and its reader; default: 303, measured."
         ),
     ] = None,
     reward_seconds: Annotated[

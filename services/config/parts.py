@@ -65,6 +65,9 @@ class RewardConfig(Section):
     batching: Literal["request", "dynamic"] = "request"
     """`request`: a request is scored as a unit, or by a batch-invariant scorer; `dynamic`: requests may be
     merged. A server at `url` decides for itself: with `request` one that breaks this is refused."""
+    images_per_request: int | None = Field(default=None, ge=1)
+    """A group is scored in requests of at most so many images, all at once, so that the replicas of a scorer
+    that takes long share it; null: in one request, to one replica."""
     deadline_s: float = Field(default=60.0, gt=0)
     """Seconds for one group's scores, retries included."""
     replicas: int = Field(default=1, ge=1)

@@ -72,6 +72,11 @@ class Costs:
         return Times(
             sample=self.rollout_gpu_s / self.shape.groups,
             scores={one.name: self.group_score_s(one) for one in self.rewards},
+            requests={
+                one.name: math.ceil(self.config.rollout.group_size / one.images_per_request)
+                for one in self.config.rewards
+                if one.images_per_request
+            },
             update=self.learner_gpu_s / self.shape.groups,
             install=moved.install_s,
             take=moved.take_s,
@@ -185,7 +190,8 @@ def _at_least(costs: Costs, split: Split) -> float:
 
 
 def _with_replicas(costs: Costs, split: Split) -> tuple[Split, Step]:
-    """As many replicas as keep up, and no more than one a worker: it has one group scored at a time."""
+    """As many replicas as keep up, and no more than one for each request of a worker: it has one group scored
+    at a time."""
     times, shape = costs.times(split), costs.shape
     fixed = {one.name: split.reward_gpus for one in costs.rewards if one.on_gpu and split.reward_gpus}
     on_worker = [one for one in costs.rewards if one.on_gpu and not split.reward_gpus]
@@ -196,16 +202,18 @@ def _with_replicas(costs: Costs, split: Split) -> tuple[Split, Step]:
         times = replace(times, scores={**times.scores, **dict.fromkeys(fixed, together)})
     silent = replace(times, scores={name: times.scores[name] for name in fixed})
     seconds = predict(shape, silent, replace(split, replicas=fixed), shared).seconds
-    most = min(split.workers, shape.groups)
+    most = {name: min(split.workers, shape.groups) * times.requests.get(name, 1) for name in times.scores}
     wanted = {
-        name: max(1, min(most, math.ceil(shape.groups * each / (REWARD_LOAD * seconds))))
+        name: max(1, min(most[name], math.ceil(shape.groups * each / (REWARD_LOAD * seconds))))
         for name, each in times.scores.items()
     }
     split = replace(split, replicas={**wanted, **fixed})
     step = predict(shape, times, split, shared)
-    while step.seconds > seconds * TIE and any(wanted[name] < most for name in wanted if name not in fixed):
+    while step.seconds > seconds * TIE and any(
+        wanted[name] < most[name] for name in wanted if name not in fixed
+    ):
         # Workers that ask at the same time are waited for.
-        wanted = {name: min(most, 2 * count) for name, count in wanted.items()}
+        wanted = {name: min(most[name], 2 * count) for name, count in wanted.items()}
         split = replace(split, replicas={**wanted, **fixed})
         step = predict(shape, times, split, shared)
     return split, step

@@ -16,7 +16,7 @@ ONE_GPU = "a second GPU: sampling and training then go on at the same time"
 ADVICE = {
     "rollout": "more rollout workers, or fewer solver steps",
     "learner": "more learner ranks (at most one a group of an update)",
-    "rewards": "more replicas, or a faster scorer",
+    "rewards": "more replicas, fewer images_per_request, or a faster scorer",
     "queue": "fewer or smaller groups, or a faster server",
     "turnaround": "a higher queue.max_staleness, or smaller groups: workers wait for updates",
 }

@@ -50,6 +50,8 @@ class Times:
     """A version."""
     queue: float = 0.0
     """The server of the queue, an update."""
+    requests: Mapping[str, int] = field(default_factory=dict)
+    """Reward -> requests in which a group is scored, all at once; left out: one."""
 
 
 @dataclass(frozen=True)
@@ -92,13 +94,15 @@ def predict(shape: Shape, times: Times, split: Split, shared: float = 0.0) -> St
     learner = times.take + share_of(shape, split.ranks) * times.update + times.gather + times.publish
     # More workers than a round of the window ask for scores one after the other.
     asking = min(split.workers, shape.groups)
+    parts_of = {name: times.requests.get(name, 1) for name in times.scores}
     waits = [
-        seconds * math.ceil(asking / split.replicas.get(name, 1)) for name, seconds in times.scores.items()
+        seconds / parts_of[name] * math.ceil(asking * parts_of[name] / split.replicas.get(name, 1))
+        for name, seconds in times.scores.items()
     ]
     score, rounds = max(waits, default=0.0), math.ceil(shape.groups / asking)
     once = times.install + sample + (rounds - 1) * max(sample, score) + score + learner
     rewards = [
-        shape.groups * seconds / min(split.replicas.get(name, 1), busy)
+        shape.groups * seconds / min(split.replicas.get(name, 1), busy * parts_of[name])
         for name, seconds in times.scores.items()
     ]
     parts = {

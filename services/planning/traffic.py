@@ -35,8 +35,8 @@ class Machine:
     network_bytes_s: float = 1.25e9
     """Of a node, in each direction: 10 Gbit/s."""
     node_gpus: int = 8
-    queue_bytes_s: float = 167e6
-    """`dgpo bench load`, docs/fault-tolerance.md: 55.8 groups/s of 3 MB, server, learner and 512 workers on
+    queue_bytes_s: float = 303e6
+    """`dgpo bench load`, docs/fault-tolerance.md: 100.9 groups/s of 3 MB, server, learner and 512 workers on
     two cores together; a server with cores of its own does more."""
     queue_groups_s: float = 1600.0
     """`dgpo bench soak`, docs/fault-tolerance.md: 50,000 small groups in 30 s, likewise on two cores."""

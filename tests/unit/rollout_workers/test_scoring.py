@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,8 +11,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from reward_servers.client import RewardError, RewardUnavailable, Scored
-from rollout_workers.scoring import RewardServers
+from reward_servers.client import RewardError, RewardInvalid, RewardUnavailable, Scored
+from rollout_workers.scoring import GroupScores, RewardServers
 from services.config import RewardConfig
 from services.context import RewardPlace
 from services.messages import Prompt
@@ -100,3 +102,72 @@ def test_every_request_is_told_of_when_it_has_ended(
     scored(servers, 9)
     nothing = type(None)
     assert sorted(asked, key=str) == [("optional", True, RewardUnavailable), ("trained", True, nothing)]
+
+
+class Divided:
+    """In place of a RewardClient: scores an image by its first pixel, as one version after another."""
+
+    url = "http://127.0.0.1:1"
+
+    def __init__(self, versions: Sequence[str], down: int | None = None) -> None:
+        self._versions, self._down = iter(versions), down
+        self._ready = threading.Barrier(3, timeout=10)
+        self.requests: list[tuple[int, ...]] = []
+        self.ended = 0
+
+    def score(self, images: NDArray[np.uint8], prompts: Sequence[str], metadata: Sequence[Any]) -> Scored:
+        firsts = tuple(int(image[0, 0, 0]) for image in images)
+        assert list(prompts) == [f"prompt {first}" for first in firsts]
+        assert list(metadata) == [{"number": first} for first in firsts]
+        self.requests.append(firsts)
+        # Broken unless all requests of a group are there at once.
+        self._ready.wait()
+        version = next(self._versions)
+        try:
+            if self._down in firsts:
+                raise RewardUnavailable("ocr", self.url, "no scores within 1 s")
+            time.sleep(0.05)
+            return Scored(tuple(float(first) for first in firsts), ({},) * len(firsts), "model", version)
+        finally:
+            self.ended += 1
+
+    def close(self) -> None:
+        pass
+
+
+def divided(client: Divided, monkeypatch: pytest.MonkeyPatch) -> GroupScores:
+    """Scores of 8 images, 3 a request."""
+    monkeypatch.setattr("services.context.RewardClient", lambda *args, **kw: client)
+    reward = RewardConfig(name="ocr", url=client.url, images_per_request=3)
+    servers = RewardServers([reward], {"ocr": RewardPlace(url=client.url)})
+    images = np.broadcast_to(np.arange(8, dtype=np.uint8)[:, None, None, None], (8, 4, 4, 3))
+    prompts = [Prompt(text=f"prompt {number}", metadata={"number": number}) for number in range(8)]
+    try:
+        return servers.score(images, prompts, ordinal=0)
+    finally:
+        servers.close()
+
+
+def test_a_group_is_scored_in_requests_at_once_and_comes_back_in_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    client = Divided(["1"] * 3)
+    found = divided(client, monkeypatch)
+    assert found.rewards == {"ocr": tuple(map(float, range(8)))}
+    assert len(found.details["ocr"]) == 8
+    assert sorted(client.requests) == [(0, 1, 2), (3, 4, 5), (6, 7)]
+
+
+def test_a_group_that_two_versions_have_scored_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = Divided(["1", "2", "2", "2", "2", "2"])
+    assert divided(client, monkeypatch).rewards == {"ocr": tuple(map(float, range(8)))}
+    assert len(client.requests) == 6
+    with pytest.raises(RewardInvalid, match="answered by model 1 and model 2, 3 times"):
+        divided(Divided(["1", "2", "2"] * 3), monkeypatch)
+
+
+def test_a_request_that_fails_fails_the_group_when_all_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = Divided(["1"] * 3, down=7)
+    with pytest.raises(RewardUnavailable, match="'ocr'"):
+        divided(client, monkeypatch)
+    assert client.ended == 3

@@ -114,6 +114,22 @@ def test_a_step_without_staleness_is_the_sum() -> None:
     assert step.bottleneck == "rollout"
 
 
+def test_replicas_share_a_group_that_is_scored_in_several_requests() -> None:
+    shape, split = Shape(groups=8, staleness=1), Split(workers=4, ranks=4, replicas={"ocr": 12})
+    whole = predict(shape, TIMES, split)
+    divided = predict(shape, replace(TIMES, requests={"ocr": 4}), split)
+    # A replica for each worker's group; or three, one of which has two of its four requests.
+    assert (whole.parts["rewards"], divided.parts["rewards"]) == (8 * 2 / 4, 8 * 2 / 12)
+    assert whole.parts["turnaround"] - divided.parts["turnaround"] == pytest.approx((2 - 2 / 4 * 2) / 2)
+
+
+def test_a_plan_has_replicas_for_the_requests_of_a_group() -> None:
+    slow = ["rewards=[{name: slow, app: ocr, args: {detect: true}, images_per_request: 4}]"]
+    found = make_plan(costs(*slow, "rollout.group_size=24"), 8)
+    assert found.split.workers < found.split.replicas["slow"] <= 6 * found.split.workers
+    assert found.step.bottleneck != "rewards"
+
+
 def test_one_gpu_takes_turns() -> None:
     found = costs("learner.micro_batch=8")
     plan = make_plan(found, 1)
