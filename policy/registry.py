@@ -104,6 +104,11 @@ def check_sampling(config: Config) -> None:
     if not find(config.model.path).is_dir():
         return
     family, _ = read_family(config.model)
+    if config.model.revision is not None:
+        raise PolicyError(
+            f"model.revision {config.model.revision!r}: model.path {config.model.path} is a directory here, "
+            "which has no revision: leave it out"
+        )
     # Groups of a recording have been sampled already.
     for rollout in (
         (config.evaluation_rollout,) if config.offline else (config.rollout, config.evaluation_rollout)

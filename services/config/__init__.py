@@ -212,6 +212,11 @@ class Config(Section):
     def _check_heldout(self) -> None:
         """Held-out prompts come from one place."""
         prompts = self.prompts
+        if self.eval.path is not None and prompts.source in ("words", "shapes"):
+            raise ValueError(
+                f"eval.path with prompts.source {prompts.source!r}, which makes its held-out prompts itself: "
+                "leave it out"
+            )
         own = [f"prompts.{key}" for key in ("heldout_share", "heldout_split") if getattr(prompts, key)]
         own += [
             f"prompts.mix.{number}.{key}"

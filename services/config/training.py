@@ -29,6 +29,7 @@ class ModelConfig(Section):
     train: Literal["lora", "full"] = "lora"
     """Train LoRA adapters, or every weight of the transformer."""
     lora: LoraConfig = LoraConfig()
+    """For `train: lora`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the frozen weights. Trained weights are float32."""
     device: str = "auto"

@@ -317,3 +317,9 @@ def test_shares_of_one_card_are_not_more_than_one() -> None:
     shares = ("learner.num_gpus=0.6", "rollout.num_gpus=0.6", "eval.num_gpus=0.2")
     with pytest.raises(ConfigError, match=r"add up to 1\.4, which takes more than one card"):
         load_config("quickstart", [*ONE_CARD, *shares])
+
+
+@pytest.mark.parametrize("recipe", ["quickstart", "quickstart-shapes"])
+def test_prompts_that_make_their_own_held_out_ones_take_no_file_of_them(recipe: str) -> None:
+    with pytest.raises(ConfigError, match="makes its held-out prompts itself: leave it out"):
+        load_config(recipe, ["eval.path=heldout.txt"])

@@ -25,6 +25,7 @@ from services.doctor import Finding, examine, table
         ("prompts={source: file, path: nowhere.jsonl}", "prompts", "set prompts.path and eval.path"),
         ("objective.timesteps={first: null, t_min: 0.9}", "timesteps", "see objective.timesteps"),
         ("rollout={solver: euler, sigmas: fractions}", "rollout", "set rollout"),
+        ("model.revision=main", "rollout", "set rollout, or model, as it says"),
     ],
 )
 def test_what_cannot_run_is_found(

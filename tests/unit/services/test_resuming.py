@@ -65,7 +65,6 @@ def test_nothing_is_written_where_nothing_changes(run: RunDirectory) -> None:
         "eval.seed=1",
         "eval.solver=euler",
         "rollout.order=3",
-        "eval.path=heldout.txt",
     ],
 )
 def test_what_the_run_depends_on_is_refused_by_name(run: RunDirectory, override: str) -> None:
