@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -88,11 +89,27 @@ def test_its_head_says_what_the_page_says(recipe: str) -> None:
     assert "Extrapolated, not measured" in text
 
 
+CFG_FREE = {
+    "sd35-medium-geneval-2a-8gpu": ("frozen", 4.5, (10, 100), (1e-5, 1e-4)),
+    "sd35-medium-geneval-2b-8gpu": ("ema", 1.0, (2000, 5000), (1e-5, 1e-5)),
+}
+"""Reference, its guidance, and ranges of beta and clip_range, as is typical of the mode."""
+
+
+@pytest.mark.parametrize("name", CFG_FREE)
+def test_modes_without_guidance_have_their_typical_values(name: str) -> None:
+    config, (reference, guidance, betas, clips) = RECIPES[name][0], CFG_FREE[name]
+    objective: Any = config.objective
+    assert (objective.cfg_free, config.rollout.guidance) == (True, 1.0)
+    assert (objective.reference, objective.kl_cfg) == (reference, guidance)
+    assert betas[0] <= objective.beta <= betas[1] and clips[0] <= objective.clip_range <= clips[1]
+
+
 def test_published_parameters_are_in_the_recipes() -> None:
     """DGPO's for SD3.5-medium, on any number of GPUs."""
     published = {"geneval": (100, 0.02, 5), "ocr": (100, 0.02, 7), "pickscore": (10, 0.001, 7)}
     for name, (config, _) in RECIPES.items():
-        if not name.startswith("sd35-medium"):
+        if not name.startswith("sd35-medium") or name in CFG_FREE:
             continue
         objective, learner, rollout = config.objective, config.learner, config.rollout
         said = (objective.beta, objective.kl, objective.timesteps.first)  # type: ignore[union-attr]
