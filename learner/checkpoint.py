@@ -3,10 +3,12 @@
 Promises
 - `checkpoints/step-N/` appears by one rename, after every file and the manifest are on the disk; the manifest
   is written last and holds the digest of every file.
-- `newest_checkpoint` returns the newest one whose digests are right; others are skipped with a warning.
+- `newest_checkpoint` returns the newest one whose digests are right, and says which newer ones are not. Where
+  there are some and none is right, that is an error: nobody begins anew over them.
 - A write that fails, for want of space or by a kill at any moment, leaves the former checkpoints usable.
 - The one just written stays. Those of higher steps go: their lineage ended when a learner went back behind
   them. Only a learner that a newer epoch has replaced and that does not know it yet finds living ones there.
+- What cannot be verified is never removed: `set_aside` gives it another name, and pruning leaves it alone.
 
     checkpoints/step-20/policy.safetensors      trained parameters
                        ema.safetensors         the EMA that is evaluated
@@ -19,14 +21,15 @@ Of sharded training the parts are directories (learner/sharded_checkpoint.py).
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -44,10 +47,26 @@ SHARDED_FORMAT = 2
 MANIFEST = "manifest.json"
 # `.replaced`: what a step of an older lineage is called while the new one takes its name.
 COMPLETE_NAME = re.compile(r"step-(\d+)(\.replaced)?")
+UNVERIFIED = ".unverified"
+"""Behind the name of one that is kept for a person to look at."""
+REMOVED = ".removed"
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read; former ones are as they were."""
+
+
+class CheckpointsUnusable(CheckpointError):
+    """A run has checkpoints, and none of them is right. No restart mends that."""
+
+
+@dataclass(frozen=True)
+class PassedOver:
+    """A checkpoint that is not right."""
+
+    path: Path
+    why: str
+    """Names the file."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +77,8 @@ class Checkpoint:
     step: int
     manifest: dict[str, Any]
     """What the writer gave, with `format`, `step` and `files` (name -> sha256, bytes)."""
+    passed_over: tuple[PassedOver, ...] = ()
+    """Newer ones, when this one was looked for."""
 
     @property
     def state(self) -> Mapping[str, dict[str, Tensor]]:
@@ -174,13 +195,66 @@ def _told(partial: Path) -> Iterator[None]:
 
 
 def newest_checkpoint(run_directory: Path) -> Checkpoint | None:
-    """The newest complete checkpoint with right digests; None when there is none."""
+    """The newest complete checkpoint with right digests; None when there is none at all.
+
+    Raises:
+        CheckpointsUnusable: there are some, and none is right.
+        CheckpointError: it cannot be seen which there are.
+    """
+    return _newest(run_directory, _verified)
+
+
+def newest_step(run_directory: Path) -> int:
+    """Of the newest checkpoint by manifests and sizes, which takes no time; 0 when there is none at all.
+
+    Raises:
+        CheckpointError: as `newest_checkpoint`.
+    """
+    found = _newest(run_directory, open_checkpoint)
+    return found.step if found is not None else 0
+
+
+def _newest(run_directory: Path, read: Callable[[Path], Checkpoint]) -> Checkpoint | None:
+    passed_over: list[PassedOver] = []
     for path in _candidates(run_directory / "checkpoints"):
         try:
-            return _verified(path)
+            return replace(read(path), passed_over=tuple(passed_over))
         except CheckpointError as error:
-            logger.warning("skipped a checkpoint: %s", error)
-    return None
+            logger.warning("passed over a checkpoint: %s", error)
+            passed_over.append(PassedOver(path, str(error)))
+    if not passed_over:
+        return None
+    each = "".join(f"  {one.path.name}: {one.why}\n" for one in passed_over)
+    raise CheckpointsUnusable(
+        f"{run_directory / 'checkpoints'}: none of its checkpoints can be used, and all are as they were:\n"
+        f"{each}Mend what keeps one from being read (the storage, the version of this program), or put a "
+        "copy of one in its place, and resume; to begin at step 0 instead, start a new run"
+    )
+
+
+def set_aside(found: Checkpoint) -> list[str]:
+    """Keep what was passed over for a checkpoint under another name, before pruning or a new one of its step
+    finds it.
+
+    Returns:
+        What to tell of each.
+
+    Raises:
+        CheckpointError: it cannot be renamed, so that it could be lost.
+    """
+    told = []
+    for one in found.passed_over:
+        kept = one.path.with_name(f"{one.path.name}{UNVERIFIED}")
+        for number in itertools.count(2):
+            if not kept.exists():
+                break
+            kept = one.path.with_name(f"{one.path.name}{UNVERIFIED}-{number}")
+        try:
+            one.path.rename(kept)
+        except OSError as error:
+            raise CheckpointError(f"{one.path}: cannot be kept as {kept.name}: {error}") from error
+        told.append(f"{one.why}; kept as {kept.name}, and the run goes on from step {found.step}")
+    return told
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -229,6 +303,16 @@ def _take_name(partial: Path, final: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+def _remove(path: Path) -> None:
+    """Under a name that is none of a checkpoint: one half removed would pass for a damaged one."""
+    gone = path.with_name(f".{path.name}{REMOVED}")
+    try:
+        path.rename(gone)
+    except OSError as error:
+        logger.warning("%s: an old checkpoint cannot be removed: %s", path, error)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
 def _verified(path: Path) -> Checkpoint:
     found = _opened(path)
     try:
@@ -263,34 +347,37 @@ def _opened(path: Path) -> Checkpoint:
 
 
 def _candidates(folder: Path) -> Iterator[Path]:
-    found = [path for path in folder.glob("step-*") if COMPLETE_NAME.fullmatch(path.name)]
+    try:
+        found = [path for path in folder.iterdir() if COMPLETE_NAME.fullmatch(path.name)]
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read: {error}") from error
     yield from sorted(found, key=lambda path: (_step(path), path.suffix == ""), reverse=True)
 
 
 def _prune(folder: Path, keep: int, step: int, epoch: int) -> None:
+    for path in folder.glob(f".step-*{REMOVED}"):
+        shutil.rmtree(path, ignore_errors=True)
     kept = 0
     for path in _candidates(folder):
+        try:
+            of_epoch = int(open_checkpoint(path).manifest.get("epoch", 0))
+        except (CheckpointError, ValueError, TypeError):
+            # Nor does it count: a broken directory must not push out a good one.
+            continue
         if _step(path) > step:
-            if _epoch(path) <= epoch:
-                shutil.rmtree(path, ignore_errors=True)
-        # Only what has a manifest counts: a broken directory must not push out a good one.
+            if of_epoch <= epoch:
+                _remove(path)
         elif kept >= keep:
-            shutil.rmtree(path, ignore_errors=True)
-        elif (path / MANIFEST).is_file():
+            _remove(path)
+        else:
             kept += 1
 
 
 def _step(path: Path) -> int:
     match = COMPLETE_NAME.fullmatch(path.name)
     return int(match[1]) if match is not None else -1
-
-
-def _epoch(path: Path) -> int:
-    """Of its writer; -1 for what nobody can resume from."""
-    try:
-        return int(json.loads((path / MANIFEST).read_text()).get("epoch", 0))
-    except (OSError, ValueError, TypeError, AttributeError):
-        return -1
 
 
 def _sync(path: Path) -> None:

@@ -41,6 +41,9 @@ from services.messages import PolicyVersion, WeightsAnnouncement
 
 logger = logging.getLogger(__name__)
 
+PASSED_OVER = "checkpoint passed over"
+"""What the event is called."""
+
 
 class Trainer(Protocol):
     """The model side of the learner."""
@@ -85,6 +88,8 @@ class Start:
     version: PolicyVersion | None = None
     """Of the checkpoint; None when there is none."""
     frontier: Frontier | None = None
+    passed_over: tuple[str, ...] = ()
+    """What to tell of newer checkpoints, which were not right."""
 
     @property
     def step(self) -> int:
@@ -173,6 +178,9 @@ class LearnerLoop:
                 self._curriculum.assign(start.frontier or Frontier())
                 self._queue.plan(self._curriculum.places())
             self._queue.announce(self._trainer.publish(version, kind="ema"))
+        for detail in start.passed_over:
+            row = {"kind": "event", "time": time.time(), "level": "warning", "what": PASSED_OVER}
+            self._queue.append_metrics(row | {"detail": detail, "step": start.step})
         self._pulse.version = version
         self._checkpointed = start.step if start.version is not None else -1
         return version.epoch

@@ -2,7 +2,8 @@
 
 Promises
 - Whenever Ray Train starts the ranks, first or again, they go on from the newest complete checkpoint of the
-  run directory, in a new epoch. A rank that dies takes the others with it: all are started again.
+  run directory, in a new epoch. A rank that dies takes the others with it: all are started again. Newer
+  checkpoints that are not right are told of as events; where none is right, the run ends.
 - Rank 0 alone deals with the queue, publishes, completes checkpoints and writes metrics (learner/loop.py);
   the others do what it orders (learner/follower.py).
 - The state lives in the run directory, not in Ray Train's own checkpoints (docs/decisions says why); Ray
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import ray.train
 import torch
 
+from learner.checkpoint import CheckpointsUnusable
 from learner.follower import follow
 from learner.loop import LearnerLoop
 from learner.ranks import Order, RankFailedForGood, RankLost, Ranks, RanksDiffer, together
@@ -53,8 +55,11 @@ logger = logging.getLogger(__name__)
 
 # A replaced learner that starts again fences its successor; workers that made no groups in time make none in
 # as much time again; a machine that computes wrongly would do it again. ConfigError, PolicyError and a
-# checkpoint of another model are ValueErrors.
-LASTING = (Fenced, QueueTimeout, UpdateError, ValueError, RankFailedForGood, RanksDiffer, CheckpointRefused)
+# checkpoint of another model are ValueErrors; of damaged checkpoints none mends itself.
+LASTING = (
+    *(Fenced, QueueTimeout, UpdateError, ValueError, RankFailedForGood, RanksDiffer),
+    *(CheckpointRefused, CheckpointsUnusable),
+)
 
 # Kinds of ControllerError.controller_failure; they are internal to Ray Train, hence by name.
 NOT_PLACED = ("WorkerGroupStartupTimeoutError", "InsufficientClusterResourcesError")

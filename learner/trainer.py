@@ -15,7 +15,7 @@ import torch
 from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
 from torch import Tensor
 
-from learner.checkpoint import Checkpoint, CheckpointError, newest_checkpoint, open_checkpoint
+from learner.checkpoint import Checkpoint, CheckpointError, newest_checkpoint, open_checkpoint, set_aside
 from learner.checkpoint_writer import CheckpointWriter
 from learner.curriculum import PART, curriculum_of
 from learner.follower import begin_together, gather, order_comparison, probe_together, shard_together
@@ -94,6 +94,7 @@ class PolicyTrainer:
         all go on from the same state.
 
         Raises:
+            CheckpointsUnusable: there are checkpoints, and none is right.
             RanksDiffer: another rank has loaded another model.
         """
         ranks = self._ranks
@@ -114,17 +115,20 @@ class PolicyTrainer:
         if found is None:
             return Start()
         self.updater.load_state({part: found.state[part] for part in found.state if part != PART})
-        return self._behind(found)
+        return self._behind(found, set_aside(found))
 
     def _restore_rows(self, ranks: Ranks) -> Start:
         """Of every rank whose weights are sharded: the rows of the checkpoint that rank 0 has found."""
-        shards, found = self.policy.shards, None
+        shards, found, told = self.policy.shards, None, list[str]()
         assert shards is not None
 
         def find() -> bytes:
             nonlocal found
             found = newest_checkpoint(self._context.directory)
-            return b"" if found is None else found.path.name.encode()
+            if found is None:
+                return b""
+            told.extend(set_aside(found))
+            return found.path.name.encode()
 
         leads = ranks.rank == 0
         name = ranks.exchange("the newest checkpoint", find if leads else bytes)[0].decode()
@@ -137,14 +141,15 @@ class PolicyTrainer:
             self.updater.load_state(read_rows(checkpoint, shards, self.updater.state()))
             return checkpoint
 
-        return self._behind(together(ranks, f"the rows of the checkpoint {name}", load))
+        return self._behind(together(ranks, f"the rows of the checkpoint {name}", load), told)
 
-    def _behind(self, found: Checkpoint) -> Start:
+    def _behind(self, found: Checkpoint, passed_over: Sequence[str]) -> Start:
         if self.curriculum is not None:
             self.curriculum.load_state(found.state)
         return Start(
             version=PolicyVersion(epoch=found.manifest["epoch"], step=found.step),
             frontier=Frontier.model_validate(found.manifest["frontier"]),
+            passed_over=tuple(passed_over),
         )
 
     def update(self, groups: Sequence[Group], step: int) -> dict[str, Any]:

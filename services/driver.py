@@ -25,7 +25,6 @@ import ray
 import redis
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, SchedulingStrategyT
 
-from learner.checkpoint import newest_checkpoint
 from learner.ray_train import fit
 from learner.timesteps import configured_window
 from policy.registry import check_sampling
@@ -80,6 +79,7 @@ def train(
         Interrupted: asked to stop before the parts were started.
         ConfigError, QueueUnreachable, RewardError, PolicyError: something is not as the configuration needs.
         PartFailed: a part kept failing; its last error is in the text.
+        CheckpointsUnusable: resuming, and no checkpoint can be gone on from.
     """
     configure_logging("driver", run.root, run=run.name, stream_level=None)
     # Before anything is started: prompts and recordings that cannot be used are refused here.
@@ -141,7 +141,6 @@ def train(
             Telemetry(
                 run.root,
                 tensorboard=config.telemetry.tensorboard,
-                resumed_step=_resumed_step(run, resume),
                 beside=[metrics, *stack.enter_context(tracker_sinks(config, run))],
             )
         )
@@ -303,10 +302,3 @@ def _spawn(
         options = actor_options(context.config.rollout) | {"scheduling_strategy": place}
         worker = _actor(RolloutWorker, context, name, max_concurrency=2, **options).remote(text, index, store)
     return worker, worker.run.remote()
-
-
-def _resumed_step(run: RunDirectory, resume: bool) -> int | None:
-    if not resume:
-        return None
-    found = newest_checkpoint(run.root)
-    return found.step if found is not None else 0

@@ -12,7 +12,7 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
-from learner.checkpoint import newest_checkpoint
+from learner.checkpoint import newest_checkpoint, newest_step
 from services.config import Config
 from services.config_file import ConfigError, dump_config
 from services.run_directory import RunDirectory
@@ -27,6 +27,7 @@ def reconfigure(run: RunDirectory, config: Config) -> None:
 
     Raises:
         ConfigError: it changes what must stay, or leaves nothing to do; nothing was written.
+        CheckpointsUnusable: the run has checkpoints, and none can be gone on from; nothing was written.
     """
     _check_unfinished(run, config)
     former = run.config()
@@ -51,14 +52,22 @@ def reconfigure(run: RunDirectory, config: Config) -> None:
 
 
 def _check_unfinished(run: RunDirectory, config: Config) -> None:
-    newest, wanted = newest_checkpoint(run.root), config.learner.max_steps
-    done = newest.step if newest is not None else 0
-    evaluated = read_metrics(run.root).evaluation("after")
-    if done > wanted or (done == wanted and evaluated is not None and evaluated.step == done):
+    wanted, evaluated = config.learner.max_steps, read_metrics(run.root).evaluation("after")
+
+    def refused(done: int) -> bool:
+        return done > wanted or (done == wanted and evaluated is not None and evaluated.step == done)
+
+    # The learner verifies what it goes on from; nobody else does before "nothing" is said of it.
+    if refused(newest_step(run.root)) and refused(done := _verified_step(run)):
         raise ConfigError(
             f"{run.root}: nothing to do: {done} updates are done and learner.max_steps is {wanted}; to go "
             f"on, --set learner.max_steps=N with N above {done}"
         )
+
+
+def _verified_step(run: RunDirectory) -> int:
+    newest = newest_checkpoint(run.root)
+    return newest.step if newest is not None else 0
 
 
 def fixed_settings(config: Config) -> dict[str, Any]:

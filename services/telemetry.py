@@ -53,7 +53,6 @@ class Telemetry:
         run_dir: Path,
         *,
         tensorboard: bool = True,
-        resumed_step: int | None = None,
         beside: Sequence[RowSink] = (),
     ) -> None:
         """Open for appending.
@@ -61,7 +60,6 @@ class Telemetry:
         Args:
             run_dir: made if it is not there.
             tensorboard: also write scalars into `tensorboard/`.
-            resumed_step: the step a resumed run goes on from; TensorBoard drops what lies after it.
             beside: told every row too, once it is written.
         """
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -75,7 +73,7 @@ class Telemetry:
         if tensorboard:
             from services.tensorboard_events import TensorboardEvents
 
-            self._events = TensorboardEvents(run_dir / "tensorboard", resumed_step=resumed_step)
+            self._events = TensorboardEvents(run_dir / "tensorboard")
 
     def write(self, row: AnyRow) -> None:
         with naming(self._path):

@@ -2,11 +2,13 @@
 
 Promises
 - One scalar a number, named section/name; null values are left out.
-- After a resume TensorBoard shows one curve: a session start tells it to drop the steps that were undone.
+- Where a run went back, by a resume or because its learner was started again, TensorBoard shows one curve: a
+  session start ahead of the first update tells it to drop the steps that were undone.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -20,14 +22,16 @@ from services.scalars import scalars
 class TensorboardEvents:
     """Writes into one directory; each process run adds a file of its own."""
 
-    def __init__(self, directory: Path, *, resumed_step: int | None = None) -> None:
+    def __init__(self, directory: Path) -> None:
         self._writer = EventFileWriter(str(directory))
-        if resumed_step is not None:
-            self._writer.add_event(
-                Event(step=resumed_step + 1, session_log=SessionLog(status=SessionLog.START))
-            )
+        self._updates = math.inf
+        """Behind the last update that was written; there may be any number from an earlier process."""
 
     def add(self, row: AnyRow) -> None:
+        if isinstance(row, UpdateRow):
+            if row.step <= self._updates:
+                self._writer.add_event(Event(step=row.step, session_log=SessionLog(status=SessionLog.START)))
+            self._updates = row.step
         if isinstance(row, UpdateRow | EvalRow):
             values = [
                 Summary.Value(tag=tag, simple_value=value)

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from learner.ranks import Ranks
 
 DEADLINE_S = 60.0
+STORE = "world.store"
 PRELOADED = [
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint.hf_storage",
@@ -43,22 +44,47 @@ def each_of(count: int, body: Callable[[Path, int], None], folder: Path, *, time
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
+    ends = _ends(context, count, body, folder, timeout_s)
+    assert ends == [0] * count, f"ranks ended with {ends}:\n{_words(folder)}"
+
+
+def forked(count: int, body: Callable[[Path, int], None], folder: Path) -> list[int]:
+    """The same in forks of this process, which are there at once: for many short worlds, of which some ranks
+    die. Modules that the body needs are loaded once, by whoever calls.
+
+    Returns:
+        How each has ended.
+
+    Raises:
+        AssertionError: one of them raised, or was still there.
+    """
+    (folder / STORE).unlink(missing_ok=True)
+    ends = _ends(multiprocessing.get_context("fork"), count, body, folder, DEADLINE_S)
+    assert None not in ends and 1 not in ends, f"ranks ended with {ends}:\n{_words(folder)}"
+    return [end for end in ends if end is not None]
+
+
+def _ends(context: Any, count: int, body: Any, folder: Path, timeout_s: float) -> list[int | None]:
+    """None of a process that had to be killed."""
     processes = [context.Process(target=_run, args=(body, folder, rank, count)) for rank in range(count)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(timeout_s)
+    ends = [process.exitcode for process in processes]
     for process in processes:
         if process.is_alive():
             process.kill()
-    words = [file.read_text() for file in sorted(folder.glob("failed-*"))]
-    ends = [process.exitcode for process in processes]
-    assert ends == [0] * count, f"ranks ended with {ends}:\n" + "\n".join(words)
+    return ends
+
+
+def _words(folder: Path) -> str:
+    return "\n".join(file.read_text() for file in sorted(folder.glob("failed-*")))
 
 
 def _run(body: Callable[[Path, int], None], folder: Path, rank: int, count: int) -> None:
     torch.set_num_threads(1)
-    store = f"file://{folder}/world.store"
+    store = f"file://{folder}/{STORE}"
     dist.init_process_group("gloo", store, rank=rank, world_size=count, timeout=timedelta(seconds=DEADLINE_S))
     try:
         body(folder, rank)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
+import os
 import resource
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,15 @@ import pytest
 import torch
 
 from learner import checkpoint
-from learner.checkpoint import CheckpointError, newest_checkpoint, read_checkpoint, write_checkpoint
+from learner.checkpoint import (
+    CheckpointError,
+    CheckpointsUnusable,
+    newest_checkpoint,
+    newest_step,
+    read_checkpoint,
+    set_aside,
+    write_checkpoint,
+)
 from learner.checkpoint_writer import CheckpointWriter
 from tests.dying import dies_before
 
@@ -38,6 +48,10 @@ def newest(run: Path) -> tuple[int, float]:
     return found.step, float(found.state["policy"]["b"])
 
 
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
 def test_round_trip(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path) is None
     path = write(tmp_path, 20)
@@ -59,19 +73,26 @@ def test_round_trip(tmp_path: Path) -> None:
 def test_newest_is_by_number_and_old_ones_go(tmp_path: Path) -> None:
     for step in (8, 9, 10, 100):
         write(tmp_path, step, keep=2)
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-10", "step-100"]
+    assert names(tmp_path) == ["step-10", "step-100"]
     assert newest(tmp_path) == (100, 100.0)
 
 
-@pytest.mark.parametrize("damaged", [True, False])
-def test_the_one_just_written_outlives_a_dead_lineage(tmp_path: Path, damaged: bool) -> None:
-    """A learner that went back behind step 20, of which the manifest alone may be whole."""
-    dead = write(tmp_path, 20, epoch=0)
-    if damaged:
-        (dead / "policy.safetensors").unlink()
+def test_the_one_just_written_outlives_a_dead_lineage(tmp_path: Path) -> None:
+    """A learner that went back behind step 20."""
+    write(tmp_path, 20, epoch=0)
     assert write(tmp_path, 12, keep=1, epoch=1).is_dir()
     assert newest(tmp_path) == (12, 12.0)
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-12"]
+    assert names(tmp_path) == ["step-12"]
+
+
+@pytest.mark.parametrize("step", [2, 20])
+@pytest.mark.parametrize("file", ["policy.safetensors", "manifest.json"])
+def test_pruning_removes_nothing_that_cannot_be_opened(tmp_path: Path, step: int, file: str) -> None:
+    """Nor does it count: with `keep=1` the newest whole one stays too."""
+    (write(tmp_path, step, epoch=0) / file).unlink()
+    for whole in (11, 12):
+        write(tmp_path, whole, keep=1)
+    assert names(tmp_path) == sorted(["step-12", f"step-{step}"])
 
 
 def test_a_replaced_learner_removes_nothing_of_its_successor(tmp_path: Path) -> None:
@@ -80,36 +101,106 @@ def test_a_replaced_learner_removes_nothing_of_its_successor(tmp_path: Path) -> 
     assert newest(tmp_path) == (20, 20.0)
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "file", "manifest", "json", "format", "outside"])
-def test_a_damaged_checkpoint_is_skipped_with_a_warning(
-    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    write(tmp_path, 1)
-    last = write(tmp_path, 2)
-    file, manifest = last / "policy.safetensors", last / "manifest.json"
-    if damage == "cut":
+DAMAGES = ("cut", "flipped", "file", "unreadable", "manifest", "json", "format", "outside")
+
+
+def damage(checkpoint: Path, how: str) -> None:
+    file, manifest = checkpoint / "policy.safetensors", checkpoint / "manifest.json"
+    if how == "cut":
         file.write_bytes(file.read_bytes()[:-1])
-    elif damage == "flipped":
+    elif how == "flipped":
         data = bytearray(file.read_bytes())
         data[-1] ^= 1
         file.write_bytes(bytes(data))
-    elif damage == "file":
+    elif how == "file":
         file.unlink()
-    elif damage == "manifest":
+    elif how == "unreadable":
+        file.unlink()
+        file.mkdir()
+    elif how == "manifest":
         manifest.unlink()
-    elif damage == "json":
+    elif how == "json":
         manifest.write_text(manifest.read_text()[:40])
     else:
         content: dict[str, Any] = json.loads(manifest.read_text())
-        if damage == "format":
+        if how == "format":
             content["format"] = 99
         else:
             content["files"] = {"../../x.safetensors": content["files"]["policy.safetensors"]}
         manifest.write_text(json.dumps(content))
-    assert newest(tmp_path) == (1, 1.0)
-    assert "step-2" in caplog.text
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_told_and_kept(tmp_path: Path, how: str) -> None:
+    write(tmp_path, 1)
+    last = write(tmp_path, 2)
+    damage(last, how)
     with pytest.raises(CheckpointError, match="step-2"):
         read_checkpoint(last)
+    found = newest_checkpoint(tmp_path)
+    assert found is not None and found.step == 1
+    (over,) = found.passed_over
+    assert over.path == last and str(last) in over.why
+    (told,) = set_aside(found)
+    assert told == f"{over.why}; kept as step-2.unverified, and the run goes on from step 1"
+    # Neither a new one of its step nor pruning costs it, and a second one does not take its place.
+    damage(write(tmp_path, 2, keep=2), how)
+    found = newest_checkpoint(tmp_path)
+    assert found is not None
+    set_aside(found)
+    write(tmp_path, 3, keep=1)
+    assert names(tmp_path) == ["step-2.unverified", "step-2.unverified-2", "step-3"]
+    assert newest(tmp_path) == (3, 3.0)
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_run_with_damaged_checkpoints_alone_does_not_begin_anew(tmp_path: Path, how: str) -> None:
+    for step in (1, 2):
+        damage(write(tmp_path, step), how)
+    with pytest.raises(CheckpointsUnusable) as caught:
+        newest_checkpoint(tmp_path)
+    told = str(caught.value)
+    for step in (1, 2):
+        with pytest.raises(CheckpointError) as alone:
+            read_checkpoint(tmp_path / "checkpoints" / f"step-{step}")
+        assert f"\n  step-{step}: {alone.value}\n" in told
+    assert "put a copy of one in its place, and resume" in told
+    assert names(tmp_path) == ["step-1", "step-2"]
+
+
+def test_a_folder_that_cannot_be_read_is_no_empty_one(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file")
+    with pytest.raises(CheckpointError, match="checkpoints: cannot be read"):
+        newest_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_that_cannot_be_kept_is_not_gone_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, 1)
+    damage(write(tmp_path, 2), "flipped")
+    found = newest_checkpoint(tmp_path)
+    assert found is not None
+
+    def refuse(self: Path, target: Path) -> Path:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(CheckpointError, match=r"step-2: cannot be kept as step-2\.unverified"):
+        set_aside(found)
+
+
+def test_what_is_newest_by_manifests_is_told_without_reading_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert newest_step(tmp_path) == 0
+    write(tmp_path, 1)
+    damage(write(tmp_path, 2), "file")
+    monkeypatch.setattr(checkpoint, "sha256_of", None)
+    assert newest_step(tmp_path) == 1
+    damage(tmp_path / "checkpoints" / "step-1", "cut")
+    with pytest.raises(CheckpointsUnusable, match="step-1"):
+        newest_step(tmp_path)
 
 
 def _write_behind(run: Path, step: int, value: float) -> None:
@@ -184,7 +275,7 @@ def test_no_room_on_the_disk_leaves_the_former_checkpoint(tmp_path: Path) -> Non
     assert child.exitcode == 0
     assert "former checkpoints are as they were" in answer.get()
     assert newest(tmp_path) == (4, 4.0)
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-4"]
+    assert names(tmp_path) == ["step-4"]
 
 
 def test_a_manifest_that_names_no_file_hides_no_checkpoint(tmp_path: Path) -> None:

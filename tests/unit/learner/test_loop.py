@@ -1,4 +1,4 @@
-"""How many groups a learner asks the queue for, wherever it starts."""
+"""How many groups a learner asks the queue for, wherever it starts; and what it tells of the start."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from services.config_file import load_config
 from services.group_queue import Frontier, Stopped
 from services.heartbeat import Pulse
 from services.messages import PolicyVersion, WeightsAnnouncement
+from services.metrics import EventRow, row_of
 
 
 class Trainer:
@@ -41,6 +42,9 @@ class Queue:
 
     opening_s = 0.0
 
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
     def begin_epoch(self, announce: Any, **began: Any) -> PolicyVersion:
         self.began = began
         checkpoint = began["checkpoint"]
@@ -57,9 +61,12 @@ class Queue:
     def frontier(self) -> Frontier:
         return Frontier()
 
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
 
-def limit(config: Config, start: Start) -> int:
-    queue: Any = Queue()
+
+def limit(config: Config, start: Start, queue: Any = None) -> int:
+    queue = queue or Queue()
     trainer = Trainer()
     LearnerLoop(config, queue, trainer, Pulse("learner-0", lambda beat: None)).run(start)
     # Behind the last step there is a checkpoint, and the loop does not end before it is whole.
@@ -82,3 +89,15 @@ def test_a_run_that_is_already_further_asks_for_nothing() -> None:
     config = load_config("quickstart", ["learner.max_steps=2"])
     start = Start(version=PolicyVersion(epoch=0, step=6), frontier=Frontier(below=48))
     assert limit(config, start) == 48
+
+
+def test_checkpoints_that_were_passed_over_are_events_of_the_run() -> None:
+    told = ("step-8: torn", "step-7: torn")
+    start = Start(version=PolicyVersion(epoch=0, step=6), frontier=Frontier(below=48), passed_over=told)
+    queue = Queue()
+    limit(load_config("quickstart"), start, queue)
+    rows = [row_of(row) for row in queue.rows]
+    assert all(isinstance(row, EventRow) for row in rows)
+    assert [(row.what, row.level, row.step, row.detail) for row in rows if isinstance(row, EventRow)] == [
+        ("checkpoint passed over", "warning", 6, text) for text in told
+    ]

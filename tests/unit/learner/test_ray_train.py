@@ -16,7 +16,7 @@ from ranks_of_threads import all_of, together
 from safetensors import SafetensorError
 
 from learner import checkpoint, ray_train
-from learner.checkpoint import CheckpointError, write_checkpoint
+from learner.checkpoint import CheckpointError, CheckpointsUnusable, write_checkpoint
 from learner.loop import Start
 from learner.ranks import Order, Ranks
 from learner.ray_train import LearnerFailed, fit, train_rank
@@ -47,7 +47,9 @@ def settings(context: RunContext) -> dict[str, Any]:
     return {"context": context.model_dump_json(), "store": None}
 
 
-@pytest.mark.parametrize("kind", [Fenced, QueueTimeout, PolicyError, ConfigError, UpdateError, ValueError])
+@pytest.mark.parametrize(
+    "kind", [Fenced, QueueTimeout, PolicyError, ConfigError, UpdateError, ValueError, CheckpointsUnusable]
+)
 def test_what_a_restart_cannot_mend_is_told_and_not_raised(
     kind: type[Exception], context: RunContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -56,7 +58,9 @@ def test_what_a_restart_cannot_mend_is_told_and_not_raised(
     assert "step 3 is wrong" in (context.directory / "logs" / "learner-0.log").read_text()
 
 
-@pytest.mark.parametrize("kind", [ConnectionError, QueueUnreachable, StateLost, RuntimeError, OSError])
+@pytest.mark.parametrize(
+    "kind", [ConnectionError, QueueUnreachable, StateLost, RuntimeError, OSError, CheckpointError]
+)
 def test_what_a_restart_may_mend_is_raised(
     kind: type[Exception], context: RunContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:

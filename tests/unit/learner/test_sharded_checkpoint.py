@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
+import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 import torch.distributed as dist
+import torch.distributed.checkpoint.hf_storage
 
 from learner import checkpoint, sharded_checkpoint
 from learner.checkpoint import newest_checkpoint
-from learner.ranks import RankFailedForGood, RankLost, Ranks
-from learner.sharded_checkpoint import CheckpointRefused, ShardedCheckpointWriter
+from learner.curriculum import PART
+from learner.ranks import Order, RankFailedForGood, RankLost, Ranks
+from learner.sharded_checkpoint import CheckpointRefused, ShardedCheckpointWriter, read_rows
 from policy.sharding import Shards
 from tests.dying import dies_before
-from tests.ranks_of_processes import each_of, mesh_of
+from tests.ranks_of_processes import each_of, forked, mesh_of
 
-STAGES = ("write_rows", "_sync", "write_text", "rename")
-KEEP = 10
+STAGES = {
+    0: (
+        *("mkdir", "order_all", "write_rows", "save_file", "_sync", "sha256_of", "settle", "complete"),
+        *("write_text", "rename", "rmtree"),
+    ),
+    # The last order but one has it settle, the last one ends it: rank 0 completes the checkpoint meanwhile.
+    1: ("write_rows", "_sync", "sha256_of", "settle", "next_order"),
+}
+"""What either rank calls while a checkpoint is written."""
+KEEP = 2
 
 
 def writer_of(run: Path, group: Any, *, asynchronous: bool = True) -> ShardedCheckpointWriter:
@@ -49,57 +61,69 @@ def newest(run: Path) -> tuple[int, float]:
     return found.step, value
 
 
-def alone(run: Path) -> ShardedCheckpointWriter:
-    """On the one rank of a world of its own."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    writer = writer_of(run, dist.group.WORLD)
-    writer._ranks.order_all = lambda *orders, **deadline: None  # type: ignore[method-assign]
-    return writer
+def _goes_on_and_dies(dying: int, stage: str, nth: int, behind: bool, folder: Path, rank: int) -> None:
+    """Of two ranks: go on from the newest checkpoint and write another one. Of one more of that step, one
+    rank ends its process before the n-th call of a stage; the other one has to notice."""
+    writer = writer_of(folder / "run", dist.group.WORLD, asynchronous=behind)
+    ranks, (step, value) = writer._ranks, (0, 0.0)
+    found = newest_checkpoint(folder / "run")
+    if found is not None:
+        like = {part: held for part, held in state(writer, -1.0).items() if part != PART}
+        rows = read_rows(found, writer._shards, like)["policy"]["weight"]
+        step, value = found.step, float(rows[0, 0])
+        assert torch.equal(rows, torch.full_like(rows, value))
+
+    def arm() -> None:
+        deadly = dies_before(nth)
+        for holder in (checkpoint, sharded_checkpoint, shutil, Path, ShardedCheckpointWriter, Ranks):
+            if rank == dying and stage in vars(holder):
+                setattr(holder, stage, deadly(getattr(holder, stage)))
+
+    try:
+        if rank == 0:
+            write(writer, step + 1, value + 1)
+            writer.finish()
+            arm()
+            write(writer, step + 1, value + 2)
+            writer.check()
+            writer.finish()
+            ranks.order_all(Order(do="end"))
+            return
+        whole = 0
+        while (order := ranks.next_order(beside_s=0)[0]).do != "end":
+            if order.do == "checkpoint":
+                # Rank 1 holds rows of what rank 0 writes whole; their values go with the step and the turn.
+                writer.begin(order.step, state(writer, value + 1 + whole))
+            elif writer.settle(wait=order.wait) is not None:
+                whole += 1
+                if whole == 1:
+                    arm()
+    except RankLost:
+        assert rank != dying
+    finally:
+        writer.close()
 
 
-def _in_a_world_of_one(run: Path, stage: str, nth: int) -> None:
-    """A checkpoint, and of another one of that step end the process before the n-th call of a stage."""
-    writer = alone(run)
-    write(writer, 4, 4.0)
-    writer.finish()
-    deadly = dies_before(nth)
-    for module in (checkpoint, sharded_checkpoint, Path, checkpoint.shutil):
-        if stage in vars(module):
-            setattr(module, stage, deadly(getattr(module, stage)))
-    write(writer, 4, 77.0)
-    writer.finish()
-
-
-def _again(run: Path) -> None:
-    writer = alone(run)
-    write(writer, 4, 78.0)
-    writer.finish()
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_kill_at_any_moment_leaves_a_usable_checkpoint(tmp_path: Path, stage: str) -> None:
-    """And the next write of that step succeeds."""
-    context = multiprocessing.get_context("fork")
-
-    def ends(target: Any, *arguments: Any) -> int | None:
-        child = context.Process(target=target, args=arguments)
-        child.start()
-        child.join(timeout=120)
-        return child.exitcode
-
-    for nth in range(1, 12):
-        run = tmp_path / str(nth)
-        end = ends(_in_a_world_of_one, run, stage, nth)
-        assert end in (0, 9)
-        found = newest(run)
-        assert found in {(4, 4.0), (4, 77.0)}
-        if end == 0:
-            assert found == (4, 77.0)
-            break
-        if nth == 1:
-            assert ends(_again, run) == 0
-            assert newest(run) == (4, 78.0)
-    assert end == 0, "every call of the stage was reached"
+@pytest.mark.parametrize("dying", [0, 1])
+def test_a_kill_of_either_rank_at_any_moment_leaves_a_checkpoint_to_go_on_from(
+    tmp_path: Path, dying: int
+) -> None:
+    """Each pair of ranks goes on from what the death before it has left. Every other one writes behind the
+    training."""
+    behind, known = False, (0, 0.0)
+    for stage in STAGES[dying]:
+        for nth in range(1, 20):
+            behind = not behind
+            ends = forked(2, partial(_goes_on_and_dies, dying, stage, nth, behind), tmp_path)
+            where = f"{stage}, call {nth}"
+            assert ends in ([0, 0], [9, 0] if dying == 0 else [0, 9]), where
+            step, value = known
+            known = newest(tmp_path / "run")
+            assert known in {(step + 1, value + 1), (step + 1, value + 2)}, where
+            if ends == [0, 0]:
+                assert known == (step + 1, value + 2), where
+                break
+        assert nth > 1 and ends == [0, 0], f"{stage}: every call was reached"
 
 
 def _one_of_two_fails(folder: Path, rank: int) -> None:

@@ -10,7 +10,13 @@ from sharded_runs import state_of, train, trainer_of, version
 from tenacity import stop_after_attempt, wait_none
 
 from learner import trainer as module
-from learner.checkpoint import Checkpoint, CheckpointError, open_checkpoint, write_checkpoint
+from learner.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    CheckpointsUnusable,
+    open_checkpoint,
+    write_checkpoint,
+)
 from learner.loop import Start
 from services.group_queue import Frontier
 
@@ -41,11 +47,23 @@ def test_a_run_goes_on_bit_for_bit_behind_its_newest_whole_checkpoint(tmp_path: 
     second = trainer_of(tmp_path, None, CURRICULUM)
     start = second.begin()
     assert (start.version, start.frontier) == (version(1), frontier)
+    (told,) = start.passed_over
+    assert "step-2/optimizer.safetensors" in told and told.endswith("and the run goes on from step 1")
+    assert (tmp_path / "checkpoints" / "step-2.unverified" / "optimizer.safetensors").read_bytes() == b"torn"
     assert second.curriculum is not None and second.curriculum.places() == places
     assert train(second, range(1, 2)) == losses
     ours, theirs = state_of(second), state_of(first)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_at_step_0(tmp_path: Path) -> None:
+    first = trainer_of(tmp_path, None)
+    first.checkpoint(version(1), Frontier(below=2))
+    (tmp_path / "checkpoints" / "step-1" / "policy.safetensors").write_bytes(b"torn")
+    with pytest.raises(CheckpointsUnusable, match=r"step-1/policy\.safetensors: its sha256"):
+        trainer_of(tmp_path, None).begin()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-1"]
 
 
 @pytest.fixture

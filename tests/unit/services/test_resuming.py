@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from learner.checkpoint import write_checkpoint
+from learner import checkpoint
+from learner.checkpoint import CheckpointsUnusable, write_checkpoint
 from services.config_file import ConfigError
 from services.config_file import load_config as load
 from services.resuming import reconfigure
@@ -118,3 +119,31 @@ def test_a_run_that_is_done_has_nothing_to_resume(run: RunDirectory) -> None:
         reconfigure(run, run.config())
     assert formers(run) == ["config.yaml"]
     reconfigure(run, run.config(("learner.max_steps=40",)))
+
+
+def test_a_checkpoint_is_left_for_the_learner_to_verify(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever reads it twice waits twice; without a usable manifest there is nothing to wait for."""
+    written = write_checkpoint(run.root, 8, {"policy": {"w": torch.zeros(1)}}, {"epoch": 0}, keep=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "sha256_of", None)
+        reconfigure(run, run.config(("learner.max_steps=300",)))
+        (written / "policy.safetensors").unlink()
+        with pytest.raises(CheckpointsUnusable, match=r"step-8/policy\.safetensors: not there"):
+            reconfigure(run, run.config(("learner.max_steps=400",)))
+    assert run.config().learner.max_steps == 300
+
+
+def test_a_run_whose_last_checkpoint_is_damaged_has_something_to_do(run: RunDirectory) -> None:
+    state = {"policy": {"w": torch.zeros(1)}}
+    for step in (30, 36):
+        written = write_checkpoint(run.root, step, state, {"epoch": 0}, keep=2)
+    row = {"kind": "eval", "time": 0.0, "when": "after", "epoch": 0, "step": 36, "prompts": 8}
+    (run.root / METRICS_FILE).write_text(json.dumps(row) + "\n")
+    with pytest.raises(ConfigError, match="nothing to do"):
+        reconfigure(run, run.config())
+    file = written / "policy.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    reconfigure(run, run.config())

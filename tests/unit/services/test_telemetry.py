@@ -126,14 +126,17 @@ def test_an_unknown_field_is_refused() -> None:
         UpdateRow.model_validate({**update(1).model_dump(), "reward_maen": 1.0})
 
 
-def test_tensorboard_shows_one_curve_after_a_resume(tmp_path: Path) -> None:
+def test_tensorboard_shows_one_curve_where_a_run_went_back(tmp_path: Path) -> None:
+    """By a resume, and by a learner that was started again while the driver went on."""
     with Telemetry(tmp_path) as telemetry:
         for step in range(1, 6):
             telemetry.write(update(step, reward=0.1 * step))
     first = next((tmp_path / "tensorboard").iterdir())
     first.rename(first.with_name("events.out.tfevents.0000000001.first"))
-    with Telemetry(tmp_path, resumed_step=3) as telemetry:
-        telemetry.write(update(4, epoch=1, reward=0.9))
+    with Telemetry(tmp_path) as telemetry:
+        for step in (4, 5):
+            telemetry.write(update(step, epoch=1, reward=0.7))
+        telemetry.write(update(4, epoch=2, reward=0.9))
         telemetry.write(evaluation(4, "during", score=0.8))
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
