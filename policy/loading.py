@@ -3,7 +3,7 @@
 Promises
 - Which components there must be, and of which classes, is said in one place (`Parts`); what differs is a
   PolicyError that names what was found and what would be valid.
-- What is not asked for (text encoders, VAE) is not loaded.
+- What is not asked for (text encoders, VAE) is not loaded; what is loaded is whole (policy/whole.py).
 - Nothing is printed: diffusers' and transformers' progress bars and warnings are off while loading, and their
   settings are put back.
 """
@@ -14,12 +14,22 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from policy.errors import PolicyError
+from policy.whole import (
+    DENOISER_FILE,
+    ENCODER_FILE,
+    check_finite,
+    check_vocabulary,
+    check_weights,
+    load_whole,
+    read_component,
+)
 from services.config import ModelConfig
 
 TextParts = Literal["all", "tokenizers", "none"]
@@ -85,6 +95,20 @@ class Geometry:
         return (height // self.patch) * (width // self.patch)
 
 
+class Settings(dict[str, Any]):
+    """What a JSON file says; what it should say and does not is a PolicyError."""
+
+    def __init__(self, found: Mapping[str, Any], told: str) -> None:
+        super().__init__(found)
+        self._told = told
+
+    def __missing__(self, key: str) -> Any:
+        raise PolicyError(
+            f"{self._told} has no {key!r}; it must be the one that the weights were saved with: download or "
+            "copy it again"
+        )
+
+
 @dataclass(frozen=True)
 class Configs:
     """The configurations of components, as their config.json have them; weights are not read for them."""
@@ -126,21 +150,18 @@ def read_configs(parts: Parts, config: ModelConfig, location: str) -> Configs:
     """
     import diffusers
 
-    classes: Any = diffusers
-    try:
-        denoiser, vae = (
-            getattr(classes, parts.classes[name]).load_config(
-                location, subfolder=name, revision=config.revision
-            )
-            for name in (parts.denoiser, "vae")
-        )
-        # Of whatever class it is: only its JSON is read.
-        scheduler = classes.EulerDiscreteScheduler.load_config(
-            location, subfolder="scheduler", revision=config.revision
-        )
-    except (OSError, ValueError) as error:
-        raise PolicyError(f"model.path {location}: cannot be loaded: {error}") from error
-    return Configs(denoiser=denoiser, vae=vae, scheduler=scheduler)
+    # A scheduler's is only read, of whatever class it is.
+    kinds = {name: parts.classes[name] for name in (parts.denoiser, "vae")}
+    kinds["scheduler"] = "EulerDiscreteScheduler"
+    found = []
+    for name, kind in kinds.items():
+        source: Any = getattr(diffusers, kind)
+        try:
+            read = source.load_config(location, subfolder=name, revision=config.revision)
+        except (OSError, ValueError) as error:
+            raise PolicyError(f"model.path {location}: cannot be loaded: {error}") from error
+        found.append(Settings(read, f"model.path {location}: {name}/{source.config_name}"))
+    return Configs(*found)
 
 
 def load_pipeline(
@@ -168,20 +189,78 @@ def load_pipeline(
     if not denoiser:
         absent[parts.denoiser] = None
     pipeline_class: Any = getattr(diffusers, parts.pipeline)
+    where = f"model.path {location}"
     try:
         with quiet():
-            pipeline = pipeline_class.from_pretrained(
-                location,
-                revision=config.revision,
-                dtype=getattr(torch, config.dtype),
-                # Nothing is unpickled: weights in another format are refused.
-                use_safetensors=True,
-                **absent,
-            )
+            folder = Path(location)
+            if not folder.is_dir():
+                folder = Path(
+                    pipeline_class.download(
+                        location, revision=config.revision, use_safetensors=True, **absent
+                    )
+                )
+            loaded = {
+                name: _component(parts, name, f"{where}: the {name}", folder / name, index, config)
+                for name in (*parts.classes, *parts.tokenizers)
+                if name not in absent
+            }
+            pipeline = pipeline_class.from_pretrained(folder, **loaded, **absent)
+    except PolicyError:
+        raise
     except (OSError, ValueError, RuntimeError) as error:
-        raise PolicyError(f"model.path {location}: cannot be loaded: {error}") from error
+        raise PolicyError(f"{where}: cannot be loaded: {error}") from error
+    pipeline.register_to_config(_name_or_path=location)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _component(
+    parts: Parts, name: str, told: str, folder: Path, index: Mapping[str, Any], config: ModelConfig
+) -> Any:
+    """A component that has a class of its own: weights, or a vocabulary."""
+    import diffusers
+    import transformers
+
+    library: Any = transformers if name in parts.text else diffusers
+    kind = getattr(library, str(_class(index, name)), None)
+    if kind is None:
+        raise PolicyError(
+            f"{told} is of a class that {library.__name__} does not have: {_class(index, name)}"
+        )
+    if name not in parts.tokenizers:
+        return load_whole(told, kind, folder, getattr(torch, config.dtype))
+    check_vocabulary(told, folder)
+    return read_component(told, kind, folder)
+
+
+def check_files(parts: Parts, directory: Path, index: Mapping[str, Any]) -> list[Path]:
+    """The files of all weights of a local pipeline; only their headers are read.
+
+    Raises:
+        PolicyError: one is not whole, or missing.
+    """
+    files: list[Path] = []
+    for name in (*parts.classes, *parts.tokenizers):
+        if _class(index, name) is None:
+            continue
+        told, folder = f"model.path {directory}: the {name}", directory / name
+        if name in parts.tokenizers:
+            check_vocabulary(told, folder)
+        else:
+            files += check_weights(told, folder, ENCODER_FILE if name in parts.encoders else DENOISER_FILE)
+    return files
+
+
+def check_numbers(pipeline: Any, parts: Parts, location: str) -> None:
+    """Whether all weights of what is loaded are finite.
+
+    Raises:
+        PolicyError: one is not.
+    """
+    for name in parts.classes:
+        component = getattr(pipeline, name, None)
+        if component is not None:
+            check_finite(f"model.path {location}: the {name}", component)
 
 
 def empty_denoiser(parts: Parts, configs: Configs) -> nn.Module:

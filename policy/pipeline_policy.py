@@ -30,6 +30,7 @@ from policy.loading import (
     Geometry,
     TextParts,
     check_index,
+    check_numbers,
     empty_denoiser,
     find_device,
     load_pipeline,
@@ -104,6 +105,8 @@ class PipelinePolicy(PromptEncoding):
             *(cls.parts, config, location, index), text_encoders=text if text_encoders else "none", vae=vae
         )
         policy = cls.around(pipeline, config, configs, base=base, seed=seed, to_shard=to_shard)
+        # Behind the move to the device, where it costs least.
+        check_numbers(pipeline, cls.parts, location)
         if text_encoders and condition_cache is not None:
             policy._cached = CachedConditions(condition_cache, pipeline, cls.parts, config, location, index)
         return policy

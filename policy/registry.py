@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from policy import families
+from policy import families, loading
 from policy.errors import PolicyError
 from policy.loading import Configs
 from policy.pipeline_policy import PipelinePolicy
@@ -114,6 +114,16 @@ def check_sampling(config: Config) -> None:
         (config.evaluation_rollout,) if config.offline else (config.rollout, config.evaluation_rollout)
     ):
         family.check_rollout(rollout)
+
+
+def check_files(config: ModelConfig) -> list[Path]:
+    """The files of a local model's weights, held against their headers and indices.
+
+    Raises:
+        PolicyError: as `load_policy`; or a file is missing or not whole.
+    """
+    location, index = _locate(config)
+    return loading.check_files(_family(location, index).parts, Path(location), index)
 
 
 def supported() -> dict[str, type[PipelinePolicy]]:

@@ -23,7 +23,7 @@ import torch
 from policy.base import Condition, Policy
 from policy.condition_cache import ConditionCache, model_of
 from policy.errors import PolicyError
-from policy.loading import Configs, Parts, find_device, load_pipeline, quiet
+from policy.loading import Configs, Parts, check_numbers, find_device, load_pipeline, quiet
 from services.config import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -89,6 +89,7 @@ class CachedConditions:
             if encoder is not None:
                 setattr(self._pipeline, name, encoder.requires_grad_(False).to(device))
                 self._loaded.append(name)
+        check_numbers(self._pipeline, self._parts, self._location)
 
     def _free(self) -> None:
         if not self._loaded:

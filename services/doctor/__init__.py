@@ -28,6 +28,7 @@ from services.demands import (
     shortfalls,
 )
 from services.doctor.finding import Finding
+from services.doctor.model import file_findings, rollout_findings
 from services.doctor.ray_cluster import ray_findings
 from services.doctor.room import room_findings
 from services.doctor.servers import queue_findings, reward_findings, scores_nothing
@@ -59,7 +60,7 @@ def examine(config: Config) -> list[Finding]:
         _trackers,
         _prompts,
         _timesteps,
-        _rollout,
+        _local_model,
         queue_findings,
         reward_findings,
         _memory,
@@ -235,25 +236,11 @@ def _timesteps(config: Config) -> list[Finding]:
     return [Finding(what="timesteps", ok=True, found=found)]
 
 
-def _rollout(config: Config) -> list[Finding]:
-    """Whether the model can be sampled so; of one that is not here, or not whole, nothing can be said."""
-    from policy.errors import PolicyError
-    from policy.registry import check_sampling
-
+def _local_model(config: Config) -> list[Finding]:
+    """Of one that is not here, or not there as a whole, nothing can be said."""
     if not find(config.model.path).is_dir() or not all(finding.ok for finding in _model(config)):
         return []
-    rollout, evaluation = config.rollout, config.evaluation_rollout
-    try:
-        check_sampling(config)
-    except PolicyError as error:
-        return [
-            Finding(what="rollout", ok=False, found=str(error), remedy="set rollout, or model, as it says")
-        ]
-    found = (
-        f"{rollout.solver} with {rollout.steps} steps, shift {rollout.shift:g}, guidance {rollout.guidance:g}"
-    )
-    beside = "" if evaluation.solver == rollout.solver else f"; evaluations with {evaluation.solver}"
-    return [Finding(what="rollout", ok=True, found=f"the model can be sampled so: {found}{beside}")]
+    return [*file_findings(config), *rollout_findings(config)]
 
 
 def _recording(config: Config) -> Finding:

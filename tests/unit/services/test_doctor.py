@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib.util
 import io
 import os
+import shutil
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
 from rich.console import Console
 
-from services.config_file import load_config
+from services.config_file import PROJECT_ROOT, load_config
 from services.doctor import Finding, examine, table
 
 
@@ -174,3 +176,28 @@ def test_a_scorer_computes_where_it_reserves(settings: str, told: str) -> None:
     assert finding.ok
     assert finding.warning == bool(told)
     assert told in finding.found
+
+
+@pytest.mark.parametrize(
+    ("file", "told"),
+    [
+        ("text_encoder_2/model.safetensors", "the text_encoder_2 cannot be loaded: "),
+        ("vae/diffusion_pytorch_model.safetensors", "the vae cannot be loaded: "),
+        ("tokenizer_3/tokenizer.json", "the tokenizer_3 has no vocabulary: "),
+    ],
+)
+def test_a_model_whose_files_are_not_whole_is_found(file: str, told: str, tmp_path: Path) -> None:
+    copy = shutil.copytree(PROJECT_ROOT / "quickstart" / "model", tmp_path / "model")
+    setting = f"model.path={copy}"
+    (whole,) = found_of("model files", setting)
+    assert whole.ok
+    assert "5 safetensors files" in whole.found
+    broken = copy / file
+    if broken.suffix == ".json":
+        broken.unlink()
+    else:
+        os.truncate(broken, broken.stat().st_size - 1)
+    (finding,) = found_of("model files", setting)
+    assert not finding.ok
+    assert told in finding.found
+    assert str(broken if broken.exists() else broken.parent) in finding.found
