@@ -4,11 +4,12 @@ Promises
 - Conditions come from the pipeline's own `encode_prompt`, one prompt at a time.
 - Latents, velocities (with guidance too) and images equal those of the stock pipeline bit for bit in float32.
 - Works for pipelines saved without T5 (its tokens are then zeros, as in the stock pipeline).
+- Images that have more patches a side than the transformer has positions for are refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from policy.base import Condition
 from policy.loading import Configs, Geometry, Parts
 from policy.pipeline_policy import JOINT_ATTENTION, PipelinePolicy
+from services.config import ModelConfig
 
 
 class StableDiffusion3Policy(PipelinePolicy):
@@ -43,6 +45,19 @@ class StableDiffusion3Policy(PipelinePolicy):
             compression=2 ** (len(configs.vae["block_out_channels"]) - 1),
             patch=configs.denoiser["patch_size"],
         )
+
+    @classmethod
+    def _misfits(cls, config: ModelConfig, configs: Configs) -> Iterator[str]:
+        yield from super()._misfits(config, configs)
+        geometry, positions = cls.geometry(configs), configs.denoiser.get("pos_embed_max_size")
+        if positions is None:
+            return
+        largest = positions * geometry.patch * geometry.compression
+        if max(config.height, config.width) > largest:
+            yield (
+                f"model.height {config.height} and model.width {config.width}: the transformer has positions "
+                f"for sides of at most {largest} pixels (its pos_embed_max_size is {positions})"
+            )
 
     @classmethod
     def condition_widths(cls, denoiser: Mapping[str, Any]) -> dict[str, int]:

@@ -263,6 +263,8 @@ def test_loading_says_what_is_wrong(tiny_sd3: Path, model_config: ModelConfig, t
         load(path=empty)
     with pytest.raises(PolicyError, match="multiples of 8"):
         load(height=36)
+    with pytest.raises(PolicyError, match=r"height 32 and model\.width 72: .* at most 64 pixels .* is 8"):
+        load(width=72)
     with pytest.raises(PolicyError, match="CUDA devices"):
         load(device="cuda:97")
 

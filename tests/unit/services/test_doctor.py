@@ -201,3 +201,10 @@ def test_a_model_whose_files_are_not_whole_is_found(file: str, told: str, tmp_pa
     assert not finding.ok
     assert told in finding.found
     assert str(broken if broken.exists() else broken.parent) in finding.found
+
+
+def test_a_size_without_positions_is_found() -> None:
+    (finding,) = found_of("rollout", "model.height=128")
+    assert not finding.ok
+    assert "model.height 128 and model.width 64" in finding.found
+    assert "sides of at most 64 pixels (its pos_embed_max_size is 8)" in finding.found
