@@ -52,6 +52,7 @@ from services.ray_metrics import RunMetrics
 from services.ray_runtime import NAMESPACE, ray_cluster
 from services.resuming import reconfigure
 from services.run_directory import RunDirectory
+from services.stock_shift import other_shift
 from services.stop_signals import StopSignals
 from services.supervisor import PartFailed, Supervisor
 from services.telemetry import Telemetry
@@ -144,6 +145,7 @@ def train(
                 beside=[metrics, *stack.enter_context(tracker_sinks(config, run))],
             )
         )
+        tell_other_shift(config, telemetry, view)
         text = context.model_dump_json()
         evaluator = None
         if evaluating:
@@ -201,6 +203,13 @@ def refuse_unusable(config: Config) -> None:
             reward_authority(reward)
     refuse_unusable_trackers(config)
     refuse_without_access(config)
+
+
+def tell_other_shift(config: Config, telemetry: Telemetry, view: Progress) -> None:
+    """An event where the shift is not that of the image size: it is seen, and stays in the run's record."""
+    shift = other_shift(config)
+    if shift is not None:
+        view.row(telemetry.event("other shift", shift, level="warning"))
 
 
 def _tell_failure(

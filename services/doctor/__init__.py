@@ -28,7 +28,7 @@ from services.demands import (
     shortfalls,
 )
 from services.doctor.finding import Finding
-from services.doctor.model import file_findings, rollout_findings
+from services.doctor.model import file_findings, rollout_findings, shift_findings
 from services.doctor.ray_cluster import ray_findings
 from services.doctor.room import room_findings
 from services.doctor.servers import queue_findings, reward_findings, scores_nothing
@@ -61,6 +61,7 @@ def examine(config: Config) -> list[Finding]:
         _prompts,
         _timesteps,
         _local_model,
+        shift_findings,
         queue_findings,
         reward_findings,
         _memory,

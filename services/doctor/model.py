@@ -37,3 +37,14 @@ def rollout_findings(config: Config) -> list[Finding]:
     )
     beside = "" if evaluation.solver == rollout.solver else f"; evaluations with {evaluation.solver}"
     return [Finding(what="rollout", ok=True, found=f"the model can be sampled so: {found}{beside}")]
+
+
+def shift_findings(config: Config) -> list[Finding]:
+    """A shift that is not that of the image size, of a hub's published models too."""
+    from services.stock_shift import other_shift
+
+    told = other_shift(config)
+    if told is None:
+        return []
+    found, _, remedy = told.partition(": ")
+    return [Finding(what="shift", ok=True, warning=True, found=found, remedy=remedy)]

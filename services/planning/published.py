@@ -47,6 +47,8 @@ class Published:
     text_billions: float
     """Parameters of its text encoders."""
     vae: dict[str, Any] | None = None
+    scheduler: dict[str, Any] | None = None
+    """Where the shift follows from the size of the image."""
     compression: int | None = None
     """Pixels of a side that are one latent; None: what the VAE says, or `COMPRESSION`."""
 
