@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from tiny_pipelines import TINY
+from tiny_pipelines import TINY, VARIANTS
 
 if TYPE_CHECKING:
     from family_case import Case
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     from family_case import Case
 
-    tiny = TINY[request.param]
+    tiny = (TINY | VARIANTS)[request.param]
     directory = tmp_path_factory.mktemp("tiny") / request.param
     tiny.build(directory)
     return Case(request.param, tiny, directory)

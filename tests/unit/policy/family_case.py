@@ -34,7 +34,8 @@ class Case:
         return load_policy(self.config(**changes), text_encoders=True, vae=True, seed=seed)
 
     def stock(self) -> Any:
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(self.directory)
+        absent = dict.fromkeys(self.tiny.absent)
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(self.directory, **absent)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 

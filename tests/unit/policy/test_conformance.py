@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from family_case import PROMPT, SEEDS, Case, differ, ours, theirs
-from tiny_pipelines import TINY, disturbed
+from tiny_pipelines import TINY, VARIANTS, disturbed
 from torch import Tensor
 
 from learner.objectives.base import TrainingGroup
@@ -28,6 +28,9 @@ from policy.registry import stock_rollout, supported
 from policy.schedule import make_schedule, pipeline_scheduler
 from rollout_workers.sampling import sample
 from services.config import Config
+
+variants_too = pytest.mark.parametrize("case", [*TINY, *VARIANTS], indirect=True)
+"""Where models of a family may differ."""
 
 
 class Calls:
@@ -65,6 +68,7 @@ def test_rollouts_can_step_as_the_published_scheduler(case: Case, policy: Pipeli
     torch.testing.assert_close(make_schedule(rollout).sigmas, expected, rtol=1e-5, atol=1e-6)
 
 
+@variants_too
 def test_the_denoiser_is_called_as_the_stock_pipeline_calls_it(case: Case, policy: PipelinePolicy) -> None:
     for rollout in case.rollouts()[:2]:
         pipeline = case.stock()
@@ -122,6 +126,7 @@ def in_flow(policy: PipelinePolicy, latents: Tensor, sigma: float) -> Tensor:
     return latents * (1 - sigma) if policy.parts.denoiser == "unet" else latents
 
 
+@variants_too
 def test_a_rollout_draws_the_stock_pipelines_images(case: Case, policy: PipelinePolicy) -> None:
     drawn = []
     for rollout in case.rollouts():
@@ -153,6 +158,7 @@ def test_one_condition_or_several_give_the_same(policy: PipelinePolicy) -> None:
         policy.velocity(x, time, one, guidance=3.0)
 
 
+@variants_too
 def test_an_update_lowers_the_loss_of_its_batch(case: Case) -> None:
     policy, rollout = case.load(), case.tiny.sampling(group_size=4)
     config = Config.model_validate(
@@ -248,6 +254,7 @@ def test_text_encoders_may_stay_on_the_cpu(
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+@variants_too
 def test_default_targets_are_every_attention_projection(policy: PipelinePolicy) -> None:
     adapted = {name.split(".lora_")[0] for name in policy.trainable()}
     dual = ".attn2." if policy.parts.pipeline == "StableDiffusion3Pipeline" else "-"

@@ -59,6 +59,8 @@ class Tiny:
     """By which images may differ from the stock pipeline's, of 255."""
     dropped: str = "vae"
     """A component without which nothing goes."""
+    absent: tuple[str, ...] = ()
+    """Components that it lacks, and of which the stock pipeline has to be told."""
 
     def config(self, directory: Path, **changes: Any) -> ModelConfig:
         settings: dict[str, Any] = {
@@ -132,7 +134,8 @@ def t5(seed: int) -> T5EncoderModel:
     return disturbed(T5EncoderModel(config), seed, 0.3)
 
 
-def build_sd3(directory: Path, **settings: Any) -> None:
+def build_sd3(directory: Path, *, with_t5: bool = True, **settings: Any) -> None:
+    settings = {"qk_norm": "rms_norm"} | settings
     transformer = SD3Transformer2DModel(
         sample_size=16,
         patch_size=2,
@@ -145,7 +148,6 @@ def build_sd3(directory: Path, **settings: Any) -> None:
         caption_projection_dim=16,
         pooled_projection_dim=2 * WIDTH,
         pos_embed_max_size=16,
-        qk_norm="rms_norm",
         **settings,
     )
     StableDiffusion3Pipeline(
@@ -156,13 +158,21 @@ def build_sd3(directory: Path, **settings: Any) -> None:
         tokenizer=clip_tokenizer(),
         text_encoder_2=clip(True, 4),
         tokenizer_2=clip_tokenizer(),
-        text_encoder_3=t5(5),
-        tokenizer_3=t5_tokenizer(),
+        text_encoder_3=t5(5) if with_t5 else None,
+        tokenizer_3=t5_tokenizer() if with_t5 else None,
     ).save_pretrained(directory)
 
 
 def build_sd35_medium(directory: Path) -> None:
     build_sd3(directory, dual_attention_layers=(0,))
+
+
+def build_sd3_medium(directory: Path) -> None:
+    build_sd3(directory, qk_norm=None)
+
+
+def build_sd3_without_t5(directory: Path) -> None:
+    build_sd3(directory, with_t5=False, dual_attention_layers=(0,))
 
 
 def build_flux(directory: Path, *, guidance_embeds: bool = True) -> None:
@@ -242,7 +252,7 @@ def build_qwen(directory: Path) -> None:
     ).save_pretrained(directory)
 
 
-def build_sana(directory: Path) -> None:
+def build_sana(directory: Path, **settings: Any) -> None:
     transformer = SanaTransformer2DModel(
         in_channels=4,
         out_channels=4,
@@ -254,6 +264,7 @@ def build_sana(directory: Path) -> None:
         cross_attention_dim=16,
         caption_channels=WIDTH,
         sample_size=16,
+        **settings,
     )
     blocks = {
         f"{side}_{what}": value
@@ -285,6 +296,10 @@ def build_sana(directory: Path) -> None:
         text_encoder=disturbed(Gemma2Model(config), 3),
         tokenizer=tokenizer,
     ).save_pretrained(directory)
+
+
+def build_sana15(directory: Path) -> None:
+    build_sana(directory, qk_norm="rms_norm_across_heads")
 
 
 def build_sdxl(directory: Path) -> None:
@@ -326,14 +341,14 @@ FRACTIONS = {"solver": "euler", "sigmas": "fractions"}
 # mu of 32 tokens, by the stock formula.
 FLUX = FRACTIONS | {"shift": math.exp(0.5 + (32 - 256) * (1.15 - 0.5) / (4096 - 256))}
 QWEN = FRACTIONS | {"shift": math.exp(0.5 + (32 - 256) * (0.9 - 0.5) / (8192 - 256)), "terminal": 0.02}
+SD3 = {"solver": "euler", "sigmas": "scheduler", "shift": 3.0}
+SANA = {"solver": "dpmsolver++", "shift": 3.0}
 TINY = {
-    "sd3.5-medium": Tiny(
-        StableDiffusion3Pipeline, build_sd35_medium, {"solver": "euler", "sigmas": "scheduler", "shift": 3.0}
-    ),
+    "sd3.5-medium": Tiny(StableDiffusion3Pipeline, build_sd35_medium, SD3),
     "flux-dev": Tiny(FluxPipeline, build_flux, FLUX, dropped="text_encoder_2"),
     "flux-schnell": Tiny(FluxPipeline, build_flux_schnell, FLUX),
     "qwen-image": Tiny(QwenImagePipeline, build_qwen, QWEN, dropped="tokenizer"),
-    "sana": Tiny(SanaPipeline, build_sana, {"solver": "dpmsolver++", "shift": 3.0}, dropped="text_encoder"),
+    "sana": Tiny(SanaPipeline, build_sana, SANA, dropped="text_encoder"),
     "sdxl": Tiny(
         StableDiffusionXLPipeline,
         build_sdxl,
@@ -342,3 +357,12 @@ TINY = {
         tolerance=1,
     ),
 }
+VARIANTS = {
+    "sd3": Tiny(StableDiffusion3Pipeline, build_sd3_medium, SD3),
+    "sd3.5-large": Tiny(StableDiffusion3Pipeline, build_sd3, SD3),
+    "sd3.5-without-t5": Tiny(
+        StableDiffusion3Pipeline, build_sd3_without_t5, SD3, absent=("text_encoder_3", "tokenizer_3")
+    ),
+    "sana1.5": Tiny(SanaPipeline, build_sana15, SANA),
+}
+"""Other models of these families: only tests in which they may differ run on them."""
