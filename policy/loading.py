@@ -31,6 +31,7 @@ from policy.whole import (
     read_component,
 )
 from services.config import ModelConfig
+from services.safetensors_layout import ALIGNMENT_BYTES
 
 TextParts = Literal["all", "tokenizers", "none"]
 """Encoders and tokenizers, tokenizers alone, or none of both."""
@@ -283,11 +284,27 @@ def place(pipeline: Any, parts: Parts, config: ModelConfig, *, denoiser: bool = 
     encoders = config.text_encoders == "device"
     if encoders and denoiser:
         pipeline.to(device)
-        return
-    for name in (*([parts.denoiser] if denoiser else []), "vae", *(parts.encoders if encoders else [])):
-        component = getattr(pipeline, name)
-        if component is not None:
-            component.to(device)
+    else:
+        for name in (*([parts.denoiser] if denoiser else []), "vae", *(parts.encoders if encoders else [])):
+            component = getattr(pipeline, name)
+            if component is not None:
+                component.to(device)
+    if device.type == "cpu":
+        for name in parts.classes:
+            component = getattr(pipeline, name, None)
+            if component is not None:
+                _align(component)
+
+
+def _align(component: nn.Module) -> None:
+    """Copies weights that are not aligned as torch's own memory is: they lie in their file as it was mapped.
+
+    Kernels for misaligned memory may add up in another order: last digits would depend on where in a file a
+    weight is, and would not be the same after it has moved.
+    """
+    for tensor in (*component.parameters(), *component.buffers()):
+        if tensor.is_cpu and tensor.data_ptr() % ALIGNMENT_BYTES:
+            tensor.data = tensor.detach().clone()
 
 
 def find_device(name: str) -> torch.device:

@@ -26,15 +26,13 @@ import torch
 from services.checkpoint_parts import SUFFIX, read_part
 from services.codec import WeightsEncoder, decode_weights, weights_digest
 from services.messages import PolicyVersion, WeightsAnnouncement
-from services.safetensors_layout import BadLayout, Bytes
+from services.safetensors_layout import ALIGNMENT_BYTES, BadLayout, Bytes
 from services.transports import WeightsTransport
 from services.transports.rendezvous import Rendezvous
 
 KEPT_VERSIONS = 4
 """Of each kind; a worker asks for the newest, so it may lag this many updates behind between asking and
 fetching."""
-ALIGNMENT_BYTES = 64
-"""Of memory that torch allocates."""
 
 log = logging.getLogger(__name__)
 

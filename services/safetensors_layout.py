@@ -25,6 +25,8 @@ import torch
 
 Bytes = npt.NDArray[np.uint8]
 MAX_HEADER_BYTES = 100_000_000
+ALIGNMENT_BYTES = 64
+"""Of memory that torch allocates."""
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,

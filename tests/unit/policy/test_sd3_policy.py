@@ -13,6 +13,8 @@ import torch
 
 from policy import InstallError, Policy, PolicyError, load_policy
 from services.config import LoraConfig, ModelConfig
+from services.config_file import load_config
+from services.safetensors_layout import ALIGNMENT_BYTES
 from tests.pickled_weights import pickle_weights
 
 PROMPT = 'a sign that says "K7QX"'
@@ -285,3 +287,10 @@ def test_pickled_weights_are_refused(
     config = model_config.model_copy(update={"path": str(copy)})
     with pytest.raises(PolicyError, match=f"cannot be loaded: .*no file named {file}.* {copy / part}"):
         load_policy(config, text_encoders=True, vae=True)
+
+
+def test_weights_lie_as_torch_lays_memory_wherever_they_are_in_their_file() -> None:
+    """Else a model that has moved to other memory would compute other last digits."""
+    policy = load_policy(load_config("quickstart", []).model, text_encoders=True, vae=True)
+    held = list(policy.held())
+    assert held and all(tensor.data_ptr() % ALIGNMENT_BYTES == 0 for tensor in held)
