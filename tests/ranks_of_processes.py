@@ -36,16 +36,28 @@ def mesh_of(group: Any) -> DeviceMesh:
     return DeviceMesh.from_group(group, "cpu")
 
 
-def each_of(count: int, body: Callable[[Path, int], None], folder: Path, *, timeout_s: float = 240) -> None:
+def each_of(
+    count: int,
+    body: Callable[[Path, int], None],
+    folder: Path,
+    *,
+    dies: int | None = None,
+    timeout_s: float = 240,
+) -> None:
     """Run `body(folder, rank)` on as many processes, which are the world of torch.distributed.
 
+    Args:
+        dies: the rank that ends without a word (tests/dying.py).
+
     Raises:
-        AssertionError: one of them failed, with its words.
+        AssertionError: one of them failed, with its words, or ended otherwise than it should.
     """
+    (folder / STORE).unlink(missing_ok=True)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     ends = _ends(context, count, body, folder, timeout_s)
-    assert ends == [0] * count, f"ranks ended with {ends}:\n{_words(folder)}"
+    expected = [9 if rank == dies else 0 for rank in range(count)]
+    assert ends == expected, f"ranks ended with {ends}:\n{_words(folder)}"
 
 
 def forked(count: int, body: Callable[[Path, int], None], folder: Path) -> list[int]:

@@ -1,4 +1,4 @@
-"""What test_placement.py submits to its cluster: a run without room, a plan, and a run that waits for room.
+"""What test_placement.py submits to its cluster: a run without room, a run that waits for room, and a plan.
 
 Ray is joined here and not by the run, which refuses an embedded queue and rewards of its own on several
 nodes: these are all on one machine.
@@ -74,11 +74,11 @@ if __name__ == "__main__":
         started(load_config("quickstart", [*overrides, *REFUSED]))
     except ConfigError as error:
         tell(refused=str(error))
-    packed = WorkerPlaces(load_config("quickstart", [*overrides, "rollout.placement=pack"]))
-    packed.plan(2)
-    places: list[Any] = [packed.next(index) for index in range(2)]
-    tell(packed=[place.node_id for place in places], later=packed.next(0))
     outcome = started(load_config("quickstart", [*overrides, "rollout.placement=spread"]))
     nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes()}
     tell(run=outcome.run.name, steps=outcome.version.step, nodes=nodes, actors=actors())
     tell(demand_later=groups("PENDING"))
+    packed = WorkerPlaces(load_config("quickstart", [*overrides, "rollout.placement=pack"]))
+    packed.plan(2)
+    places: list[Any] = [packed.next(index) for index in range(2)]
+    tell(packed=[place.node_id for place in places], later=packed.next(0))

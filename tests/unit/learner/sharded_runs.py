@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tracemalloc
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from learner import ranks as transport
 from learner import sharded_checkpoint
 from learner.follower import follow
 from learner.gathering import gathered
+from learner.loop import Start
 from learner.objectives.base import TrainingGroup
 from learner.optimizer import STEPS
 from learner.ranks import Order
@@ -62,13 +64,15 @@ class Shelf(Reused):
 
 
 def trainer_of(run: Path, group: Any, *overrides: str) -> PolicyTrainer:
-    """On this rank; None as the group: of one rank, whose weights are whole."""
+    """On this rank; None as the group: of one rank, whose weights are whole, as those of LoRA always are."""
     ranks = None if group is None else ranks_of(group)
-    sharing = [] if group is None else [f"learner.ranks={group.size()}", "learner.sharding=fsdp"]
+    sharing = [] if group is None else [f"learner.ranks={group.size()}"]
+    if group is not None and "model.train=lora" not in overrides:
+        sharing.append("learner.sharding=fsdp")
     config = load_config("quickstart", [*SETTINGS, *sharing, *overrides])
     context = RunContext(run="test", directory=run, config=config, queue_url="redis://nowhere")
     trainer = PolicyTrainer(context, Shelf(), ranks)
-    if group is not None:
+    if trainer.sharded:
         trainer.divide(mesh_of(group))
     return trainer
 
@@ -118,17 +122,18 @@ def state_of(trainer: PolicyTrainer) -> dict[str, Tensor]:
     return found
 
 
-def led(trainer: PolicyTrainer, lead: Any) -> None:
-    """Rank 0 leads, the others follow."""
-    ranks = trainer._ranks
-    assert ranks is not None
-    trainer.begin()
-    if ranks.rank:
+def led(trainer: PolicyTrainer, lead: Callable[[], object]) -> Start:
+    """Rank 0 leads, the others follow, from where the run directory says."""
+    ranks, start = trainer._ranks, trainer.begin()
+    if ranks is None:
+        lead()
+    elif ranks.rank:
         pulse = Pulse("", lambda beat: None)
         follow(ranks, trainer.updater, pulse, beside_s=0, report=lambda: None, writer=trainer.rows_writer)
     else:
         lead()
         ranks.order_all(Order(do="end"))
+    return start
 
 
 class Allocated(TorchDispatchMode):

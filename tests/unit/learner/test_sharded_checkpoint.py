@@ -26,11 +26,11 @@ from tests.ranks_of_processes import each_of, forked, mesh_of
 
 STAGES = {
     0: (
-        *("mkdir", "order_all", "write_rows", "save_file", "_sync", "sha256_of", "settle", "complete"),
+        *("mkdir", "order_all", "write_rows", "save_file", "_sync", "settle", "complete"),
         *("write_text", "rename", "rmtree"),
     ),
     # The last order but one has it settle, the last one ends it: rank 0 completes the checkpoint meanwhile.
-    1: ("write_rows", "_sync", "sha256_of", "settle", "next_order"),
+    1: ("write_rows", "_sync", "settle", "next_order"),
 }
 """What either rank calls while a checkpoint is written."""
 KEEP = 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from services.group_queue import Frontier
 from services.policy_store import fetch
 from tests.ranks_of_processes import each_of
 
+TORN = "checkpoints/step-3"
+
 
 def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     assert ours.keys() == theirs.keys()
@@ -44,6 +47,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     losses = train(single, range(2))
     single.checkpoint(version(2), Frontier(below=6))
     torch.save({"losses": losses, "state": state_of(single)}, place / "single.pt")
+    torn = shutil.copytree(place / "single" / "checkpoints" / "step-2", place / "single" / TORN)
+    (torn / "ema.safetensors").write_bytes(b"torn")
     each_of(4, publishes_and_writes, place)
     return place
 
@@ -123,6 +128,10 @@ def test_any_number_of_ranks_reads_what_another_wrote(folder: Path) -> None:
     same(of(folder, "on-4")["state"], written)
     assert of(folder, "on-4")["start"].step == 4
     same(of(folder, "single-on-4")["state"], single)
+    # A newer one that is damaged: rank 0 tells of it, and it is kept.
+    (told,) = of(folder, "single-on-4")["start"].passed_over
+    assert f"{TORN}/ema.safetensors: its sha256" in told
+    assert (folder / "single" / f"{TORN}.unverified" / "ema.safetensors").read_bytes() == b"torn"
     alone = trainer_of(folder / "run", None)
     assert alone.begin().step == 4
     same(state_of(alone), written)
