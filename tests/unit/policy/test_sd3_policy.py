@@ -69,8 +69,9 @@ def test_encode_is_the_stock_pipelines_and_is_kept(policy: Policy, model_config:
         PROMPT, None, None, do_classifier_free_guidance=False, max_sequence_length=1
     )
     condition = policy.encode(PROMPT)
-    assert torch.equal(condition["prompt_embeds"], embeds[0])
-    assert torch.equal(condition["pooled"], pooled[0])
+    # But for last digits: the stock pipeline's weights lie as they do in their file, ours are aligned.
+    torch.testing.assert_close(condition["prompt_embeds"], embeds[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(condition["pooled"], pooled[0], rtol=1e-5, atol=1e-5)
     assert policy.encode(PROMPT)["pooled"] is condition["pooled"]
     assert not torch.equal(policy.negative()["pooled"], condition["pooled"])
 
