@@ -19,8 +19,8 @@ What is in a figure
 
 Time. An image costs 10 steps x 2 (CFG) x 2.5 TFLOP = 50 to sample, and 4 timesteps x (5.3 forward and
 backward, 2 x 2.5 reference and base, 2.5 more where a group comes in pieces) = 41 to 51 to train on. Sampled
-and trained on are at most 4 x 24 images for the rates, 2.25 x 64 for steps and 1.25 x 64 for the baseline:
-320 x 101 TFLOP = 32 PFLOP, or 160 s at 200 TFLOP/s, which is 30 % of what an H100's matmuls reach. To make
+and trained on are at most 5 x 24 images for the rates, 2.5 x 64 for steps and 1.25 x 64 for the baseline:
+360 x 101 TFLOP = 36 PFLOP, or 180 s at 200 TFLOP/s, which is 30 % of what an H100's matmuls reach. To make
 three models and move 10 GB of weights is another minute. Past `HALF_S` nothing is repeated, so that a GPU of
 half that rate is done in 9 minutes too.
 """

@@ -27,7 +27,7 @@ from learner.update import TrainingGroup, Updater
 from policy.base import Policy
 from policy.loading import find_device
 from rollout_workers.sampling import sample
-from services.config import Config
+from services.config import Config, RolloutConfig
 from services.config_file import load_config
 from services.planning.published import GIB, Published, needed_passes, pass_cost
 
@@ -36,6 +36,9 @@ HALF_S = 240.0
 """After so many seconds nothing is repeated."""
 KEPT_BUFFER_BYTES = 256 * 1024**2
 """As services/policy_store.py: a publish buffer up to this size is used again."""
+
+WARM = 2
+"""Updates before the first that is timed."""
 
 Say = Callable[[str], None]
 
@@ -147,7 +150,7 @@ class Bench:
         rollout, condition, negative = self.config.rollout, self.condition(1), self.condition(2)
         seeds = range(rollout.group_size)
         found: list[Tensor] = []
-        sample(policy, condition, negative, seeds, rollout.model_copy(update={"steps": 3}))
+        sample(policy, condition, negative, seeds, short(rollout))
         self.watch_memory()
         seconds = self.median(lambda: found.append(sample(policy, condition, negative, seeds, rollout)))
         require_finite("latents", found[-1])
@@ -155,7 +158,8 @@ class Bench:
         return self._rate("images", len(seeds), seconds, passes * self.cost.forward)
 
     def learner(self, policy: Policy, micro_batch: int) -> dict[str, Any]:
-        """Updates of one group; the first one, not timed, makes a reference that is not the policy."""
+        """Updates of one group; the first two are not timed: only behind one is there a reference that is not
+        the policy."""
         config = self.configured(self.sizes.group, 1, micro_batch)
         updater = Updater(policy, config)
         losses: list[float | None] = []
@@ -164,7 +168,8 @@ class Bench:
             group = self.group(config, len(losses), self.noise(policy, config))
             losses.append(updater.step([group], len(losses)).loss)
 
-        update()
+        for _ in range(WARM):
+            update()
         self.watch_memory()
         seconds = self.median(update)
         require_finite("losses", torch.tensor([math.nan if loss is None else loss for loss in losses]))
@@ -205,11 +210,14 @@ class Bench:
             require_finite("loss of a step", torch.tensor(math.nan if loss is None else loss))
 
         warm = self.group(config, 0, self.noise(policy, config))
-        updater.step([warm], 0)
+        # Every kind of pass once: the first update has no reference yet that is not the policy.
+        for number in range(WARM):
+            updater.step([warm], number)
+        sample(policy, condition, negative, range(sizes.step_group), short(rollout))
         policy.decode(warm.latents, rollout.decode_batch)
         self.watch_memory()
         times: list[tuple[float, float, float]] = []
-        for number in range(1, min(2, sizes.rounds) + 1):
+        for number in range(WARM, WARM + min(2, sizes.rounds)):
             sample_s = self.seconds(partial(sampled, number * sizes.step_groups))
             decode_s = self.seconds(decoded)
             times.append((sample_s, decode_s, self.seconds(partial(updated, number))))
@@ -225,7 +233,7 @@ class Bench:
         }
 
     def baseline(self, micro_batch: int) -> dict[str, Any]:
-        """The same step in plain diffusers and peft; a short update before it is not timed."""
+        """The same step in plain diffusers and peft; a group before it is not timed."""
         sizes = self.sizes
         config = self.configured(sizes.step_group, sizes.step_groups, micro_batch)
         self.say("making the same model for the baseline")
@@ -237,6 +245,7 @@ class Bench:
             self.model.grid(config.model.height, config.model.width),
         )
         loop.update([torch.randn((sizes.step_group, channels, *grid), device=self.device)], [advantages])
+        loop.sample(range(sizes.step_group))
         self.watch_memory()
         groups: list[Tensor] = []
         losses: list[float] = []
@@ -299,6 +308,11 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, side: int) -> float:
         product[0, 0].item()  # waits for the device
         best = min(best, time.perf_counter() - begin)
     return 10 * 2 * side**3 / best
+
+
+def short(rollout: RolloutConfig) -> RolloutConfig:
+    """Enough steps for every kind of step of a solver: to warm up."""
+    return rollout.model_copy(update={"steps": 3})
 
 
 def divisors(number: int) -> list[int]:

@@ -22,10 +22,12 @@ from services.planning.published import Published
 def random_pipeline(model: Published, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Any:
     """A stock SD3 pipeline without text encoders, its transformer and VAE of random weights on a device."""
     classes: Any = diffusers
+    # Before the block: what is imported in there has its constants on the device for good.
+    make_vae, _ = classes.AutoencoderKL, model.denoiser_class
     torch.manual_seed(seed)
     # Modules fill their own weights, which is quick only where the device is.
     with quiet(), torch.device(device):
-        transformer, vae = model.make().to(dtype), classes.AutoencoderKL(**(model.vae or {})).to(dtype)
+        transformer, vae = model.make().to(dtype), make_vae(**(model.vae or {})).to(dtype)
     pipeline = classes.StableDiffusion3Pipeline(
         transformer=transformer.eval(),
         vae=vae.eval(),

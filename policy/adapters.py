@@ -2,6 +2,7 @@
 
 Promises
 - Adapters are float32 and start at exactly zero effect: A is normal with std 1/rank ("gaussian"), B is zero.
+- They multiply in the dtype of the frozen weights (policy/lowered_adapters.py).
 - Their start follows from the seed alone, so every process that loads the model has the same adapters.
 - `adapters_switched` runs the frozen model, or the adapted one, and changes no flag that autograd looks at.
 """
@@ -60,6 +61,11 @@ def add_lora(transformer: Any, config: LoraConfig, *, seed: int, targets: Sequen
             if ".lora_A." in name:
                 start = torch.randn(parameter.shape, generator=generator) / config.rank
                 parameter.copy_(start)
+    if any(parameter.dtype != torch.float32 for parameter in transformer.parameters()):
+        # Here and not above: importing peft takes seconds.
+        from policy.lowered_adapters import lower_adapters
+
+        lower_adapters(transformer)
 
 
 @contextmanager

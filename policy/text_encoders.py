@@ -14,11 +14,12 @@ import logging
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
 from policy.base import Condition, Policy
 from policy.condition_cache import ConditionCache, model_of
@@ -105,6 +106,24 @@ class CachedConditions:
             torch.cuda.empty_cache()
 
 
+@contextmanager
+def lent(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Frozen modules of the host on a device, inside the block. Their elements never leave the host, so that
+    nothing is copied back: of T5-XXL that would be 9.5 GB for each prompt, into memory that is new each time.
+    """
+    kept = [(one, one.data) for module in modules for one in (*module.parameters(), *module.buffers())]
+    try:
+        for tensor, elements in kept:
+            tensor.data = elements.to(device)
+        yield
+    finally:
+        for tensor, elements in kept:
+            tensor.data = elements
+        for module in modules:
+            # A buffer that was made anew in between.
+            module.to("cpu")
+
+
 class PromptEncoding(Policy):
     """The encoding of prompts by the parts of a stock pipeline; a family says how (`_condition`)."""
 
@@ -167,18 +186,10 @@ class PromptEncoding(Policy):
         device = torch.device("cpu") if placement == "cpu" else self.device
         # Cached ones that were loaded for good: of an export, say.
         moved = placement == "offload" or (placement == "cached" and self._cached is None)
-        try:
-            if moved:
-                for encoder in loaded:
-                    encoder.to(device)
-            # no_grad and not inference_mode: the learner trains on these tensors. Quiet: the length is the
-            # configuration's choice, so what it truncates is no news, once a prompt.
-            with torch.no_grad(), quiet():
-                yield device
-        finally:
-            if moved:
-                for encoder in loaded:
-                    encoder.to("cpu")
+        # no_grad and not inference_mode: the learner trains on these tensors. Quiet: the length is the
+        # configuration's choice, so what it truncates is no news, once a prompt.
+        with lent(loaded, device) if moved else nullcontext(), torch.no_grad(), quiet():
+            yield device
 
     def _check_conditions(self, conditions: Sequence[Condition]) -> None:
         for name, wanted in self.condition_widths(self._configs.denoiser).items():

@@ -58,8 +58,14 @@ class Published:
 
     def make(self) -> Any:
         """The denoiser with random weights, on torch's default device and in its default dtype."""
+        return self.denoiser_class(**self.config)
+
+    @property
+    def denoiser_class(self) -> Any:
+        """Imported when it is first asked for: not under another default device, which constants of its
+        package's modules would be made on."""
         classes: Any = diffusers
-        return getattr(classes, self.denoiser)(**self.config)
+        return getattr(classes, self.denoiser)
 
     @property
     def family(self) -> type[PipelinePolicy]:
@@ -132,8 +138,9 @@ def pass_cost(model: Published, height: int, width: int, lora: LoraConfig | None
     Args:
         lora: adapters on the family's attention projections; None: every weight is trained.
     """
+    make = model.denoiser_class
     with quiet(), torch.device("meta"):
-        denoiser = model.make().to(torch.bfloat16)
+        denoiser = make(**model.config).to(torch.bfloat16)
         parameters = sum(parameter.numel() for parameter in denoiser.parameters())
         if lora is not None:
             add_lora(denoiser, lora, seed=0, targets=lora.targets or model.family.lora_targets)

@@ -35,6 +35,21 @@ sys.modules.update(dict.fromkeys({absent}))
 from benchmarks.gpu import main
 sys.exit(main(["--tiny", "--json"]))
 """
+ELSEWHERE = """
+import sys
+import torch
+from benchmarks.gpu import TINY
+from benchmarks.gpu_measure import Bench
+from benchmarks.random_models import random_pipeline
+
+bench = Bench(lambda line: None, TINY, ())
+random_pipeline(bench.model, torch.device("meta"), torch.float32)
+for name, module in list(sys.modules.items()):
+    for key, value in list(getattr(module, "__dict__", {}).items()):
+        for one in value.values() if type(value) is dict else [value]:
+            if type(one) is torch.Tensor and one.device.type != "cpu":
+                print(name, key)
+"""
 
 
 @pytest.fixture
@@ -51,6 +66,18 @@ def test_it_needs_neither_ray_nor_redis_nor_anything_of_the_cluster() -> None:
     result = json.loads(done.stdout.splitlines()[-1])
     assert "xxhash" in result["weights"]["lora"]["not_measured"]
     assert done.stderr.count("FUNCTIONAL CHECK") == 2
+
+
+def test_a_model_made_on_a_device_leaves_the_constants_of_modules_on_the_cpu() -> None:
+    """What is imported for the first time under another default device has its constants there for good."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", ELSEWHERE],
+        cwd=PROJECT_ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 
 def test_every_figure_is_there_and_says_that_it_means_nothing() -> None:

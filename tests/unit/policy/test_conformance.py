@@ -247,9 +247,13 @@ def test_text_encoders_may_stay_on_the_cpu(
         other = case.load(text_encoders=placement)
         moves: list[str] = []
         encoder = other.pipeline.text_encoder
+        tensors = [*encoder.parameters(), *encoder.buffers()]
+        before = [(id(tensor), tensor.data_ptr()) for tensor in tensors]
         monkeypatch.setattr(encoder, "to", lambda device, moves=moves: moves.append(str(device)))
         found = other.encode(PROMPT)
-        assert moves == ([] if placement == "cpu" else ["cpu", "cpu"])
+        # Its elements stay on the host all the time: nothing has to come back from a device.
+        assert moves == ([] if placement == "cpu" else ["cpu"])
+        assert [(id(t), t.data_ptr()) for t in (*encoder.parameters(), *encoder.buffers())] == before
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 

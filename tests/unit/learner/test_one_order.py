@@ -1,0 +1,87 @@
+"""Where weights are promised bit for bit, a GPU may not add up in any order."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sharded_runs import trainer_of
+
+import learner.trainer
+from learner.one_order import VARIABLE, WORKSPACE, wants_one_order
+from services.config_file import PROJECT_ROOT, load_config
+
+UPDATES = """
+import os, sys, tempfile
+from pathlib import Path
+from typing import Any
+sys.path.insert(0, "tests/unit/learner")
+import torch
+from sharded_runs import state_of, train, trainer_of
+from learner.one_order import add_up_in_one_order
+
+def digest():
+    with tempfile.TemporaryDirectory() as place:
+        trainer = trainer_of(Path(place), None)
+        train(trainer, range(2))
+        return {name: tensor.clone() for name, tensor in state_of(trainer).items()}
+
+free = digest()
+add_up_in_one_order()
+assert torch.are_deterministic_algorithms_enabled()
+assert not torch.is_deterministic_algorithms_warn_only_enabled()
+bound = digest()
+assert all(torch.equal(bound[name], tensor) for name, tensor in free.items())
+print(os.environ["CUBLAS_WORKSPACE_CONFIG"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("device", "overrides", "wanted"),
+    [
+        ("cuda", ("queue.max_staleness=0",), True),
+        ("cuda:1", ("queue.max_staleness=0",), True),
+        ("cpu", ("queue.max_staleness=0",), False),
+        ("cuda", ("queue.max_staleness=1",), False),
+        ("cuda", ("queue.max_staleness=0", "model.compile=true"), False),
+    ],
+)
+def test_only_where_it_is_promised(device: str, overrides: tuple[str, ...], wanted: bool) -> None:
+    assert wants_one_order(load_config("quickstart", list(overrides)), torch.device(device)) is wanted
+
+
+def test_a_trainer_asks_for_it_before_the_model_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    monkeypatch.setattr("learner.trainer.wants_one_order", lambda config, device: True)
+    monkeypatch.setattr("learner.trainer.add_up_in_one_order", lambda: order.append("one order"))
+    load = learner.trainer.load_policy
+
+    def loaded(*given: Any, **named: Any) -> Any:
+        order.append("model")
+        return load(*given, **named)
+
+    monkeypatch.setattr("learner.trainer.load_policy", loaded)
+    trainer_of(tmp_path, None)
+    assert order == ["one order", "model"]
+
+
+@pytest.mark.parametrize("own", [None, ":16:8"])
+def test_no_operation_of_an_update_is_refused_and_none_is_another_on_a_cpu(own: str | None) -> None:
+    """In a process of its own: the setting is the process's. Kernels of a GPU are not seen here."""
+    environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
+    done = subprocess.run(
+        [sys.executable, "-c", UPDATES],
+        cwd=PROJECT_ROOT,
+        env=environment | ({VARIABLE: own} if own else {}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout.split()) == (0, [own or WORKSPACE]), done.stderr
