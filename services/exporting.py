@@ -1,72 +1,118 @@
 """`dgpo export`: the newest checkpoint of a run as stock diffusers files.
 
 Promises
-- A pipeline directory that plain `from_pretrained` loads; of a LoRA run also a directory that plain
-  `load_lora_weights` loads. No code and no argument of ours is needed to use them.
+- A pipeline directory that `from_pretrained` loads; of a LoRA run also a directory that `load_lora_weights`
+  loads, as their model cards show (policy/export.py). No code of ours is needed to use them.
 - Nothing of the user's is overwritten: an existing target is refused. Only the run's own `export/` follows
   the run; the former one stays until the new one is whole.
+- What has its name is whole: files are written into `.partial` inside the target first. An export that fails
+  leaves nothing behind, and one that was killed is no obstacle to the next.
 - Scores on a model card are those of the exported weights.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from services.config import Config
 from services.config_file import ConfigError
-from services.formatting import estimate
-from services.prompts import prompt_source
+from services.full_disk import disk_refuses
 from services.run_directory import RunDirectory
-from services.telemetry import read_metrics
 
 if TYPE_CHECKING:
-    from learner.checkpoint import Checkpoint
+    from policy.export import Exported
+
+PARTIAL = ".partial"
 
 
-def export_run(run_dir: Path, out: Path, weights: str) -> list[Path]:
+class ExportError(RuntimeError):
+    """The files could not be written; nothing was left behind."""
+
+
+def export_run(run_dir: Path, out: Path, weights: str, only: Exported | None = None) -> list[Path]:
     """Export.
 
     Args:
         run_dir: a run directory.
         out: directory to make; `pipeline/` and, of a LoRA run, `lora/` are made in it.
         weights: `ema` or `policy`.
+        only: one of the two. A LoRA alone is small, and needs neither text encoders nor VAE.
 
     Returns:
         What was written.
 
     Raises:
-        ConfigError: no such run or checkpoint, unknown weights, or the target exists.
+        ConfigError: no such run or checkpoint, unknown weights, no such part, or the target exists.
+        ExportError: the disk took no more.
     """
     from learner.checkpoint import newest_checkpoint
     from policy import load_policy
     from policy.export import export_policy
     from policy.loading import quiet
-    from policy.model_card import Training
+    from services.model_card import training_of
 
     run = RunDirectory.open(run_dir)
     config = run.config()
     if weights not in ("ema", "policy"):
         raise ConfigError(f"--weights {weights!r}: ema or policy")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if only == "lora" and config.model.train != "lora":
+        raise ConfigError("--only lora: the run has trained every weight (model.train full); leave it out")
+    if out.exists() and not (out.is_dir() and all(file.name == PARTIAL for file in out.iterdir())):
         raise ConfigError(f"--out {out}: exists and is not an empty directory; give a new one")
     checkpoint = newest_checkpoint(run.root)
     if checkpoint is None:
         raise ConfigError(f"{run_dir}: the run has no complete checkpoint to export")
     # Here and not on the device of the run, which this machine may not have.
     model = config.model.model_copy(update={"device": "cpu"})
+    whole = only != "lora"
     # Libraries tell of parts that nobody asked for, and of files that are written.
-    with quiet():
-        policy = load_policy(model, text_encoders=True, vae=True, base=False, seed=config.run.seed)
+    with quiet(), _written(out) as partial:
+        policy = load_policy(model, text_encoders=whole, vae=whole, base=False, seed=config.run.seed)
         policy.install(checkpoint.state[weights])
-        training = Training(
-            objective=type(config.objective),
-            name=run.name,
-            prompt=_example(config) or Training.prompt,
-            facts=_facts(run, checkpoint, weights),
+        made = export_policy(
+            policy,
+            partial,
+            rollout=config.evaluation_rollout,
+            training=training_of(run, config, checkpoint, weights),
+            only=only,
         )
-        return export_policy(policy, out, rollout=config.evaluation_rollout, training=training)
+    return [out / path.name for path in made]
+
+
+@contextmanager
+def _written(out: Path) -> Iterator[Path]:
+    """A directory to write into; what is in it at the end goes to `out`.
+
+    Inside of `out`, which may be a file system of its own.
+    """
+    there, partial = out.is_dir(), out / PARTIAL
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        for path in sorted(partial.iterdir()):
+            path.rename(out / path.name)
+        partial.rmdir()
+    except BaseException as error:
+        shutil.rmtree(partial if there else out, ignore_errors=True)
+        if (told := disk_refuses(error, out.absolute())) is not None:
+            raise ExportError(f"{out}: not written, and nothing left behind: {told}") from error
+        raise
+
+
+def exported_part(name: str | None) -> Exported | None:
+    """What --only names.
+
+    Raises:
+        ConfigError: there is no such part.
+    """
+    parts: dict[str | None, Exported | None] = {None: None, "pipeline": "pipeline", "lora": "lora"}
+    if name not in parts:
+        raise ConfigError(f"--only {name!r}: pipeline or lora")
+    return parts[name]
 
 
 def export_into(run: RunDirectory) -> Path:
@@ -87,22 +133,3 @@ def export_into(run: RunDirectory) -> Path:
     partial.rename(final)
     shutil.rmtree(former, ignore_errors=True)
     return final
-
-
-def _example(config: Config) -> str | None:
-    """A held-out prompt of the run, if it has any that can still be read."""
-    try:
-        found = prompt_source(config).heldout(config.run.seed, 1)
-    except ConfigError:
-        return None
-    return found[0].text if found else None
-
-
-def _facts(run: RunDirectory, checkpoint: Checkpoint, weights: str) -> dict[str, object]:
-    facts: dict[str, object] = {"run": run.name, "step": checkpoint.step, "weights": weights}
-    # Evaluations inside a run are of the EMA, each of one step.
-    rows = [row for row in read_metrics(run.root).evals if row.step == checkpoint.step]
-    if weights == "ema" and rows:
-        for name, score in rows[-1].rewards.items():
-            facts[f"held-out {name}"] = f"{estimate(score.mean, score.se)} ({rows[-1].prompts} prompts)"
-    return facts
