@@ -87,7 +87,8 @@ class FluxPolicy(PipelinePolicy):
         guidance = None if self._embedded is None else torch.full([samples], self._embedded)
         prediction: Tensor = self.transformer(
             hidden_states=pack(x),
-            timestep=timestep.to(x.dtype) / 1000,
+            # As the stock pipeline has it in this dtype, also where x stays float32 under autocast.
+            timestep=timestep.to(self._dtype) / 1000,
             guidance=None if guidance is None else guidance.to(self.device),
             pooled_projections=self._spread(conditions, "pooled", samples),
             encoder_hidden_states=embeds,

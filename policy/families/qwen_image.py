@@ -95,7 +95,8 @@ class QwenImagePolicy(PipelinePolicy):
         embeds, mask = self._filled(conditions, samples)
         prediction: Tensor = self.transformer(
             hidden_states=pack(x),
-            timestep=timestep.to(x.dtype) / 1000,
+            # As the stock pipeline has it in this dtype, also where x stays float32 under autocast.
+            timestep=timestep.to(self._dtype) / 1000,
             encoder_hidden_states=embeds,
             encoder_hidden_states_mask=mask,
             img_shapes=[[(1, height // PATCH, width // PATCH)]] * samples,
