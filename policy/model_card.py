@@ -1,29 +1,31 @@
-"""The model card of an export: how the model came about, and how to call it with stock diffusers."""
+"""The model card of an export: what it is, how it came about, and how to call it with stock diffusers."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from policy.pipeline_policy import PipelinePolicy
-from services.config import AnyObjective, DgpoConfig, RolloutConfig
+from services.config import AnyObjective, DgpoConfig, ModelConfig, RolloutConfig
+from services.config_file import find
 
 CARD = """---
 library_name: diffusers
+pipeline_tag: text-to-image
 tags:
 - text-to-image
-- {tag}
-{base_model}---
+{tags}{base_model}---
 
 # {title}
 
 {what} post-trained with {method}
 ([arXiv {source}](https://arxiv.org/abs/{source})) by dgpo-cluster.
 
-{facts}
 ## Use
+
+With diffusers 0.42 or newer{needs}:
 
 ```python
 import torch
@@ -36,7 +38,23 @@ image = pipeline(
     generator=torch.Generator().manual_seed(0),
 ).images[0]
 ```
-"""
+
+{notes}
+
+## Training
+
+| | |
+| --- | --- |
+{facts}
+{sections}"""
+
+BFLOAT16_NOTE = (
+    "Give `dtype` as above: without it parts of the pipeline are loaded in different ones, and most families "
+    "fail. An image differs a little from that of an evaluation with the same seed: there trained weights, "
+    "and latents between the steps, are float32, and here bfloat16."
+)
+WIDTH = 100
+"""Of a line of code."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +67,9 @@ class Training:
     prompt: str = "a photo of a red bicycle"
     """An example."""
     facts: Mapping[str, object] = field(default_factory=dict)
-    """Lines of the card (run, step, scores)."""
+    """Rows of the card's table (run, updates, images)."""
+    sections: str = ""
+    """Further sections (scores, recipe), Markdown."""
 
 
 def write_card(
@@ -68,22 +88,108 @@ def write_card(
         load: Python that makes `pipeline`.
     """
     config, told = policy.config, training or Training()
-    local = Path(config.path).exists() or config.path.count("/") != 1
-    what = "LoRA adapters" if directory.name == "lora" else "A text-to-image pipeline"
-    method = told.objective.method
+    lora, method = directory.name == "lora", told.objective.method
+    local, what = _is_local(config), f"`{type(policy.pipeline).__name__}`"
+    tags = [re.sub(r"[^a-z0-9]+", "-", method.lower()), *(["lora"] if lora else [])]
+    relation = "adapter" if lora else "finetune"
     text = CARD.format(
-        tag=re.sub(r"[^a-z0-9]+", "-", method.lower()),
-        base_model="" if local else f"base_model: {config.path}\n",
+        tags="".join(f"- {tag}\n" for tag in tags),
+        base_model="" if local else f"base_model: {config.path}\nbase_model_relation: {relation}\n",
         title=(told.name or directory.name) if local else f"{config.path} with {method}",
-        what=f"{what} (trained: {config.train}, base: {Path(config.path).name})",
+        what=f"LoRA adapters for a {what}," if lora else f"A {what},",
         method=method,
         source=told.objective.arxiv,
-        facts="".join(f"- {name}: {value}\n" for name, value in told.facts.items()),
+        needs=" and peft" if lora else "",
         imports=imports,
         load=load,
         prompt=told.prompt,
         arguments="\n".join(
             f"    {name}={value!r}," for name, value in policy.call_arguments(rollout).items()
         ),
+        notes="\n\n".join(_notes(policy, lora=lora)),
+        facts="".join(
+            f"| {name} | {value} |\n" for name, value in {**_facts(policy, lora=lora), **told.facts}.items()
+        ),
+        sections=told.sections,
     )
     (directory / "README.md").write_text(text)
+
+
+def base_place(config: ModelConfig) -> str:
+    """Where the base model is: its hub id, or the whole path of its directory."""
+    return str(find(config.path).resolve()) if _is_local(config) else config.path
+
+
+def loading(policy: PipelinePolicy, place: str, *, revision: str | None) -> str:
+    """Python that loads a stock pipeline with the parts and the dtype of the policy's."""
+    arguments = [f'"{place}"']
+    if revision is not None:
+        arguments.append(f'revision="{revision}"')
+    arguments.append(f"dtype=torch.{policy.config.dtype}")
+    # Left out, stock pipelines miss them.
+    arguments += [f"{name}=None" for name in _absent(policy)]
+    return assigned("pipeline", f"{type(policy.pipeline).__name__}.from_pretrained", arguments)
+
+
+def assigned(name: str, function: str, arguments: Sequence[str]) -> str:
+    """Python that calls a function, on one line if it fits."""
+    line = f"{name} = {function}({', '.join(arguments)})"
+    if len(line) <= WIDTH:
+        return line
+    return "\n".join([f"{name} = {function}(", *(f"    {argument}," for argument in arguments), ")"])
+
+
+def _absent(policy: PipelinePolicy) -> list[str]:
+    """Optional parts that the base model has not; the policy may have been loaded without those it has."""
+    if not policy.parts.optional:
+        return []
+    index = type(policy.pipeline).load_config(base_place(policy.config), revision=policy.config.revision)
+    return [name for name in sorted(policy.parts.optional) if (index.get(name) or [None])[0] is None]
+
+
+def _notes(policy: PipelinePolicy, *, lora: bool) -> list[str]:
+    config, absent = policy.config, _absent(policy)
+    notes = ['`pipeline.to("cuda")` moves it to a GPU.']
+    if lora and _is_local(config):
+        notes.append(
+            "The base model is where it was at the training: give its place on your machine instead."
+        )
+    if config.dtype == "bfloat16":
+        notes.append(BFLOAT16_NOTE)
+    if absent:
+        names = " and ".join(f"`{name}`" for name in absent)
+        notes.append(f"The base model has no {names}: they are passed as None.")
+    return notes
+
+
+def _facts(policy: PipelinePolicy, *, lora: bool) -> dict[str, object]:
+    config, denoiser = policy.config, type(policy.transformer).__name__
+    if config.train == "full":
+        trained = f"every weight of the {denoiser}"
+    else:
+        targets = ", ".join(f"`{target}`" for target in config.lora.targets or policy.lora_targets)
+        merged = "" if lora else ", merged here"
+        trained = (
+            f"LoRA of rank {config.lora.rank} and alpha {config.lora.alpha:g}{merged}, in the {denoiser}: "
+            f"{targets}"
+        )
+    return {
+        "base model": _base(config),
+        "trained": trained,
+        "precision": "float32"
+        if config.dtype == "float32"
+        else f"trained weights in float32, all others and sampling in {config.dtype}",
+    }
+
+
+def _base(config: ModelConfig) -> str:
+    if _is_local(config):
+        return f"`{base_place(config)}` on the machine of the export"
+    place = f"https://huggingface.co/{config.path}"
+    if config.revision is None:
+        return f"[{config.path}]({place}), no revision pinned"
+    return f"[{config.path}]({place}/tree/{config.revision}), revision `{config.revision}`"
+
+
+def _is_local(config: ModelConfig) -> bool:
+    return find(config.path).exists() or config.path.count("/") != 1

@@ -7,10 +7,8 @@ weights, prompt and noise.
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 import torch
@@ -21,7 +19,6 @@ from torch import Tensor
 from learner.objectives.base import TrainingGroup
 from learner.update import Updater
 from policy import load_policy
-from policy.export import export_lora, export_policy
 from policy.pipeline_policy import PipelinePolicy
 from policy.probe import TOLERANCE, VelocityDrift, check_probe, probe, probe_error
 from policy.registry import stock_rollout, supported
@@ -187,43 +184,6 @@ def test_an_update_lowers_the_loss_of_its_batch(case: Case) -> None:
     assert before.loss == pytest.approx(math.log(2) / 5.0)
     assert after.loss is not None
     assert after.loss < before.loss - 1e-5
-
-
-def test_exports_load_in_stock_diffusers(case: Case, tmp_path: Path) -> None:
-    policy, rollout = case.load(), case.rollouts()[1]
-    untrained = ours(policy, rollout)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in policy.trainable().values():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    images = ours(policy, rollout)
-    assert differ(images, untrained) > 10
-    whole, adapters = export_policy(policy, tmp_path, rollout=rollout)
-
-    pipeline = case.stock()
-    pipeline.scheduler = pipeline_scheduler(rollout)
-    assert differ(theirs(pipeline, policy, rollout), untrained) <= case.tiny.tolerance
-    pipeline.load_lora_weights(adapters)
-    assert differ(theirs(pipeline, policy, rollout), images) <= case.tiny.tolerance
-
-    merged = diffusers.DiffusionPipeline.from_pretrained(whole)
-    assert differ(theirs(merged, policy, rollout), images) <= 2
-    for directory in (whole, adapters):
-        card = (directory / "README.md").read_text()
-        assert all(f"    {name}={value!r}," in card for name, value in policy.call_arguments(rollout).items())
-        compile(card.split("```python")[1].split("```")[0], "card", "exec")
-
-
-def test_the_card_of_a_lora_makes_the_scheduler_of_the_rollouts(case: Case, tmp_path: Path) -> None:
-    policy, rollout = case.load(), case.rollouts()[-1]
-    adapters = export_lora(policy, tmp_path / "lora", rollout=rollout)
-    card = (adapters / "README.md").read_text()
-    (line,) = (line for line in card.splitlines() if line.startswith("pipeline.scheduler = "))
-    made = eval(line.removeprefix("pipeline.scheduler = "), vars(diffusers))
-    expected = pipeline_scheduler(rollout)
-    made.set_timesteps(4)
-    expected.set_timesteps(4)
-    assert torch.equal(made.sigmas, expected.sigmas)
 
 
 @pytest.mark.parametrize("train", ["lora", "full"])

@@ -63,7 +63,7 @@ def test_full_pipeline_round_trip(model_config: ModelConfig, tmp_path: Path) -> 
     assert np.array_equal(theirs(pipeline), ours(policy))
     assert not np.array_equal(ours(policy), before)
     card = (path / "README.md").read_text()
-    assert "step: 7" in card
+    assert "| step | 7 |" in card
     assert "num_inference_steps=4" in card
     assert "# spell-7\n" in card
 

@@ -7,12 +7,14 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from learner.checkpoint import write_checkpoint
 from policy import load_policy
+from services.config import Config
 from services.config_file import ConfigError, load_config
 from services.exporting import export_into, export_run
-from services.metrics import Estimate, EvalRow
+from services.metrics import Estimate, EvalRow, UpdateRow, When
 from services.run_directory import RunDirectory
 from services.telemetry import Telemetry
 
@@ -32,14 +34,17 @@ def checkpoint(run: RunDirectory, step: int) -> None:
     write_checkpoint(run.root, step, {"policy": weights, "ema": weights}, {"epoch": 0}, keep=2)
 
 
-def evaluation(run: RunDirectory, step: int) -> None:
+def evaluation(
+    run: RunDirectory, step: int, when: When = "after", *, ocr: float = 0.5, prompts: int = 1
+) -> None:
     row = EvalRow(
         time=time.time(),
-        when="after",
+        when=when,
         epoch=0,
         step=step,
-        prompts=1,
-        rewards={"ocr": Estimate(mean=0.5), "tesseract": Estimate(mean=0.25, se=0.125)},
+        prompts=prompts,
+        rewards={"ocr": Estimate(mean=ocr), "tesseract": Estimate(mean=0.25, se=0.125)},
+        exact={"ocr": Estimate(mean=ocr / 2, se=0.0625)},
     )
     with Telemetry(run.root, tensorboard=False) as telemetry:
         telemetry.write(row)
@@ -89,7 +94,7 @@ def test_a_later_export_of_the_run_replaces_the_earlier(run: RunDirectory) -> No
     (run.root / "export" / "pipeline" / "left over").touch()
     checkpoint(run, 5)
     export_into(run)
-    assert "- step: 5\n" in card(run.root / "export")
+    assert "| updates | 5 of 36 |\n" in card(run.root / "export")
     assert not (run.root / "export" / "pipeline" / "left over").exists()
     assert [path.name for path in run.root.iterdir() if "export" in path.name] == ["export"]
 
@@ -103,7 +108,7 @@ def test_a_failed_export_leaves_the_earlier(run: RunDirectory, monkeypatch: pyte
     monkeypatch.setattr("policy.export.export_policy", full)
     with pytest.raises(OSError, match="no space"):
         export_into(run)
-    assert "- step: 3\n" in card(run.root / "export")
+    assert "| updates | 3 of 36 |\n" in card(run.root / "export")
 
 
 @pytest.mark.parametrize("what", ["file", "filled"])
@@ -119,14 +124,68 @@ def test_a_target_of_the_user_s_is_refused(run: RunDirectory, tmp_path: Path, wh
 
 
 def test_scores_are_on_the_card_of_the_weights_they_are_of(run: RunDirectory, tmp_path: Path) -> None:
+    evaluation(run, 0, "before", ocr=0.25)
     export_run(run.root, tmp_path / "ema", "ema")
     export_run(run.root, tmp_path / "policy", "policy")
-    assert "held-out ocr: 0.500 (1 prompts)" in card(tmp_path / "ema")
-    assert "held-out tesseract: 0.250 ± 0.125 (1 prompts)" in card(tmp_path / "ema")
-    assert "held-out" not in card(tmp_path / "policy")
+    told = card(tmp_path / "ema")
+    assert "| weight | before training | after 3 updates |\n" in told
+    assert "| ocr | `ocr` | 1 | 0.250, exact 0.125 ± 0.062 | 0.500, exact 0.250 ± 0.062 |\n" in told
+    assert (
+        "| tesseract | `ocr_tesseract` | held out, never trained on | 0.250 ± 0.125 | 0.250 ± 0.125 |\n"
+        in told
+    )
+    assert "over 1 held-out prompts" in told
+    none = card(tmp_path / "policy")
+    assert "| ocr | `ocr` | 1 |\n" in none
+    assert (
+        "No scores: evaluations inside a run are of its EMA weights; `dgpo eval RUN_DIR --weights pol" in none
+    )
     checkpoint(run, 5)
     export_run(run.root, tmp_path / "later", "ema")
-    assert "held-out" not in card(tmp_path / "later")
+    later = card(tmp_path / "later")
+    assert "| ocr | `ocr` | 1 |\n" in later
+    assert "No scores: the run was not evaluated at update 5" in later
+
+
+def test_scores_before_of_other_prompts_are_not_beside(run: RunDirectory) -> None:
+    evaluation(run, 0, "before", prompts=2)
+    assert "| weight | after 3 updates |\n" in card(export_into(run))
+
+
+def test_the_card_has_what_the_weights_follow_from(tmp_path: Path, tiny_sd3: Path) -> None:
+    settings = [
+        *(
+            f"run.directory={tmp_path}",
+            f"model.path={tiny_sd3}",
+            "model.train=lora",
+            "model.lora={rank: 2, alpha: 8}",
+        ),
+        *("run.seed=7", "rewards.0.range=[0.1, 0.6]", "rewards.0.weight=3"),
+        *('rewards.0.args={"detect": true, "endpoint": "http://10.0.0.7:80"}', "objective.clip_range=null"),
+    ]
+    run = RunDirectory.create(load_config("quickstart", settings))
+    checkpoint(run, 3)
+    with Telemetry(run.root, tensorboard=False) as telemetry:
+        numbers = {"seconds": 1.0, "reward_mean": 0.5, "reward_std": 0.1, "images": 1536, "groups": 24}
+        telemetry.write(UpdateRow(time=time.time(), epoch=0, step=3, max_steps=36, **numbers))
+    out = export_into(run)
+    for part, what in (("pipeline", ", merged here"), ("lora", "")):
+        told = (out / part / "README.md").read_text()
+        assert f"| base model | `{tiny_sd3}` on the machine of the export |\n" in told
+        assert f"LoRA of rank 2 and alpha 8{what}, in the SD3Transformer2DModel: `attn.to_q`, " in told
+        assert (
+            f"| run | {run.name}, seed 7 |\n| updates | 3 of 36 |\n| images | 1,536 in 24 groups of 16 |"
+            in told
+        )
+        assert '| ocr | `ocr` `{"detect": true}` | 3, 0.1 to 0.6 as 0 to 1 |\n' in told
+        recipe = yaml.safe_load(told.split("```yaml")[1].split("```")[0])
+        config = run.config()
+        assert recipe["objective"] == config.objective.model_dump(mode="json")
+        assert recipe["learner"]["learning_rate"] == config.learner.learning_rate
+        assert recipe["prompts"] == {"source": "words"}
+        # They are a part of a recipe that can be used.
+        raw = recipe | {"rewards": [reward.model_dump(mode="json") for reward in config.rewards]}
+        assert Config.model_validate(raw).objective == config.objective
 
 
 def test_the_pipeline_samples_as_evaluations_do(tmp_path: Path, tiny_sd3: Path) -> None:
