@@ -101,11 +101,17 @@ def export(
     run_dir: Annotated[Path, typer.Argument(help="A run directory.")],
     out: Annotated[Path, typer.Option("--out", help="Directory to make.")],
     weights: Annotated[str, typer.Option("--weights", help="ema or policy.")] = "ema",
+    only: Annotated[
+        str | None,
+        typer.Option(
+            "--only", metavar="PART", help="pipeline or lora; default: both, where a LoRA was trained."
+        ),
+    ] = None,
 ) -> None:
     """Export the newest checkpoint for stock diffusers: a pipeline, and a LoRA where one was trained."""
-    from services.exporting import export_run
+    from services.exporting import export_run, exported_part
 
-    for path in export_run(run_dir, out, weights):
+    for path in export_run(run_dir, out, weights, exported_part(only)):
         screen.print(f"wrote {path}")
 
 

@@ -5,31 +5,48 @@ Promises
   loads, as their model cards show (policy/export.py). No code of ours is needed to use them.
 - Nothing of the user's is overwritten: an existing target is refused. Only the run's own `export/` follows
   the run; the former one stays until the new one is whole.
+- What has its name is whole: files are written into `.partial` inside the target first. An export that fails
+  leaves nothing behind, and one that was killed is no obstacle to the next.
 - Scores on a model card are those of the exported weights.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from services.config_file import ConfigError
+from services.full_disk import disk_refuses
 from services.run_directory import RunDirectory
 
+if TYPE_CHECKING:
+    from policy.export import Exported
 
-def export_run(run_dir: Path, out: Path, weights: str) -> list[Path]:
+PARTIAL = ".partial"
+
+
+class ExportError(RuntimeError):
+    """The files could not be written; nothing was left behind."""
+
+
+def export_run(run_dir: Path, out: Path, weights: str, only: Exported | None = None) -> list[Path]:
     """Export.
 
     Args:
         run_dir: a run directory.
         out: directory to make; `pipeline/` and, of a LoRA run, `lora/` are made in it.
         weights: `ema` or `policy`.
+        only: one of the two. A LoRA alone is small, and needs neither text encoders nor VAE.
 
     Returns:
         What was written.
 
     Raises:
-        ConfigError: no such run or checkpoint, unknown weights, or the target exists.
+        ConfigError: no such run or checkpoint, unknown weights, no such part, or the target exists.
+        ExportError: the disk took no more.
     """
     from learner.checkpoint import newest_checkpoint
     from policy import load_policy
@@ -41,19 +58,61 @@ def export_run(run_dir: Path, out: Path, weights: str) -> list[Path]:
     config = run.config()
     if weights not in ("ema", "policy"):
         raise ConfigError(f"--weights {weights!r}: ema or policy")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if only == "lora" and config.model.train != "lora":
+        raise ConfigError("--only lora: the run has trained every weight (model.train full); leave it out")
+    if out.exists() and not (out.is_dir() and all(file.name == PARTIAL for file in out.iterdir())):
         raise ConfigError(f"--out {out}: exists and is not an empty directory; give a new one")
     checkpoint = newest_checkpoint(run.root)
     if checkpoint is None:
         raise ConfigError(f"{run_dir}: the run has no complete checkpoint to export")
     # Here and not on the device of the run, which this machine may not have.
     model = config.model.model_copy(update={"device": "cpu"})
+    whole = only != "lora"
     # Libraries tell of parts that nobody asked for, and of files that are written.
-    with quiet():
-        policy = load_policy(model, text_encoders=True, vae=True, base=False, seed=config.run.seed)
+    with quiet(), _written(out) as partial:
+        policy = load_policy(model, text_encoders=whole, vae=whole, base=False, seed=config.run.seed)
         policy.install(checkpoint.state[weights])
-        training = training_of(run, config, checkpoint, weights)
-        return export_policy(policy, out, rollout=config.evaluation_rollout, training=training)
+        made = export_policy(
+            policy,
+            partial,
+            rollout=config.evaluation_rollout,
+            training=training_of(run, config, checkpoint, weights),
+            only=only,
+        )
+    return [out / path.name for path in made]
+
+
+@contextmanager
+def _written(out: Path) -> Iterator[Path]:
+    """A directory to write into; what is in it at the end goes to `out`.
+
+    Inside of `out`, which may be a file system of its own.
+    """
+    there, partial = out.is_dir(), out / PARTIAL
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        for path in sorted(partial.iterdir()):
+            path.rename(out / path.name)
+        partial.rmdir()
+    except BaseException as error:
+        shutil.rmtree(partial if there else out, ignore_errors=True)
+        if (told := disk_refuses(error, out.absolute())) is not None:
+            raise ExportError(f"{out}: not written, and nothing left behind: {told}") from error
+        raise
+
+
+def exported_part(name: str | None) -> Exported | None:
+    """What --only names.
+
+    Raises:
+        ConfigError: there is no such part.
+    """
+    parts: dict[str | None, Exported | None] = {None: None, "pipeline": "pipeline", "lora": "lora"}
+    if name not in parts:
+        raise ConfigError(f"--only {name!r}: pipeline or lora")
+    return parts[name]
 
 
 def export_into(run: RunDirectory) -> Path:

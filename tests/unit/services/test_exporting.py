@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from diffusers import SD3Transformer2DModel
 
 from learner.checkpoint import write_checkpoint
 from policy import load_policy
 from services.config import Config
 from services.config_file import ConfigError, load_config
-from services.exporting import export_into, export_run
+from services.exporting import ExportError, export_into, export_run, exported_part
 from services.metrics import Estimate, EvalRow, UpdateRow, When
 from services.run_directory import RunDirectory
 from services.telemetry import Telemetry
@@ -186,6 +188,57 @@ def test_the_card_has_what_the_weights_follow_from(tmp_path: Path, tiny_sd3: Pat
         # They are a part of a recipe that can be used.
         raw = recipe | {"rewards": [reward.model_dump(mode="json") for reward in config.rewards]}
         assert Config.model_validate(raw).objective == config.objective
+
+
+def test_one_part_alone(tmp_path: Path, tiny_sd3: Path, run: RunDirectory) -> None:
+    settings = [f"run.directory={tmp_path}", f"model.path={tiny_sd3}", "model.train=lora"]
+    lora = RunDirectory.create(load_config("quickstart", settings))
+    checkpoint(lora, 1)
+    for only in ("lora", "pipeline"):
+        made = export_run(lora.root, tmp_path / only, "ema", exported_part(only))
+        assert made == [tmp_path / only / only]
+        assert [path.name for path in (tmp_path / only).iterdir()] == [only]
+    code = (tmp_path / "lora" / "lora" / "README.md").read_text()
+    # It was made without text encoders, which the base model has.
+    assert "=None" not in code
+    with pytest.raises(ConfigError, match="--only 'vae': pipeline or lora"):
+        exported_part("vae")
+    with pytest.raises(ConfigError, match="--only lora: the run has trained every weight"):
+        export_run(run.root, tmp_path / "full", "ema", "lora")
+    assert not (tmp_path / "full").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("there", [True, False])
+def test_a_full_disk_is_told_and_leaves_nothing(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    """The real error of the real writer, after other parts were written."""
+    out, own = tmp_path / "out", SD3Transformer2DModel.save_pretrained
+
+    def onto_a_full_disk(self: Any, directory: str, **settings: Any) -> None:
+        Path(directory).mkdir()
+        (Path(directory) / "config.json").symlink_to("/dev/full")
+        own(self, directory, **settings)
+
+    if there:
+        out.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(SD3Transformer2DModel, "save_pretrained", onto_a_full_disk)
+        with pytest.raises(ExportError, match=f"{out}: not written, .*No space left.*; free space in {out}"):
+            export_run(run.root, out, "ema")
+    assert out.exists() == there
+    assert not there or not any(out.iterdir())
+    export_run(run.root, out, "ema")
+    assert [path.name for path in out.iterdir()] == ["pipeline"]
+
+
+def test_what_a_killed_export_left_is_no_obstacle(run: RunDirectory, tmp_path: Path) -> None:
+    (tmp_path / "out" / ".partial" / "pipeline").mkdir(parents=True)
+    (tmp_path / "out" / ".partial" / "pipeline" / "half").touch()
+    export_run(run.root, tmp_path / "out", "ema")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["pipeline"]
+    assert not (tmp_path / "out" / "pipeline" / "half").exists()
 
 
 def test_the_pipeline_samples_as_evaluations_do(tmp_path: Path, tiny_sd3: Path) -> None:
