@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from policy import load_policy
 from rollout_workers.evaluation import sample_and_score
 from rollout_workers.scoring import RewardServers
-from services.checkpoint_parts import digest_of_part, read_part
+from services.checkpoint_parts import digest_of_part, read_part, sha256_of
 from services.config import Config
 from services.config_file import ConfigError
 from services.context import RewardPlace
+from services.exported_lora import LORA, lora_file, read_lora
 from services.messages import Message, Prompt
 
 
@@ -29,10 +30,11 @@ class SuiteWork(Message):
 
     config: Config
     rewards: dict[str, RewardPlace]
-    checkpoint: Path | None
-    """Directory of the checkpoint that is evaluated; None: the pipeline's own weights are."""
-    kind: str
-    """Which of its weights."""
+    weights: Path | None
+    """Directory of the checkpoint or the exported LoRA that is evaluated; None: the pipeline's own weights
+    are."""
+    kind: str | None
+    """Which of its weights (services/evaluate.py)."""
     digest: str | None
     """Of those (services/checkpoint_parts.py)."""
 
@@ -68,8 +70,8 @@ class SuiteWorker:
         self._policy = load_policy(
             told.config.model, text_encoders=True, vae=True, base=False, seed=told.config.run.seed
         )
-        if told.checkpoint is not None:
-            self._policy.install(_proven(told.checkpoint, told.kind, told.digest))
+        if told.weights is not None and told.kind is not None:
+            self._policy.install(_proven(told.weights, told.kind, told.digest))
         self._scorer = RewardServers(told.config.rewards, told.rewards)
 
     def make(self, task: str) -> tuple[NDArray[np.uint8], str]:
@@ -86,10 +88,11 @@ class SuiteWorker:
         return images, made.model_dump_json()
 
 
-def _proven(checkpoint: Path, kind: str, digest: str | None) -> dict[str, torch.Tensor]:
-    found = digest_of_part(checkpoint, kind)
+def _proven(place: Path, kind: str, digest: str | None) -> dict[str, torch.Tensor]:
+    lora = kind == LORA
+    found = sha256_of(lora_file(place)) if lora else digest_of_part(place, kind)
     if found != digest:
         raise ConfigError(
-            f"{checkpoint}: the digest of {kind!r} is {found}, of the evaluation {digest}: it has changed"
+            f"{place}: the digest of {kind!r} is {found}, of the evaluation {digest}: it has changed"
         )
-    return read_part(checkpoint, kind)
+    return read_lora(place) if lora else read_part(place, kind)

@@ -15,18 +15,24 @@ from services.config_file import ConfigError
 if TYPE_CHECKING:
     from services.config import Config
     from services.suites.prompts import Suite
+    from services.suites.run import SuiteEvaluation
 
 
 def evaluate(
     model: Annotated[
         Path | None,
-        typer.Argument(help="A run directory, one of its checkpoints, or a pipeline directory."),
+        typer.Argument(
+            help="A run directory, one of its checkpoints, a pipeline, an exported LoRA, or a hub id."
+        ),
     ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option("--checkpoint", help="The same, as an option.", show_default=False)
     ] = None,
     recipe: Annotated[
         str | None, typer.Option("--recipe", help="Prompts, rewards and sampling; default: those of the run.")
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="Branch, tag or commit, of a hub id.")
     ] = None,
     weights: Annotated[str, typer.Option("--weights", help="ema or policy, of a checkpoint.")] = "ema",
     rewards: Annotated[
@@ -103,7 +109,7 @@ def evaluate(
             )
         from services.evaluate import evaluate_model
 
-        result = evaluate_model(place, recipe, weights, settings, screen, rewards)
+        result = evaluate_model(place, recipe, weights, settings, screen, rewards, revision)
     else:
         from services.suites.prompts import Columns, load_suite
 
@@ -111,7 +117,7 @@ def evaluate(
             settings = (*settings, f"rollout.workers={workers}")
         result = _evaluate_suite(
             place,
-            (recipe, weights, settings, rewards or []),
+            (recipe, weights, settings, rewards or [], revision),
             lambda config: load_suite(
                 suite, config, prompts=prompts, columns=Columns(text_column, tag_column), limit=limit
             ),
@@ -152,7 +158,7 @@ def compare(
 
 def _evaluate_suite(
     model: Path,
-    told: tuple[str | None, str, tuple[str, ...], list[str]],
+    told: tuple[str | None, str, tuple[str, ...], list[str], str | None],
     suite_of: Callable[[Config], Suite],
     *,
     samples: int,
@@ -164,31 +170,38 @@ def _evaluate_suite(
     from services.suites.settings import for_workers, with_rewards
     from services.suites.summary import table
 
-    recipe, weights, overrides, rewards = told
-    if weights not in ("ema", "policy"):
-        raise ConfigError(f"--weights {weights!r}: ema or policy")
-    config, checkpoint = to_evaluate(model, recipe, overrides)
+    recipe, weights, overrides, rewards, revision = told
+    found = to_evaluate(model, recipe, overrides, weights=weights, revision=revision)
     evaluation = SuiteEvaluation(
-        config=for_workers(with_rewards(config, rewards)),
-        checkpoint=checkpoint,
-        kind=weights,
-        suite=suite_of(config),
+        config=for_workers(with_rewards(found.config, rewards)),
+        weights=found.weights,
+        kind=found.kind,
+        suite=suite_of(found.config),
         samples=samples,
         keep_images=images,
     )
-    folder = out or _default_folder(model, checkpoint, weights, evaluation.suite.name)
+    folder = out or _default_folder(model, evaluation)
     result = evaluate_suite(evaluation, folder, screen)
     screen.print(table(result))
     _say(f"written to {folder}")
     return result
 
 
-def _default_folder(model: Path, checkpoint: Path | None, weights: str, suite: str) -> Path:
-    """In the run's directory, or beside the pipeline's."""
-    label = re.sub(r"[^\w.-]+", "-", Path(suite).stem)
-    if checkpoint is None:
+def _default_folder(model: Path, evaluation: SuiteEvaluation) -> Path:
+    """In the run's directory, beside that of a pipeline or a LoRA, or here for a model of the hub."""
+    label = _label(Path(evaluation.suite.name).stem)
+    if evaluation.kind in ("ema", "policy"):
+        assert evaluation.weights is not None
+        checkpoint = evaluation.weights.resolve()
+        return checkpoint.parent.parent / "evaluations" / f"{checkpoint.name}-{evaluation.kind}-{label}"
+    if model.is_dir():
         return model.resolve().parent / "evaluations" / f"{model.resolve().name}-{label}"
-    return checkpoint.resolve().parent.parent / "evaluations" / f"{checkpoint.name}-{weights}-{label}"
+    revision = evaluation.config.model.revision
+    return Path("evaluations") / f"{_label('@'.join(filter(None, (str(model), revision))))}-{label}"
+
+
+def _label(text: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", text)
 
 
 def _say(text: str) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import tempfile
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from rich.table import Table
 
 from services.conditions import condition_cache
 from services.config import Config
-from services.config_file import ConfigError, find, load_config
+from services.config_file import ConfigError, find, load_config, parse_config
+from services.exported_lora import LORA, base_of, is_exported_lora, read_lora
 from services.run_directory import RunDirectory
 from services.suites.settings import with_rewards
 
@@ -32,13 +34,12 @@ def evaluate_model(
     overrides: tuple[str, ...],
     screen: Console,
     rewards: list[str] | None = None,
+    revision: str | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a run directory's newest checkpoint, one checkpoint directory, or a pipeline directory.
+    """Evaluate what `to_evaluate` finds.
 
     Args:
-        model: one of those three.
-        recipe: needed for a pipeline directory; a run brings its own.
-        weights: `ema` or `policy`, of a checkpoint.
+        model, recipe, weights, overrides, revision: see there.
         rewards: instead of those of the recipe (services/suites/settings.py `with_rewards`).
 
     Returns:
@@ -46,7 +47,7 @@ def evaluate_model(
         was evaluated.
 
     Raises:
-        ConfigError: it is none of the three, or there is nothing to evaluate on.
+        ConfigError: it is none of those, or there is nothing to evaluate on.
     """
     import torch
 
@@ -59,14 +60,15 @@ def evaluate_model(
     from services.prompts import prompt_source
     from services.ray_runtime import ray_cluster
 
-    config, checkpoint = to_evaluate(model, recipe, overrides)
+    found_model = to_evaluate(model, recipe, overrides, weights=weights, revision=revision)
+    config, place, kind = found_model.config, found_model.weights, found_model.kind
     if rewards:
         config = with_rewards(config, rewards)
     prompts = prompt_source(config).heldout(config.eval.seed, config.eval.final_prompts)
     if not prompts:
         raise ConfigError("eval.path: no held-out prompts; give a file of them (--set eval.path=FILE)")
     torch.set_num_threads(config.rollout.threads)
-    run = checkpoint.parent.parent if checkpoint is not None else None
+    run = place.parent.parent if place is not None and kind != LORA else None
     policy = load_policy(
         config.model,
         text_encoders=True,
@@ -75,8 +77,8 @@ def evaluate_model(
         seed=config.run.seed,
         condition_cache=condition_cache(config, run),
     )
-    if checkpoint is not None:
-        policy.install(_weights(checkpoint, weights))
+    if place is not None:
+        policy.install(read_lora(place) if kind == LORA else _weights(place, kind))
     with tempfile.TemporaryDirectory() as folder, screen.status("starting the reward servers") as status:
         private = RunDirectory(Path(folder))
         with ray_cluster(config) as own_ray, ExitStack() as serving:
@@ -87,8 +89,9 @@ def evaluate_model(
             found = evaluate(policy, scorer, config, prompts, with_diversity=True)
             scorer.close()
     result = {
-        "model": str(checkpoint or find(config.model.path)),
-        "weights": weights if checkpoint is not None else None,
+        "model": str(place or find(config.model.path)),
+        "revision": config.model.revision if place is None else None,
+        "weights": kind,
         "prompts": len(prompts),
         "rewards": {name: estimate.model_dump() for name, estimate in found.rewards.items()},
         "exact": {name: estimate.model_dump() for name, estimate in found.exact.items()},
@@ -99,48 +102,118 @@ def evaluate_model(
     return result
 
 
-def to_evaluate(model: Path, recipe: str | None, overrides: tuple[str, ...]) -> tuple[Config, Path | None]:
-    """The configuration to evaluate with, and the checkpoint, if it is not a pipeline.
+@dataclass(frozen=True)
+class Evaluated:
+    """What is evaluated."""
+
+    config: Config
+    weights: Path | None
+    """A checkpoint's directory, or an exported LoRA's; None: the weights of the pipeline itself."""
+    kind: str | None
+    """`ema` or `policy`, of a checkpoint; `lora`; None, of a pipeline."""
+
+
+def to_evaluate(
+    model: Path,
+    recipe: str | None,
+    overrides: tuple[str, ...],
+    *,
+    weights: str = "ema",
+    revision: str | None = None,
+) -> Evaluated:
+    """Find out what is to be evaluated, and with which configuration.
+
+    Args:
+        model: a run directory (its newest checkpoint), one of its checkpoints, a pipeline directory, an
+            exported LoRA, or a hub id.
+        recipe: needed for the last three; a run brings its own.
+        weights: `ema` or `policy`, of a checkpoint.
+        revision: of a hub id.
 
     Raises:
-        ConfigError: it is neither a run directory, a checkpoint nor a pipeline.
+        ConfigError: it is none of those, or its model cannot be loaded.
     """
+    if weights not in ("ema", "policy"):
+        raise ConfigError(f"--weights {weights!r}: ema or policy")
+    hub = _may_be_hub_id(model)
+    if revision is not None and not hub:
+        raise ConfigError(f"--revision {revision}: for a model of the hub, and {model} is none")
+    if (model / "manifest.json").is_file() or (model / "config.yaml").is_file():
+        return _of_run(model, recipe, overrides, weights)
+    lora = is_exported_lora(model)
+    if not (hub or lora or (model / "model_index.json").is_file()):
+        parts = [name for name in ("pipeline", LORA) if (model / name).is_dir()]
+        hint = f"; it has {' and '.join(parts)} in it: give one of them" if parts else ""
+        raise ConfigError(
+            f"{model}: neither a run directory, a checkpoint, a pipeline directory, an exported LoRA nor a "
+            f"hub id (ORGANISATION/NAME){hint}"
+        )
+    if recipe is None:
+        what = "a LoRA" if lora else "a model of the hub" if hub else "a pipeline"
+        raise ConfigError(f"{model} is {what}: say --recipe, which names prompts, rewards and sampling")
+    config = load_config(recipe, overrides)
+    if not lora:
+        return _loadable(
+            Evaluated(_with_model(config, {"path": str(model), "revision": revision}), None, None)
+        )
+    base = base_of(model)
+    settings = {"path": base.path, "revision": base.revision, "train": "lora", "lora": base.settings}
+    if any(override.startswith("model.path=") for override in overrides):
+        settings |= {"path": config.model.path, "revision": config.model.revision}
+    return _loadable(Evaluated(_with_model(config, settings), model, LORA))
+
+
+def _of_run(model: Path, recipe: str | None, overrides: tuple[str, ...], weights: str) -> Evaluated:
     from learner.checkpoint import newest_checkpoint
 
-    if (model / "model_index.json").is_file():
-        if recipe is None:
-            raise ConfigError(
-                f"{model} is a pipeline: say --recipe, which names prompts, rewards and sampling"
-            )
-        config = load_config(recipe, overrides)
-        return _with_model(config, model), None
     if (model / "manifest.json").is_file():
         checkpoint, run = model, RunDirectory.open(model.parent.parent)
-    elif (model / "config.yaml").is_file():
+    else:
         run = RunDirectory.open(model)
         newest = newest_checkpoint(run.root)
         if newest is None:
             raise ConfigError(f"{model}: the run has no complete checkpoint yet")
         checkpoint = newest.path
-    else:
-        raise ConfigError(f"{model}: neither a run directory, a checkpoint nor a pipeline directory")
     config = load_config(recipe, overrides) if recipe is not None else run.config(overrides)
-    return config, checkpoint
+    return Evaluated(config, checkpoint, weights)
 
 
-def _with_model(config: Config, model: Path) -> Config:
+def _may_be_hub_id(model: Path) -> bool:
+    # A folder that exists here makes it a mistyped path: say so at once instead of asking the hub.
+    parts = str(model).split("/")
+    return len(parts) == 2 and not str(model).startswith((".", "~")) and not find(parts[0]).exists()
+
+
+def _with_model(config: Config, settings: dict[str, Any]) -> Config:
     raw = config.model_dump(mode="json")
-    raw["model"]["path"] = str(model)
-    return Config.model_validate(raw)
+    raw["model"] |= settings
+    # It divides the weights of ranks, of which an evaluation has none, and is for full fine-tuning.
+    raw["learner"]["sharding"] = "none"
+    return parse_config(raw, source=f"the recipe with model.path {settings['path']}")
 
 
-def _weights(checkpoint: Path, weights: str) -> dict[str, Any]:
+def _loadable(found: Evaluated) -> Evaluated:
+    """Told before anything is started; only configurations are read."""
+    from policy.errors import PolicyError
+    from policy.registry import read_family
+
+    try:
+        read_family(found.config.model)
+    except PolicyError as error:
+        where = (
+            f"; {found.weights} names it as its base: say where that is with --set model.path=DIR"
+            if found.kind == LORA
+            else ""
+        )
+        raise ConfigError(f"{error}{where}") from error
+    return found
+
+
+def _weights(checkpoint: Path, kind: str | None) -> dict[str, Any]:
     from learner.checkpoint import read_checkpoint
 
-    state = read_checkpoint(checkpoint).state
-    if weights not in ("ema", "policy"):
-        raise ConfigError(f"--weights {weights!r}: ema or policy")
-    return state[weights]
+    assert kind is not None
+    return read_checkpoint(checkpoint).state[kind]
 
 
 def _table(result: dict[str, Any]) -> Table:

@@ -42,10 +42,10 @@ class SuiteEvaluation:
 
     config: Config
     """With the rewards to ask for (settings.py `with_rewards`)."""
-    checkpoint: Path | None
-    """Whose weights are evaluated; None: those of the pipeline."""
-    kind: str
-    """`ema` or `policy`, of a checkpoint."""
+    weights: Path | None
+    """Directory of a checkpoint, or of an exported LoRA; None: those of the pipeline."""
+    kind: str | None
+    """`ema` or `policy`, of a checkpoint; `lora`; None, of a pipeline."""
     suite: Suite
     samples: int
     """Images a prompt."""
@@ -76,7 +76,7 @@ def evaluate_suite(evaluation: SuiteEvaluation, out: Path, screen: Console) -> d
         RuntimeError: a worker kept failing, or a shard was not done within `eval.deadline_s`.
     """
     settings = settings_of(
-        evaluation.config, evaluation.checkpoint, evaluation.kind, evaluation.suite, evaluation.samples
+        evaluation.config, evaluation.weights, evaluation.kind, evaluation.suite, evaluation.samples
     )
     folder = EvaluationFolder.prepare(out, settings)
     with folder.locked():
@@ -101,7 +101,7 @@ def _sample(
     from services.ray_runtime import ray_cluster
 
     config, shard_prompts = evaluation.config, settings.shard_prompts
-    checkpoint = evaluation.checkpoint.resolve() if evaluation.checkpoint is not None else None
+    weights = evaluation.weights.resolve() if evaluation.weights is not None else None
     with (
         tempfile.TemporaryDirectory() as private,
         screen.status("starting the reward servers") as status,
@@ -116,7 +116,7 @@ def _sample(
         work = SuiteWork(
             config=config,
             rewards=places,
-            checkpoint=checkpoint,
+            weights=weights,
             kind=evaluation.kind,
             digest=settings.weights,
         )

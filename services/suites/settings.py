@@ -14,8 +14,10 @@ from typing import Any, Literal
 
 import xxhash
 
+from services.checkpoint_parts import sha256_of
 from services.config import Config, RewardConfig
 from services.config_file import ConfigError, find
+from services.exported_lora import LORA, lora_file
 from services.messages import Message
 from services.suites.prompts import Suite
 
@@ -31,9 +33,9 @@ class EvaluationSettings(Message):
     base: str
     """The pipeline: digest of a directory, or id and revision of one on the hub."""
     weights: str | None
-    """Digest of a checkpoint's weights; null: those of the pipeline."""
+    """Digest of a checkpoint's or a LoRA's weights; null: those of the pipeline."""
     kind: str | None
-    """`ema` or `policy`, of a checkpoint."""
+    """`ema` or `policy`, of a checkpoint; `lora`; null, of a pipeline."""
     suite: str
     prompts: int
     prompts_digest: str
@@ -55,21 +57,21 @@ class EvaluationSettings(Message):
 
 
 def settings_of(
-    config: Config, checkpoint: Path | None, kind: str, suite: Suite, samples: int
+    config: Config, weights: Path | None, kind: str | None, suite: Suite, samples: int
 ) -> EvaluationSettings:
     """The settings of an evaluation.
 
     Args:
         config: with the rewards to ask for.
-        checkpoint: directory of the weights; None evaluates the pipeline as it is.
-        kind: `ema` or `policy`, of a checkpoint.
+        weights: their directory; None evaluates the pipeline as it is.
+        kind: which of them (services/evaluate.py).
     """
     rollout, model = config.evaluation_rollout, config.model
     return EvaluationSettings(
-        model=str(checkpoint or find(model.path)),
+        model=str(weights or find(model.path)),
         base=base_digest(config),
-        weights=None if checkpoint is None else _weights_digest(checkpoint, kind),
-        kind=None if checkpoint is None else kind,
+        weights=None if weights is None or kind is None else _weights_digest(weights, kind),
+        kind=None if weights is None else kind,
         suite=suite.name,
         prompts=len(suite.prompts),
         prompts_digest=suite.digest,
@@ -179,6 +181,8 @@ def _reward(config: Config, name: str, args: dict[str, Any] | None) -> RewardCon
 def _weights_digest(checkpoint: Path, kind: str) -> str:
     from learner.checkpoint import read_checkpoint
 
+    if kind == LORA:
+        return sha256_of(lora_file(checkpoint))
     digest = read_checkpoint(checkpoint).digest(kind)
     if digest is None:
         raise ConfigError(f"{checkpoint}: has no weights {kind!r}: ema or policy")

@@ -11,16 +11,20 @@ from typing import Any
 
 import pytest
 import ray
+import torch
 from click.testing import Result
 from PIL import Image
 from typer.testing import CliRunner
 
+from policy import load_policy
+from policy.export import export_lora
 from reward_servers.app import create_app
 from reward_servers.local import LocalServer
 from reward_servers.server_config import ServerConfig
 from rollout_workers.suite_worker import SuiteWorker
+from services.checkpoint_parts import sha256_of
 from services.cli import app
-from services.config_file import PROJECT_ROOT, ConfigError
+from services.config_file import PROJECT_ROOT, ConfigError, load_config
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_local"), pytest.mark.timeout(300)]
 
@@ -142,18 +146,36 @@ def test_two_evaluations_are_compared_image_by_image(place: Path) -> None:
     assert (nothing["difference"], nothing["low"], nothing["high"], nothing["better"]) == (0, 0, 0, 0)
 
 
-def test_held_out_prompts_have_the_seeds_of_an_evaluation_inside_a_run(place: Path) -> None:
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of adapters with which the model cannot spell any more."""
+    config = load_config("quickstart", ["model.train=lora", "model.lora.rank=2"])
+    policy = load_policy(config.model, text_encoders=False, vae=False)
+    policy.install({name: torch.full_like(tensor, 0.2) for name, tensor in policy.tensors().items()})
+    return export_lora(policy, tmp_path_factory.mktemp("export") / "lora", rollout=config.rollout)
+
+
+def test_held_out_prompts_have_the_seeds_of_an_evaluation_inside_a_run(
+    place: Path, lora: Path, first: dict[str, Any]
+) -> None:
+    """An exported LoRA is installed in this process as in workers."""
     done = dgpo(
-        *("eval", "--checkpoint", MODEL, "--recipe", str(place / "recipe.yaml"), "--suite", "heldout"),
+        *("eval", "--checkpoint", str(lora), "--recipe", str(place / "recipe.yaml"), "--suite", "heldout"),
         *("--limit", "6", "--workers", "1", "--out", str(place / "heldout"), "--json"),
     )
     assert done.exit_code == 0, done.output
     suite = json.loads(done.stdout.strip().splitlines()[-1])
     plain = dgpo(
-        *("eval", MODEL, "--recipe", str(place / "recipe.yaml"), "--set", "eval.final_prompts=6", "--json"),
+        *("eval", str(lora), "--recipe", str(place / "recipe.yaml"), "--set", "eval.final_prompts=6"),
+        "--json",
     )
     within = json.loads(plain.stdout.strip().splitlines()[-1])
     assert suite["rewards"]["ocr"]["mean"] == pytest.approx(within["rewards"]["ocr"]["mean"], abs=1e-6)
+    assert (within["model"], within["weights"]) == (str(lora), "lora")
+    assert suite["rewards"]["ocr"]["mean"] < 0.1 < first["rewards"]["ocr"]["mean"]
+    settings = json.loads((place / "heldout" / "evaluation.json").read_text())
+    assert settings["kind"] == "lora"
+    assert settings["weights"] == sha256_of(lora / "pytorch_lora_weights.safetensors")
     assert suite["rewards"]["ocr"]["se"] == pytest.approx(within["rewards"]["ocr"]["se"], abs=1e-6)
 
 
@@ -163,6 +185,7 @@ def test_held_out_prompts_have_the_seeds_of_an_evaluation_inside_a_run(place: Pa
         (["eval"], "MODEL, or --checkpoint"),
         (["eval", MODEL, "--samples", "2"], "add --suite"),
         (["eval", MODEL, "--suite", "ocr"], "say --recipe"),
+        (["eval", MODEL, "--recipe", "quickstart", "--revision", "main"], "for a model of the hub"),
         (["eval", MODEL, "--recipe", "quickstart", "--suite", "drawbench"], "is not shipped"),
         (["eval", MODEL, "--recipe", "quickstart", "--suite", "ocr", "--rewards", "nothing"], "no reward of"),
         (["compare", MODEL, MODEL], "no evaluation of a suite"),

@@ -24,6 +24,7 @@ from policy.model_card import Training
 from policy.pipeline_policy import PipelinePolicy
 from rollout_workers.sampling import sample
 from services.config import RolloutConfig
+from services.exported_lora import read_lora
 
 logger = logging.getLogger(__name__)
 PROMPT = "a red cube"
@@ -80,6 +81,11 @@ def test_the_code_of_a_card_draws_the_trained_images(
         error = apart(drawn, images)
         if dtype == "float32":
             assert error.max() <= case.tiny.tolerance + (0 if directory.name == "lora" else 2)
+            if directory.name == "lora":
+                # What an evaluation of it installs.
+                own, read = policy.tensors(), read_lora(directory)
+                assert read.keys() == own.keys()
+                assert all(torch.equal(read[name], tensor) for name, tensor in own.items())
             continue
         # From the same files, in float32.
         stock = apart(drawn, run(code(directory).replace("torch.bfloat16", "torch.float32")))

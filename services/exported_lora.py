@@ -1,0 +1,84 @@
+"""A LoRA as `dgpo export` writes it (policy/export.py): what it says of itself, and its tensors to install.
+
+Promises
+- The base model, its revision, rank, alpha and targets are read from the file that holds the weights.
+- Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from services.config_file import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LORA: Final = "lora"
+"""Where kinds of weights are told apart (`ema`, `policy`): those of an exported LoRA."""
+_FILE: Final = "pytorch_lora_weights.safetensors"
+_ABOUT: Final = "lora_adapter_metadata"
+_NEEDED: Final = ("base_model_name_or_path", "r", "lora_alpha", "target_modules")
+
+
+@dataclass(frozen=True)
+class LoraBase:
+    """What the adapters were trained on, and how they lie in it."""
+
+    path: str
+    revision: str | None
+    settings: Mapping[str, Any]
+    """The section `model.lora`."""
+
+
+def is_exported_lora(directory: Path) -> bool:
+    return lora_file(directory).is_file()
+
+
+def lora_file(directory: Path) -> Path:
+    """Its weights."""
+    return directory / _FILE
+
+
+def base_of(directory: Path) -> LoraBase:
+    """What a LoRA says of itself.
+
+    Raises:
+        ConfigError: it does not say it, or cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    file = lora_file(directory)
+    try:
+        with safe_open(file, "pt") as opened:
+            told = json.loads((opened.metadata() or {}).get(_ABOUT, "{}"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ConfigError(f"{file}: cannot be read: {error}") from error
+    # Each key behind the part that is adapted: `transformer.r`.
+    about = {name.partition(".")[2]: value for name, value in told.items()}
+    if missing := [name for name in _NEEDED if about.get(name) is None]:
+        raise ConfigError(
+            f"{file}: does not say its {', '.join(missing)}: no LoRA of `dgpo export`, or one of an older "
+            "version; export it again, or export the pipeline"
+        )
+    return LoraBase(
+        path=str(about["base_model_name_or_path"]),
+        revision=about.get("revision"),
+        settings={"rank": about["r"], "alpha": about["lora_alpha"], "targets": about["target_modules"]},
+    )
+
+
+def read_lora(directory: Path) -> dict[str, Tensor]:
+    """Its tensors, by the names of a policy's trained parameters."""
+    from safetensors.torch import load_file
+
+    from policy.adapters import ADAPTER_NAME
+
+    return {
+        name.partition(".")[2].replace(".weight", f".{ADAPTER_NAME}.weight"): tensor
+        for name, tensor in load_file(lora_file(directory)).items()
+    }

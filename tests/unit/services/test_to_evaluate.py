@@ -1,0 +1,124 @@
+"""What `dgpo eval` takes beside runs and pipelines: hub ids and exported LoRAs; what it says of the rest."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from policy import load_policy
+from policy.export import export_lora
+from services.cli_eval import _default_folder
+from services.config import LoraConfig, ModelConfig
+from services.config_file import ConfigError, load_config
+from services.evaluate import to_evaluate
+from services.exported_lora import LORA, lora_file, read_lora
+from services.suites.prompts import load_suite
+from services.suites.run import SuiteEvaluation
+
+COMMIT = "1" * 40
+RECIPE = ("model.height=32", "model.width=64", "model.max_sequence_length=1", "model.device=cpu")
+
+
+@pytest.fixture(scope="module")
+def lora(tiny_sd3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = ModelConfig(
+        path=str(tiny_sd3),
+        lora=LoraConfig(rank=3, alpha=5, targets=("attn.to_q", "attn.to_k")),
+        device="cpu",
+        height=32,
+        width=64,
+        max_sequence_length=1,
+    )
+    policy = load_policy(config, text_encoders=False, vae=False, seed=9)
+    return export_lora(
+        policy, tmp_path_factory.mktemp("export") / "lora", rollout=load_config("quickstart").rollout
+    )
+
+
+@pytest.fixture
+def hub(tiny_sd3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A model in the cache of the hub's client, and no network."""
+    repository = tmp_path / "cache" / "models--acme--tiny"
+    shutil.copytree(tiny_sd3, repository / "snapshots" / COMMIT)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return "acme/tiny"
+
+
+def test_a_model_of_the_hub(hub: str) -> None:
+    for revision in (None, COMMIT):
+        found = to_evaluate(Path(hub), "quickstart", RECIPE, revision=revision)
+        assert (found.config.model.path, found.config.model.revision) == (hub, revision)
+        assert found.weights is found.kind is None
+        assert load_policy(found.config.model, text_encoders=False, vae=False).latent_shape() == (4, 8, 16)
+        evaluation = SuiteEvaluation(
+            found.config, found.weights, found.kind, load_suite("ocr", found.config), samples=1
+        )
+        name = f"acme-tiny-{COMMIT}-ocr" if revision else "acme-tiny-ocr"
+        assert _default_folder(Path(hub), evaluation) == Path("evaluations") / name
+    with pytest.raises(ConfigError, match="acme/tiny is a model of the hub: say --recipe"):
+        to_evaluate(Path(hub), None, ())
+    with pytest.raises(ConfigError, match=r"'acme/tiny' \(revision v2\).*the model hub has no usable"):
+        to_evaluate(Path(hub), "quickstart", RECIPE, revision="v2")
+
+
+def test_an_exported_lora(lora: Path, tiny_sd3: Path) -> None:
+    found = to_evaluate(lora, "quickstart", RECIPE)
+    model = found.config.model
+    assert (found.weights, found.kind, model.path, model.train) == (lora, LORA, str(tiny_sd3), "lora")
+    assert model.lora == LoraConfig(rank=3, alpha=5, targets=("attn.to_q", "attn.to_k"))
+    policy = load_policy(model, text_encoders=False, vae=False, seed=1)
+    before = policy.tensors()
+    policy.install(read_lora(lora))
+    after = policy.tensors()
+    assert not torch.equal(*(next(iter(tensors.values())) for tensors in (before, after)))
+    exported = load_policy(model, text_encoders=False, vae=False, seed=9).tensors()
+    assert all(torch.equal(after[name], tensor) for name, tensor in exported.items())
+    with pytest.raises(ConfigError, match="is a LoRA: say --recipe"):
+        to_evaluate(lora, None, ())
+
+
+def test_a_lora_whose_base_is_elsewhere(lora: Path, tiny_sd3: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "lora"
+    moved.mkdir()
+    about = (
+        f'{{"transformer.base_model_name_or_path": "{tmp_path}/gone", "transformer.r": 3, '
+        '"transformer.lora_alpha": 5, "transformer.target_modules": ["attn.to_q", "attn.to_k"]}'
+    )
+    tensors = load_file(lora_file(lora))
+    save_file(tensors, lora_file(moved), {"lora_adapter_metadata": about})
+    with pytest.raises(ConfigError, match=f"{tmp_path}/gone.*no such directory.*--set model.path=DIR"):
+        to_evaluate(moved, "quickstart", RECIPE)
+    found = to_evaluate(moved, "quickstart", (*RECIPE, f"model.path={tiny_sd3}"))
+    assert found.config.model.path == str(tiny_sd3)
+    save_file(tensors, lora_file(moved), {"format": "pt"})
+    with pytest.raises(ConfigError, match="does not say its base_model_name_or_path, r, lora_alpha, target_"):
+        to_evaluate(moved, "quickstart", RECIPE)
+    lora_file(moved).write_bytes(b"half")
+    with pytest.raises(ConfigError, match=r"pytorch_lora_weights.safetensors: cannot be read"):
+        to_evaluate(moved, "quickstart", RECIPE)
+
+
+def test_what_is_nothing_to_evaluate(
+    lora: Path, tiny_sd3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "one" / "lora").mkdir(parents=True)
+    # A folder `runs` is here: no organisation of the hub.
+    for place, says in (
+        ("runs/mistyped", r"neither a run directory.* nor a hub id \(ORGANISATION/NAME\)$"),
+        ("mistyped", "neither a run directory"),
+        ("runs/one", "it has lora in it: give one of them"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            to_evaluate(Path(place), "quickstart", RECIPE)
+    with pytest.raises(ConfigError, match=r"--revision v2: for a model of the hub, and .* is none"):
+        to_evaluate(tiny_sd3, "quickstart", RECIPE, revision="v2")
+    with pytest.raises(ConfigError, match="--weights 'best': ema or policy"):
+        to_evaluate(tiny_sd3, "quickstart", RECIPE, weights="best")
