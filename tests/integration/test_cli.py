@@ -172,7 +172,7 @@ def test_eval_and_report_and_export_work_on_a_run(finished: dict[str, Any], tmp_
     again = result_of(scored.stdout)
     assert again["rewards"]["ocr"]["mean"] == pytest.approx(finished["score_after"], abs=1e-6)
     assert dgpo("report", run).returncode == 0
-    made = dgpo("export", run, "--out", str(tmp_path / "out"), "--weights", "policy")
+    made = dgpo("export", run, "--out", str(tmp_path / "out"), "--weights", "policy", "--only", "pipeline")
     assert made.returncode == 0, made.stderr
     assert (tmp_path / "out" / "pipeline" / "model_index.json").is_file()
 

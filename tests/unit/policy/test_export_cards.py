@@ -87,15 +87,17 @@ def test_the_code_of_a_card_draws_the_trained_images(
                 assert read.keys() == own.keys()
                 assert all(torch.equal(read[name], tensor) for name, tensor in own.items())
             continue
-        # From the same files, in float32.
-        stock = apart(drawn, run(code(directory).replace("torch.bfloat16", "torch.float32")))
         logger.info(
-            "%s, %s, %s: mean %.2f, largest %d; training moved %.1f; stock from its float32 %.2f, %d",
+            "%s, %s, %s: mean %.2f, largest %d; training moved %.1f",
             *(case.name, trained, directory.name, error.mean(), error.max(), change),
-            *(stock.mean(), stock.max()),
         )
         assert error.mean() < case.tiny.rounding
         assert error.mean() < change / 4
+        if (directory.name, trained) == ("pipeline", "lora"):
+            stock = apart(drawn, run(code(directory).replace("torch.bfloat16", "torch.float32")))
+            logger.info(
+                "%s, the same files in float32: mean %.2f, largest %d", case.name, stock.mean(), stock.max()
+            )
 
 
 @pytest.mark.parametrize(("trained", "dtype"), [("lora", "bfloat16"), ("full", "float32")])

@@ -350,13 +350,7 @@ TINY = {
     "flux-dev": Tiny(FluxPipeline, build_flux, FLUX, dropped="text_encoder_2"),
     "flux-schnell": Tiny(FluxPipeline, build_flux_schnell, FLUX),
     "qwen-image": Tiny(QwenImagePipeline, build_qwen, QWEN, dropped="tokenizer"),
-    "sana": Tiny(
-        SanaPipeline,
-        build_sana,
-        SANA,
-        dropped="text_encoder",
-        rounding=4.0,
-    ),
+    "sana": Tiny(SanaPipeline, build_sana, SANA, dropped="text_encoder", rounding=4.0),
     "sdxl": Tiny(
         StableDiffusionXLPipeline,
         build_sdxl,
