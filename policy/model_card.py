@@ -50,8 +50,8 @@ image = pipeline(
 
 BFLOAT16_NOTE = (
     "Give `dtype` as above: without it parts of the pipeline are loaded in different ones, and most families "
-    "fail. An image differs a little from that of an evaluation with the same seed: there trained weights, "
-    "and latents between the steps, are float32, and here bfloat16."
+    "fail. An image differs a little from that of an evaluation with the same seed: there latents "
+    "between the steps are float32, and trained weights too until they are multiplied; here all is bfloat16."
 )
 WIDTH = 100
 """Of a line of code."""

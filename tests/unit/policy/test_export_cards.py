@@ -16,7 +16,7 @@ import pytest
 import torch
 from family_case import Case
 from numpy.typing import NDArray
-from tiny_pipelines import TINY, build_sd3
+from tiny_pipelines import TINY, VARIANTS, build_sd3
 
 from policy import load_policy
 from policy.export import export_lora, export_policy, merged
@@ -121,8 +121,8 @@ def test_what_is_exported_is_what_peft_merges_and_copies_no_more(
 
 
 def test_a_card_says_which_parts_there_are_none_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    build_sd3(tmp_path / "base", with_t5=False)
-    tiny = TINY["sd3.5-medium"]
+    tiny = VARIANTS["sd3.5-without-t5"]
+    tiny.build(tmp_path / "base")
     policy = load_policy(tiny.config(tmp_path / "base"), text_encoders=True, vae=True)
     train(policy)
     rollout = tiny.sampling()
