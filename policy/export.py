@@ -4,8 +4,8 @@ Promises
 - Stock diffusers loads both, with no code of ours, by the call that their model cards show. It says the dtype
   (left out, diffusers and transformers would take different ones of a bfloat16 pipeline, which then fails)
   and which optional parts there are none of.
-- The images are those of the trained policy. In float32: bit for bit for a LoRA and for full weights, to
-  rounding for a pipeline with its LoRA merged. In bfloat16: to the rounding of bfloat16 (docs/models.md).
+- The images are those of the trained policy. In float32 but for last digits (of a pixel 1 of 255, 2 with a
+  LoRA merged), in bfloat16 but for its rounding (docs/models.md).
 - The exported pipeline carries the solver that it was trained with.
 - The policy is as it was; what is not trained is not copied.
 """

@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 PROMPT = "a red cube"
 SEED = 0
 """That of the code on a card."""
+LAST_DIGITS = 1
+"""Of 255: the stock pipeline's weights lie as they do in their file, ours are aligned (policy/loading.py)."""
 CHANGE = {"lora": 0.2, "full": 0.02}
 """Of a trained weight, so that images change a lot."""
 
@@ -80,7 +82,7 @@ def test_the_code_of_a_card_draws_the_trained_images(
         drawn = run(code(directory))
         error = apart(drawn, images)
         if dtype == "float32":
-            assert error.max() <= case.tiny.tolerance + (0 if directory.name == "lora" else 2)
+            assert error.max() <= (LAST_DIGITS if directory.name == "lora" else 2)
             if directory.name == "lora":
                 # What an evaluation of it installs.
                 own, read = policy.tensors(), read_lora(directory)
@@ -152,8 +154,9 @@ def test_a_lora_names_its_base_and_its_revision(tmp_path: Path, monkeypatch: pyt
     )
     monkeypatch.chdir(tmp_path)
     text = code(directory)
-    assert np.array_equal(run(text), ours(policy, tiny.sampling()))
-    assert not np.array_equal(run(text.replace(f'"{pinned}"', "None")), ours(policy, tiny.sampling()))
+    images = ours(policy, tiny.sampling())
+    assert apart(run(text), images).max() <= LAST_DIGITS
+    assert apart(run(text.replace(f'"{pinned}"', "None")), images).max() > 10
     card = (directory / "README.md").read_text()
     assert "base_model: acme/tiny\nbase_model_relation: adapter\n---\n\n# acme/tiny with Direct" in card
     assert f"| base model | [acme/tiny](https://huggingface.co/acme/tiny/tree/{pinned}), revision" in card

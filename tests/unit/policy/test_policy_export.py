@@ -60,7 +60,7 @@ def test_full_pipeline_round_trip(model_config: ModelConfig, tmp_path: Path) -> 
     )
     pipeline = StableDiffusion3Pipeline.from_pretrained(path)
     assert isinstance(pipeline.scheduler, DPMSolverMultistepScheduler)
-    assert np.array_equal(theirs(pipeline), ours(policy))
+    assert np.abs(theirs(pipeline).astype(int) - ours(policy)).max() <= 1
     assert not np.array_equal(ours(policy), before)
     card = (path / "README.md").read_text()
     assert "| step | 7 |" in card
@@ -77,7 +77,7 @@ def test_lora_round_trip(model_config: ModelConfig, tmp_path: Path) -> None:
     pipeline.scheduler = make_scheduler(ROLLOUT)
     base = theirs(pipeline)
     pipeline.load_lora_weights(adapters)
-    assert np.array_equal(theirs(pipeline), images)
+    assert np.abs(theirs(pipeline).astype(int) - images).max() <= 1
     assert not np.array_equal(base, images)
     assert "load_lora_weights" in (adapters / "README.md").read_text()
     merged = StableDiffusion3Pipeline.from_pretrained(whole)
