@@ -211,6 +211,8 @@ def load_pipeline(
     except (OSError, ValueError, RuntimeError) as error:
         raise PolicyError(f"{where}: cannot be loaded: {error}") from error
     pipeline.register_to_config(_name_or_path=location)
+    if find_device(config.device).type == "cpu":
+        align(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -284,27 +286,25 @@ def place(pipeline: Any, parts: Parts, config: ModelConfig, *, denoiser: bool = 
     encoders = config.text_encoders == "device"
     if encoders and denoiser:
         pipeline.to(device)
-    else:
-        for name in (*([parts.denoiser] if denoiser else []), "vae", *(parts.encoders if encoders else [])):
-            component = getattr(pipeline, name)
-            if component is not None:
-                component.to(device)
-    if device.type == "cpu":
-        for name in parts.classes:
-            component = getattr(pipeline, name, None)
-            if component is not None:
-                _align(component)
+        return
+    for name in (*([parts.denoiser] if denoiser else []), "vae", *(parts.encoders if encoders else [])):
+        component = getattr(pipeline, name)
+        if component is not None:
+            component.to(device)
 
 
-def _align(component: nn.Module) -> None:
-    """Copies weights that are not aligned as torch's own memory is: they lie in their file as it was mapped.
+def align(pipeline: Any) -> None:
+    """Copies the weights of a stock pipeline that are not aligned as torch's own memory is: where their file
+    was mapped.
 
     Kernels for misaligned memory may add up in another order: last digits would depend on where in a file a
     weight is, and would not be the same after it has moved.
     """
-    for tensor in (*component.parameters(), *component.buffers()):
-        if tensor.is_cpu and tensor.data_ptr() % ALIGNMENT_BYTES:
-            tensor.data = tensor.detach().clone()
+    for component in pipeline.components.values():
+        if isinstance(component, nn.Module):
+            for tensor in (*component.parameters(), *component.buffers()):
+                if tensor.is_cpu and tensor.data_ptr() % ALIGNMENT_BYTES:
+                    tensor.data = tensor.detach().clone()
 
 
 def find_device(name: str) -> torch.device:

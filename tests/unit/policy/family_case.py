@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from tiny_pipelines import Tiny
 
 from policy import Policy, load_policy
+from policy.loading import align
 from policy.pipeline_policy import PipelinePolicy
 from rollout_workers.sampling import sample
 from services.config import ModelConfig, RolloutConfig
@@ -37,6 +38,7 @@ class Case:
         absent = dict.fromkeys(self.tiny.absent)
         pipeline = diffusers.DiffusionPipeline.from_pretrained(self.directory, **absent)
         pipeline.set_progress_bar_config(disable=True)
+        align(pipeline)
         return pipeline
 
     def rollouts(self) -> list[RolloutConfig]:

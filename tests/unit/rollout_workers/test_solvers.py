@@ -10,6 +10,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from policy import Policy, load_policy
+from policy.loading import align
 from policy.schedule import make_schedule, make_scheduler
 from rollout_workers.sampling import sample
 from rollout_workers.solvers import solve
@@ -47,6 +48,7 @@ def test_sampling_equals_the_stock_pipeline(
     pipeline = StableDiffusion3Pipeline.from_pretrained(model_config.path)
     pipeline.scheduler = make_scheduler(rollout)
     pipeline.set_progress_bar_config(disable=True)
+    align(pipeline)
 
     def stock(output_type: str) -> object:
         return pipeline(
