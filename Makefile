@@ -20,10 +20,9 @@ ADVISORIES := https://api.osv.dev/v1/query
 quickstart: $(VENV)/.installed
 	$(BIN)/dgpo quickstart $(ARGS)
 
-# Unit tests beside each other; what starts servers and whole runs has the machine to itself.
+# As many files at once as there are cores; in this order, so that the longest do not come last.
 test: $(VENV)/.installed-dev
-	$(BIN)/pytest -n logical --dist loadfile $(ARGS) tests/unit
-	$(BIN)/pytest $(ARGS) tests/integration tests/chaos
+	$(BIN)/pytest -n logical --dist loadfile --no-loadscope-reorder $(ARGS) tests/chaos tests/integration tests/unit
 
 test-all: $(VENV)/.installed-dev $(VENV)/.installed-audit
 	$(BIN)/pytest -m "slow or not slow" $(ARGS)

@@ -17,14 +17,22 @@ from pathlib import Path
 
 import httpx
 import psutil
+from tenacity import retry, retry_if_exception_type, stop_after_attempt
 
 from services.config_file import PROJECT_ROOT
 from tests.ports import free_ports
 
 RAY = str(Path(sys.executable).with_name("ray"))
 START_S = 90.0
+STARTS = 3
+TOO_LATE = "timed out during startup"
+"""What Ray says of a node that it has waited 30 s for, and ends. On a busy machine another comes in time."""
 STARTED = "Ray runtime started."
 COMMON = ("--object-store-memory=100000000", "--disable-usage-stats")
+
+
+class NotInTime(AssertionError):
+    """A node has ended by itself, since it took too long to start."""
 
 
 @dataclass
@@ -57,6 +65,7 @@ class Cluster:
             check=False,
         )
 
+    @retry(retry=retry_if_exception_type(NotInTime), stop=stop_after_attempt(STARTS), reraise=True)
     def _start(self, *arguments: str) -> None:
         log = self.folder / f"node-{len(self.nodes)}.log"
         # --block and a process group of its own: `ray stop` would stop every Ray of this machine.
@@ -74,6 +83,8 @@ class Cluster:
     def _wait(self, ready: Callable[[], bool], node: subprocess.Popen[bytes], log: Path) -> None:
         give_up = time.monotonic() + START_S
         while not ready():
+            if node.poll() is not None and TOO_LATE in log.read_text():
+                raise NotInTime(log.read_text())
             assert node.poll() is None and time.monotonic() < give_up, log.read_text()
             time.sleep(0.2)
 
