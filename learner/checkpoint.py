@@ -267,7 +267,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
     opened = _opened(path)
     for name, entry in opened.manifest["files"].items():
         file = path / name
-        if not file.is_file() or file.stat().st_size != entry["bytes"]:
+        try:
+            whole = file.is_file() and file.stat().st_size == entry["bytes"]
+        except OSError as error:
+            raise CheckpointError(f"{file}: cannot be seen: {error}") from error
+        if not whole:
             raise CheckpointError(f"{file}: not there, or not the {entry['bytes']} bytes of the manifest")
     return opened
 
@@ -321,7 +325,7 @@ def _verified(path: Path) -> Checkpoint:
                 raise CheckpointError(
                     f"{path / name}: its sha256 is not the manifest's: changed or cut short"
                 )
-    except (OSError, KeyError, TypeError) as error:
+    except OSError as error:
         raise CheckpointError(f"{path}: not a complete checkpoint: {error!r}") from error
     return found
 
@@ -329,7 +333,8 @@ def _verified(path: Path) -> Checkpoint:
 def _opened(path: Path) -> Checkpoint:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        files = {str(name): dict(entry) for name, entry in manifest["files"].items()}
+        told = manifest["files"].items()
+        files = {str(name): (str(entry["sha256"]), int(entry["bytes"])) for name, entry in told}
         step, version = int(manifest["step"]), manifest["format"]
         if version not in (FORMAT, SHARDED_FORMAT):
             raise CheckpointError(

@@ -1,7 +1,8 @@
 """What every model family offers: encode, initial latents, velocity, decode, and trainable tensors.
 
 Promises
-- Everything equals what the stock diffusers pipeline of the same directory computes (bit for bit in float32).
+- Everything equals what the stock diffusers pipeline of the same directory computes (bit for bit in float32,
+  where its weights lie in memory as ours do: policy/loading.py `align`).
 - Trained parameters are float32, whatever the dtype of the frozen weights.
 - `install` binds every tensor or none; `swapped` and `base` restore exactly what was there, also when the
   body raises.

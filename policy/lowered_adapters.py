@@ -6,7 +6,7 @@ rate, and each of the other steps goes through memory once more. Here the adapte
 and its weights stay float32.
 
 Promises
-- Where frozen weights are float32, adapters off, or merged, it is peft's own.
+- Where frozen weights are float32, or adapters off, merged, or not exactly one, it is peft's own.
 - A pass with a graph and one without compute the same, bit for bit.
 """
 
@@ -20,14 +20,20 @@ from torch import Tensor, nn
 
 
 class LoweredLinear(Linear):  # type: ignore[misc]
-    """A linear layer with one adapter."""
+    """A linear layer with one plain adapter: no bias, no dropout."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        (name,) = self.active_adapters
-        down, up = self.lora_A[name].weight, self.lora_B[name].weight
-        if self.disable_adapters or self.merged or x.dtype == down.dtype:
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if (
+            len(names) != 1
+            or self.disable_adapters
+            or self.merged
+            or x.dtype == self.lora_A[names[0]].weight.dtype
+        ):
             unchanged: Tensor = super().forward(x, *args, **kwargs)
             return unchanged
+        (name,) = names
+        down, up = self.lora_A[name].weight, self.lora_B[name].weight
         frozen: Tensor = self.base_layer(x, *args, **kwargs)
         low = F.linear(x, down.to(x.dtype))
         return frozen + F.linear(low, (up * self.scaling[name]).to(x.dtype))

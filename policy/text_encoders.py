@@ -85,12 +85,15 @@ class CachedConditions:
             denoiser=False,
         )
         device = find_device(self._config.device)
-        for name in self._parts.encoders:
-            encoder = getattr(whole, name)
-            if encoder is not None:
-                setattr(self._pipeline, name, encoder.requires_grad_(False).to(device))
-                self._loaded.append(name)
-        check_numbers(self._pipeline, self._parts, self._location)
+        encoders = {name: getattr(whole, name) for name in self._parts.encoders}
+        encoders = {name: encoder for name, encoder in encoders.items() if encoder is not None}
+        for encoder in encoders.values():
+            encoder.requires_grad_(False).to(device)
+        # Before anybody can encode with them; what is trained is in the other pipeline.
+        check_numbers(whole, self._parts, self._location)
+        for name, encoder in encoders.items():
+            setattr(self._pipeline, name, encoder)
+            self._loaded.append(name)
 
     def _free(self) -> None:
         if not self._loaded:

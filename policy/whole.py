@@ -62,7 +62,7 @@ def check_weights(told: str, folder: Path, name: str) -> list[Path]:
         if not file.is_file():
             raise PolicyError(f"{told} is not whole: {file} is missing, which {index.name} names; {REMEDY}")
         there = _names(told, file)
-        lacks = [weight for weight, place in places.items() if place == file.name and weight not in there]
+        lacks = [weight for weight, place in places.items() if folder / place == file and weight not in there]
         if lacks:
             raise PolicyError(
                 f"{told} is not whole: {file} lacks {_told(lacks)}, which {index.name} says are in it (is it "
@@ -198,12 +198,15 @@ def _places(told: str, index: Path) -> dict[str, str]:
     """Weight -> file, of an index of shards."""
     try:
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {str(weight): str(file) for weight, file in places.items()}
+        found = {str(weight): str(file) for weight, file in places.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PolicyError(
             f"{told} cannot be loaded: {index} is no index of shards (an object with a weight_map): "
             f"{error!r}; {REMEDY}"
         ) from error
+    if not found:
+        raise PolicyError(f"{told} is not whole: the weight_map of {index} names no weight; {REMEDY}")
+    return found
 
 
 def _told(weights: Iterable[str]) -> str:

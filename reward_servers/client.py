@@ -122,16 +122,21 @@ class RewardClient:
         images: NDArray[np.uint8],
         prompts: str | Sequence[str],
         metadata: Metadata | Sequence[Metadata] | None = None,
+        *,
+        spent_s: float = 0.0,
     ) -> Scored:
         """Score `images` (N, H, W, 3), RGB, against one prompt or N.
+
+        Args:
+            spent_s: of `deadline_s`, before this call.
 
         Raises:
             RewardError: there is no finite score for every image.
         """
         body = encode_tensors(images, prompts, metadata)
-        started, failures = time.monotonic(), list[str]()
+        started, failures = time.monotonic() - spent_s, list[str]()
         try:
-            for attempt in Retrying(**self._policy(failures)):
+            for attempt in Retrying(**self._policy(failures, self.deadline_s - spent_s)):
                 with attempt:
                     seconds = self._left(started)
                     answer = ask(self._sync, "POST", self._target, seconds, self._token, content=body)
@@ -154,7 +159,7 @@ class RewardClient:
         if self._async is None:
             self._async = httpx.AsyncClient(**self._options)
         try:
-            async for attempt in AsyncRetrying(**self._policy(failures)):
+            async for attempt in AsyncRetrying(**self._policy(failures, self.deadline_s)):
                 with attempt:
                     seconds, client = self._left(started), self._async
                     answer = await ask_async(client, "POST", self._target, seconds, self._token, content=body)
@@ -204,14 +209,14 @@ class RewardClient:
             return str(error) if no_connection else None
         return None
 
-    def _policy(self, failures: list[str]) -> dict[str, Any]:
+    def _policy(self, failures: list[str], seconds: float) -> dict[str, Any]:
         def note(state: RetryCallState) -> None:
             if state.outcome is not None:
                 failures.append(str(state.outcome.exception()))
 
         return {
             "retry": retry_if_exception_type(Transient),
-            "stop": stop_before_delay(self.deadline_s),
+            "stop": stop_before_delay(seconds),
             "wait": _WAIT,
             "after": note,
         }

@@ -5,7 +5,8 @@ Promises
 - An optional or held-out reward that fails is left out of the group whole, and the failure is reported.
 - An evaluation (no ordinal) gets every reward, or `RewardError`: a reward that is there for some prompts only
   would be paired with the wrong ones.
-- All scores that a reward gives a group are of one version of its scorer, however many requests they took.
+- All scores that a reward gives a group are of one version of its scorer, however many requests they took;
+  these have one `deadline_s` together.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from services.messages import Prompt
 logger = logging.getLogger(__name__)
 
 MOST_AT_ONCE: Final = 64
-"""Requests of one process, where a group is scored in several."""
+"""Requests to one reward, where a group is scored in several."""
 TRIES: Final = 3
 """Of a group whose requests were answered by two versions, as while a server is updated."""
 
@@ -74,8 +75,12 @@ class RewardServers:
             for reward in rewards
         }
         self._threads = ThreadPoolExecutor(max_workers=len(self._rewards), thread_name_prefix="reward")
-        # Of their own: who waits for them in a thread of the others takes none of theirs.
-        self._requests = ThreadPoolExecutor(max_workers=MOST_AT_ONCE, thread_name_prefix="request")
+        # Of their own: who waits for them in a thread of the others takes none of theirs, nor another reward.
+        self._requests = {
+            reward.name: ThreadPoolExecutor(MOST_AT_ONCE, thread_name_prefix=f"request {reward.name}")
+            for reward in rewards
+            if reward.images_per_request
+        }
 
     def score(
         self, images: NDArray[np.uint8], prompts: Sequence[Prompt], *, ordinal: int | None = None
@@ -126,9 +131,10 @@ class RewardServers:
         if len(images) <= size:
             return self._ask(reward.name, images, texts, metadata)
         parts = [slice(first, first + size) for first in range(0, len(images), size)]
+        begun, requests = time.monotonic(), self._requests[reward.name]
         for _ in range(TRIES):
             asked = [
-                self._requests.submit(self._ask, reward.name, images[part], texts[part], metadata[part])
+                requests.submit(self._ask, reward.name, images[part], texts[part], metadata[part], begun)
                 for part in parts
             ]
             # Also after a failure: none still runs when the group is given up.
@@ -154,10 +160,17 @@ class RewardServers:
         images: NDArray[np.uint8],
         texts: Sequence[str],
         metadata: Sequence[dict[str, Any]],
+        since: float | None = None,
     ) -> Scored:
+        """One request.
+
+        Args:
+            since: the group's deadline is reckoned from then; None: from now.
+        """
         begun, failed = time.monotonic(), None
+        spent_s = 0.0 if since is None else begun - since
         try:
-            return self._clients[reward].score(images, texts, metadata)
+            return self._clients[reward].score(images, texts, metadata, spent_s=spent_s)
         except RewardError as error:
             failed = error
             raise
@@ -165,7 +178,7 @@ class RewardServers:
             self._asked(reward, time.monotonic() - begun, failed)
 
     def close(self) -> None:
-        for threads in (self._threads, self._requests):
+        for threads in (self._threads, *self._requests.values()):
             threads.shutdown(wait=False, cancel_futures=True)
         for client in self._clients.values():
             client.close()

@@ -58,8 +58,8 @@ def base_of(directory: Path) -> LoraBase:
             told = json.loads((opened.metadata() or {}).get(_ABOUT, "{}"))
     except (OSError, SafetensorError, ValueError) as error:
         raise ConfigError(f"{file}: cannot be read: {error}") from error
-    # Each key behind the part that is adapted: `transformer.r`.
-    about = {name.partition(".")[2]: value for name, value in told.items()}
+    # Each key behind the part that is adapted: `transformer.r`. Of other tools it may be anything.
+    about = {name.partition(".")[2]: value for name, value in told.items()} if isinstance(told, dict) else {}
     if missing := [name for name in _NEEDED if about.get(name) is None]:
         raise ConfigError(
             f"{file}: does not say its {', '.join(missing)}: no LoRA of `dgpo export`, or one of an older "

@@ -2,7 +2,8 @@
 
 Promises
 - Conditions come from the pipeline's own `encode_prompt`, one prompt at a time.
-- Latents, velocities (with guidance too) and images equal those of the stock pipeline bit for bit in float32.
+- Latents, velocities (with guidance too) and images equal those of the stock pipeline bit for bit in float32
+  (policy/base.py).
 - Works for pipelines saved without T5 (its tokens are then zeros, as in the stock pipeline).
 - Images that have more patches a side than the transformer has positions for are refused.
 """

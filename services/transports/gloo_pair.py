@@ -14,7 +14,7 @@ import torch.distributed as dist
 from ray.exceptions import RayError
 from torch import Tensor
 
-from services.transports.pair import Broken, Members, Pair
+from services.transports.pair import Broken, Members, Pair, first_line
 
 
 class GlooPair(Pair):
@@ -50,7 +50,7 @@ class GlooPair(Pair):
         try:
             go([tensor], self._peer, 0).wait(self._deadline)
         except RuntimeError as error:
-            raise Broken(str(error).splitlines()[0]) from error
+            raise Broken(first_line(error)) from error
 
 
 _Store: Any = getattr(dist, "Store")  # noqa: B009 - torch's stubs do not have it

@@ -2,7 +2,8 @@
 
 Promises
 - Every wait has a deadline, though NCCL's own have none: all its calls are made in a thread of the
-  connection, and whoever waited too long for one aborts the communicator, which ends that call too.
+  connection, and whoever waited too long for one aborts the communicator, which ends that call too. Only
+  joining cannot be ended from outside: its thread is left to it, and ends if it ever does.
 - It listens where Ray does, unless NCCL_SOCKET_IFNAME says where.
 
 Bytes pass the host memory of both sides, where their digest is taken: each chunk goes to the GPU, across, and
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from services.config_file import ConfigError
 from services.ray_runtime import nccl_listens_where_ray_does
-from services.transports.pair import Broken, Pair
+from services.transports.pair import Broken, Pair, first_line
 from services.transports.pairs import Connect
 
 MEET_S: Final = 60.0
@@ -123,11 +124,14 @@ class NcclPair(Pair):
             self._wire.abort()
             raise Broken(f"NCCL has not answered for {seconds:g} s") from error
         except RuntimeError as error:
-            raise Broken(str(error).splitlines()[0]) from error
+            raise Broken(first_line(error)) from error
 
 
 class CardWire:
     """A communicator of two GPUs, and a stream of its own.
+
+    An abort frees the communicator: nobody may look at it then. What only looks does so under the lock; a
+    call that may wait does not, since it is the abort that ends it.
 
     Args:
         nccl: `cupy.cuda.nccl`.
@@ -137,6 +141,7 @@ class CardWire:
     def __init__(self, nccl: Any, device: torch.device) -> None:
         self._nccl, self._device = nccl, device
         self._communicator: Any = None
+        self._aborted, self._looking = False, threading.Lock()
 
     def unique(self) -> bytes:
         return bytes(self._nccl.get_unique_id())
@@ -145,7 +150,13 @@ class CardWire:
         with torch.cuda.device(self._device):
             # Beside what trains or samples on the default stream.
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-            self._communicator = self._nccl.NcclCommunicator(2, unique, rank)
+            joined = self._nccl.NcclCommunicator(2, unique, rank)
+        with self._looking:
+            if not self._aborted:
+                self._communicator = joined
+                return
+        joined.abort()
+        raise RuntimeError("joined too late")
 
     def send(self, tensor: Tensor, peer: int) -> None:
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
@@ -162,8 +173,10 @@ class CardWire:
             there.copy_(stage)
 
     def abort(self) -> None:
-        if self._communicator is not None:
-            self._communicator.abort()
+        with self._looking:
+            self._aborted = True
+            if self._communicator is not None:
+                self._communicator.abort()
 
     def _of(self, stage: Tensor) -> tuple[int, int, int]:
         return stage.data_ptr(), stage.numel(), self._nccl.NCCL_UINT8
@@ -171,10 +184,15 @@ class CardWire:
     def _finish(self) -> None:
         """Until what was queued is done; an aborted communicator is an error here."""
         done = self._stream.record_event()
-        while not done.query():
-            self._communicator.check_async_error()
+        while True:
+            ended = done.query()
+            with self._looking:
+                if self._aborted:
+                    raise RuntimeError("aborted")
+                self._communicator.check_async_error()
+            if ended:
+                return
             time.sleep(POLL_S)
-        self._communicator.check_async_error()
 
 
 class _Thread:

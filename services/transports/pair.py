@@ -27,6 +27,11 @@ class Broken(RuntimeError):
     """The other side of a connection is gone, or too slow."""
 
 
+def first_line(error: Exception) -> str:
+    """What it says, without a stack of C++; its kind, if it says nothing."""
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
 class Pair(ABC):
     """What both ends have, whatever they talk over. The publisher is rank 0, the receiver rank 1.
 

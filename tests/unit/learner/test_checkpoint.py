@@ -101,7 +101,7 @@ def test_a_replaced_learner_removes_nothing_of_its_successor(tmp_path: Path) -> 
     assert newest(tmp_path) == (20, 20.0)
 
 
-DAMAGES = ("cut", "flipped", "file", "unreadable", "manifest", "json", "format", "outside")
+DAMAGES = ("cut", "flipped", "file", "unreadable", "manifest", "json", "format", "outside", "entry")
 
 
 def damage(checkpoint: Path, how: str) -> None:
@@ -125,6 +125,8 @@ def damage(checkpoint: Path, how: str) -> None:
         content: dict[str, Any] = json.loads(manifest.read_text())
         if how == "format":
             content["format"] = 99
+        elif how == "entry":
+            del content["files"]["policy.safetensors"]["bytes"]
         else:
             content["files"] = {"../../x.safetensors": content["files"]["policy.safetensors"]}
         manifest.write_text(json.dumps(content))

@@ -93,7 +93,7 @@ def test_with_a_graph_or_without_it_says_the_same() -> None:
     assert torch.equal(passed(adapted, x)[0], known)
 
 
-@pytest.mark.parametrize("how", ["float32", "off", "merged"])
+@pytest.mark.parametrize("how", ["float32", "off", "merged", "none"])
 def test_elsewhere_it_is_pefts_own(how: str) -> None:
     dtype = torch.float32 if how == "float32" else torch.bfloat16
     x = torch.randn(5, 32).to(dtype)
@@ -103,4 +103,6 @@ def test_elsewhere_it_is_pefts_own(how: str) -> None:
             adapted._disable_adapters = True
         elif how == "merged":
             adapted.merge()
+        elif how == "none":
+            adapted.set_adapter([])
     assert torch.equal(ours(x), theirs(x))

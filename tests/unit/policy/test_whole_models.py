@@ -215,6 +215,8 @@ def test_shards_that_are_not_whole_are_named(sd3: Case, sd3_copy: Path, name: st
     (index,) = component.glob("*.index.json")
     index.write_text("[]")
     refuses(sd3, sd3_copy, f"the {name} cannot be loaded: {index} is no index of shards")
+    index.write_text('{"metadata": {}, "weight_map": {}}')
+    refuses(sd3, sd3_copy, f"the {name} is not whole: the weight_map of {index} names no weight")
 
 
 def test_an_encoder_of_other_shapes_is_named(sd3: Case, sd3_copy: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -106,6 +107,14 @@ def test_after_the_deadline_it_is_unavailable(
     assert "'words'" in str(caught.value) and url in str(caught.value)
     assert says in str(caught.value)
     assert caught.value.__cause__ is not None
+
+
+def test_what_was_spent_of_the_deadline_before_is_not_waited_again(scripted: Any, images: Images) -> None:
+    url, _ = scripted(Reply(hang=True))
+    began = time.monotonic()
+    with pytest.raises(RewardUnavailable, match="no scores within 30 s"):
+        client_of(url, 30.0).score(images, "a word", spent_s=29.7)
+    assert time.monotonic() - began < 10
 
 
 def test_what_serve_sheds_in_plain_text_is_the_same_error(scripted: Any, images: Images, ask: Any) -> None:

@@ -27,7 +27,15 @@ class Client:
     def __init__(self, name: str, down: set[str]) -> None:
         self._name, self._down = name, down
 
-    def score(self, images: NDArray[np.uint8], prompts: Sequence[str], metadata: Sequence[Any]) -> Scored:
+    def score(
+        self,
+        images: NDArray[np.uint8],
+        prompts: Sequence[str],
+        metadata: Sequence[Any],
+        *,
+        spent_s: float,
+    ) -> Scored:
+        assert spent_s == 0, "one request is a group's, with all of its deadline"
         if self._name in self._down:
             raise RewardUnavailable(self._name, "http://127.0.0.1:1", "no scores within 1 s")
         return Scored((0.5,) * len(images), ({},) * len(images), "model", "1")
@@ -113,9 +121,18 @@ class Divided:
         self._versions, self._down = iter(versions), down
         self._ready = threading.Barrier(3, timeout=10)
         self.requests: list[tuple[int, ...]] = []
+        self.spent: list[float] = []
         self.ended = 0
 
-    def score(self, images: NDArray[np.uint8], prompts: Sequence[str], metadata: Sequence[Any]) -> Scored:
+    def score(
+        self,
+        images: NDArray[np.uint8],
+        prompts: Sequence[str],
+        metadata: Sequence[Any],
+        *,
+        spent_s: float,
+    ) -> Scored:
+        self.spent.append(spent_s)
         firsts = tuple(int(image[0, 0, 0]) for image in images)
         assert list(prompts) == [f"prompt {first}" for first in firsts]
         assert list(metadata) == [{"number": first} for first in firsts]
@@ -162,6 +179,8 @@ def test_a_group_that_two_versions_have_scored_is_asked_for_again(monkeypatch: p
     client = Divided(["1", "2", "2", "2", "2", "2"])
     assert divided(client, monkeypatch).rewards == {"ocr": tuple(map(float, range(8)))}
     assert len(client.requests) == 6
+    # The second round has what the first one left of the deadline.
+    assert min(client.spent[3:]) >= 0.05
     with pytest.raises(RewardInvalid, match="answered by model 1 and model 2, 3 times"):
         divided(Divided(["1", "2", "2"] * 3), monkeypatch)
 

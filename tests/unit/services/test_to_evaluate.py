@@ -97,9 +97,12 @@ def test_a_lora_whose_base_is_elsewhere(lora: Path, tiny_sd3: Path, tmp_path: Pa
         to_evaluate(moved, "quickstart", RECIPE)
     found = to_evaluate(moved, "quickstart", (*RECIPE, f"model.path={tiny_sd3}"))
     assert found.config.model.path == str(tiny_sd3)
-    save_file(tensors, lora_file(moved), {"format": "pt"})
-    with pytest.raises(ConfigError, match="does not say its base_model_name_or_path, r, lora_alpha, target_"):
-        to_evaluate(moved, "quickstart", RECIPE)
+    for other in ({"format": "pt"}, {"lora_adapter_metadata": "[]"}):
+        save_file(tensors, lora_file(moved), other)
+        with pytest.raises(
+            ConfigError, match="does not say its base_model_name_or_path, r, lora_alpha, target_"
+        ):
+            to_evaluate(moved, "quickstart", RECIPE)
     lora_file(moved).write_bytes(b"half")
     with pytest.raises(ConfigError, match=r"pytorch_lora_weights.safetensors: cannot be read"):
         to_evaluate(moved, "quickstart", RECIPE)
