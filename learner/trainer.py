@@ -21,13 +21,13 @@ from learner.curriculum import PART, curriculum_of
 from learner.follower import begin_together, gather, order_comparison, probe_together, shard_together
 from learner.loop import Start
 from learner.micro_batch import MicroBatchFile
-from learner.one_order import add_up_in_one_order, wants_one_order
 from learner.prober import Prober
 from learner.ranks import Order, Ranks, together
 from learner.sharded_checkpoint import ShardedCheckpointWriter, read_rows
 from learner.update import TrainingGroup, Updater
 from policy import load_policy
 from policy.loading import find_device
+from policy.one_order import add_up_in_one_order, wants_one_order
 from services.codec import Group
 from services.conditions import condition_cache
 from services.context import RunContext

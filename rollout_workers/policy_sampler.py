@@ -15,6 +15,8 @@ import socket
 from pathlib import Path
 
 from policy import Policy, load_policy
+from policy.loading import find_device
+from policy.one_order import add_up_in_one_order, wants_one_order
 from policy.probe import check_probe
 from rollout_workers.loop import SampledGroup
 from rollout_workers.sampling import sample_trajectory
@@ -41,6 +43,8 @@ class PolicySampler:
         self._config = config
         self._run_directory = run_directory
         self._transport = transport
+        if wants_one_order(config, find_device(config.model.device)):
+            add_up_in_one_order(warn_only=True)
         cache = condition_cache(config, run_directory)
         self.policy: Policy = load_policy(
             config.model,

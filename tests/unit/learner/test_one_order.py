@@ -13,7 +13,8 @@ import torch
 from sharded_runs import trainer_of
 
 import learner.trainer
-from learner.one_order import VARIABLE, WORKSPACE, wants_one_order
+from policy.one_order import VARIABLE, WORKSPACE, wants_one_order
+from rollout_workers.policy_sampler import PolicySampler
 from services.config_file import PROJECT_ROOT, load_config
 
 UPDATES = """
@@ -23,7 +24,7 @@ from typing import Any
 sys.path.insert(0, "tests/unit/learner")
 import torch
 from sharded_runs import state_of, train, trainer_of
-from learner.one_order import add_up_in_one_order
+from policy.one_order import add_up_in_one_order
 
 def digest():
     with tempfile.TemporaryDirectory() as place:
@@ -73,6 +74,25 @@ def test_a_trainer_asks_for_it_before_the_model_is_there(
     monkeypatch.setattr("learner.trainer.load_policy", loaded)
     trainer_of(tmp_path, None)
     assert order == ["one order", "model"]
+
+
+def test_a_sampler_asks_for_it_before_the_model_is_there_and_is_only_warned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Loading(Exception): ...
+
+    asked: list[bool] = []
+
+    def load(*given: Any, **named: Any) -> Any:
+        raise Loading
+
+    sampler = "rollout_workers.policy_sampler"
+    monkeypatch.setattr(f"{sampler}.wants_one_order", lambda config, device: True)
+    monkeypatch.setattr(f"{sampler}.add_up_in_one_order", lambda *, warn_only: asked.append(warn_only))
+    monkeypatch.setattr(f"{sampler}.load_policy", load)
+    with pytest.raises(Loading):
+        PolicySampler(load_config("quickstart", []), tmp_path, transport=None)  # type: ignore[arg-type]
+    assert asked == [True]
 
 
 def test_no_operation_of_an_update_is_refused_and_none_is_another_on_a_cpu() -> None:

@@ -23,10 +23,15 @@ def wants_one_order(config: Config, device: torch.device) -> bool:
     return device.type == "cuda" and config.queue.max_staleness == 0 and not config.model.compile
 
 
-def add_up_in_one_order() -> None:
-    """Of this process, from here on: an operation that cannot raises RuntimeError and is named in it."""
+def add_up_in_one_order(*, warn_only: bool = False) -> None:
+    """Of this process, from here on, before the GPU is first used.
+
+    Args:
+        warn_only: an operation that cannot says so in a warning, for passes without a backward, where few
+            are concerned; otherwise it raises RuntimeError and is named in it.
+    """
     os.environ.setdefault(VARIABLE, WORKSPACE)
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
     # No result depends on it, and it writes all new memory twice.
     settings: Any = torch.utils.deterministic
     settings.fill_uninitialized_memory = False
