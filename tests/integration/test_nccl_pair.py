@@ -6,7 +6,7 @@ import importlib.util
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -86,6 +86,13 @@ class Unreached(TcpWire):
         raise RuntimeError("aborted")
 
 
+def wait_for(comes: Callable[[], bool]) -> None:
+    until = time.monotonic() + DEADLINE_S
+    while not comes() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert comes()
+
+
 def version(step: int) -> PolicyVersion:
     return PolicyVersion(epoch=0, step=step)
 
@@ -118,10 +125,7 @@ def test_versions_arrive_as_they_were_published_and_no_thread_stays(store: Any) 
         assert connection is not None
         connection.close()
     transport.close()
-    until = time.monotonic() + DEADLINE_S
-    while threads() - before and time.monotonic() < until:
-        time.sleep(0.05)
-    assert not threads() - before
+    wait_for(lambda: not threads() - before)
 
 
 def test_who_does_not_come_is_not_waited_for_by_nccl(store: Any) -> None:
@@ -145,7 +149,7 @@ def test_a_call_of_nccl_that_never_ends_is_aborted_at_the_deadline(store: Any) -
     # The receiver hears of the abort, asks again as often as it may, and gives up.
     assert receiver.receive(announcement) is None
     assert time.monotonic() - began < DEADLINE_S / 2
-    assert not transport._connections
+    wait_for(lambda: not transport._connections)
     transport.close()
 
 
