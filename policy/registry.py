@@ -155,14 +155,21 @@ def _locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
             "(with a model_index.json), or a hub id such as stabilityai/stable-diffusion-3.5-medium"
         )
     from diffusers import DiffusionPipeline
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         index = DiffusionPipeline.load_config(config.path, revision=config.revision)
     except Exception as error:
-        raise PolicyError(
+        told = (
             f"model.path {config.path!r} (revision {config.revision}): no such directory here, and the model "
-            f"hub has no usable pipeline of that name: {error}"
-        ) from error
+            "hub"
+        )
+        # diffusers says that the file is not there, of a hub that was not asked too.
+        if isinstance(error.__cause__ or error.__context__, LocalEntryNotFoundError):
+            raise PolicyError(
+                f"{told} cannot be reached, or is switched off (HF_HUB_OFFLINE); nor is it in its cache"
+            ) from error
+        raise PolicyError(f"{told} has no usable pipeline of that name: {error}") from error
     return config.path, dict(index)
 
 

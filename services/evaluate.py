@@ -160,7 +160,9 @@ def to_evaluate(
     settings = {"path": base.path, "revision": base.revision, "train": "lora", "lora": base.settings}
     if any(override.startswith("model.path=") for override in overrides):
         settings |= {"path": config.model.path, "revision": config.model.revision}
-    return _loadable(Evaluated(_with_model(config, settings), model, LORA))
+        return _loadable(Evaluated(_with_model(config, settings), model, LORA))
+    hint = f"; {model} names it as its base: say where that is with --set model.path=DIR"
+    return _loadable(Evaluated(_with_model(config, settings), model, LORA), hint)
 
 
 def _of_run(model: Path, recipe: str | None, overrides: tuple[str, ...], weights: str) -> Evaluated:
@@ -192,20 +194,15 @@ def _with_model(config: Config, settings: dict[str, Any]) -> Config:
     return parse_config(raw, source=f"the recipe with model.path {settings['path']}")
 
 
-def _loadable(found: Evaluated) -> Evaluated:
-    """Told before anything is started; only configurations are read."""
+def _loadable(found: Evaluated, hint: str = "") -> Evaluated:
+    """Told before anything is started, with a hint behind it; only configurations are read."""
     from policy.errors import PolicyError
     from policy.registry import read_family
 
     try:
         read_family(found.config.model)
     except PolicyError as error:
-        where = (
-            f"; {found.weights} names it as its base: say where that is with --set model.path=DIR"
-            if found.kind == LORA
-            else ""
-        )
-        raise ConfigError(f"{error}{where}") from error
+        raise ConfigError(f"{error}{hint}") from error
     return found
 
 

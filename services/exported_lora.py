@@ -2,7 +2,7 @@
 
 Promises
 - The base model, its revision, rank, alpha and targets are read from the file that holds the weights.
-- Nothing is unpickled.
+- Nothing is unpickled, and weights that are no numbers are refused: their images would be scored, and low.
 """
 
 from __future__ import annotations
@@ -73,12 +73,24 @@ def base_of(directory: Path) -> LoraBase:
 
 
 def read_lora(directory: Path) -> dict[str, Tensor]:
-    """Its tensors, by the names of a policy's trained parameters."""
+    """Its tensors, by the names of a policy's trained parameters.
+
+    Raises:
+        ConfigError: one of them is NaN or infinite.
+    """
+    import torch
     from safetensors.torch import load_file
 
     from policy.adapters import ADAPTER_NAME
 
+    file = lora_file(directory)
+    tensors = load_file(file)
+    if wrong := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
+        raise ConfigError(
+            f"{file}: {len(wrong)} of {len(tensors)} weights are not finite (NaN or infinite), the first "
+            f"of them {wrong[0]}; export it again"
+        )
     return {
         name.partition(".")[2].replace(".weight", f".{ADAPTER_NAME}.weight"): tensor
-        for name, tensor in load_file(lora_file(directory)).items()
+        for name, tensor in tensors.items()
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def test_a_model_of_the_hub(hub: str) -> None:
         assert _default_folder(Path(hub), evaluation) == Path("evaluations") / name
     with pytest.raises(ConfigError, match="acme/tiny is a model of the hub: say --recipe"):
         to_evaluate(Path(hub), None, ())
-    with pytest.raises(ConfigError, match=r"'acme/tiny' \(revision v2\).*the model hub has no usable"):
+    with pytest.raises(ConfigError, match=r"'acme/tiny' \(revision v2\).*the model hub cannot be reached"):
         to_evaluate(Path(hub), "quickstart", RECIPE, revision="v2")
 
 
@@ -97,6 +98,8 @@ def test_a_lora_whose_base_is_elsewhere(lora: Path, tiny_sd3: Path, tmp_path: Pa
         to_evaluate(moved, "quickstart", RECIPE)
     found = to_evaluate(moved, "quickstart", (*RECIPE, f"model.path={tiny_sd3}"))
     assert found.config.model.path == str(tiny_sd3)
+    with pytest.raises(ConfigError, match=f"{tmp_path}/other.*no such directory.*3.5-medium$"):
+        to_evaluate(moved, "quickstart", (*RECIPE, f"model.path={tmp_path}/other"))
     for other in ({"format": "pt"}, {"lora_adapter_metadata": "[]"}):
         save_file(tensors, lora_file(moved), other)
         with pytest.raises(
@@ -106,6 +109,16 @@ def test_a_lora_whose_base_is_elsewhere(lora: Path, tiny_sd3: Path, tmp_path: Pa
     lora_file(moved).write_bytes(b"half")
     with pytest.raises(ConfigError, match=r"pytorch_lora_weights.safetensors: cannot be read"):
         to_evaluate(moved, "quickstart", RECIPE)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_lora_that_is_no_number_is_not_scored(lora: Path, tmp_path: Path, value: float) -> None:
+    tensors = load_file(lora_file(lora))
+    name = sorted(tensors)[1]
+    tensors[name][0, 0] = value
+    save_file(tensors, lora_file(tmp_path))
+    with pytest.raises(ConfigError, match=f"1 of {len(tensors)} weights are not finite.*of them {name}"):
+        read_lora(tmp_path)
 
 
 def test_what_is_nothing_to_evaluate(
