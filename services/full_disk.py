@@ -29,6 +29,8 @@ _NUMBER_IN_TEXT: Final = re.compile(r"\(os error (\d+)\)")
 def disk_refuses(error: BaseException, directory: Path | None = None) -> str | None:
     """What failed, where, and what to do, if the disk took no more; None for every other error.
 
+    An error that says what to do already, since it was made of one, does not say it twice.
+
     Args:
         directory: where the remedy is needed, if the error does not say.
     """
@@ -37,7 +39,10 @@ def disk_refuses(error: BaseException, directory: Path | None = None) -> str | N
         if remedy is not None:
             place = getattr(link, "filename", None)
             where = Path(place).parent if isinstance(place, str) else directory
-            told = f"{type(error).__name__}: {error}; {remedy}"
+            told = f"{type(error).__name__}: {error}"
+            if f"; {remedy}" in told:
+                return told
+            told += f"; {remedy}"
             return told if where is None else f"{told} in {where}"
     return None
 

@@ -19,9 +19,9 @@ def refused(code: int, path: str | None = None) -> OSError:
     return OSError(code, os.strerror(code), path)
 
 
-def wrapped(cause: Exception) -> Exception:
+def wrapped(cause: Exception, says: str = "the checkpoint was not written") -> Exception:
     try:
-        raise RuntimeError("the checkpoint was not written") from cause
+        raise RuntimeError(says) from cause
     except RuntimeError as error:
         return error
 
@@ -46,6 +46,8 @@ def wrapped(cause: Exception) -> Exception:
 def test_what_lasts(error: Exception, says: str) -> None:
     told = disk_refuses(error, Path("/runs/a"))
     assert told is not None and says in told
+    # What was made of it, as `dgpo export` does, and ends the command.
+    assert disk_refuses(wrapped(error, told)) == f"RuntimeError: {told}"
 
 
 @pytest.mark.parametrize(
