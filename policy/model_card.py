@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -106,7 +107,7 @@ def write_card(
         arguments="\n".join(
             f"    {name}={value!r}," for name, value in policy.call_arguments(rollout).items()
         ),
-        notes="\n\n".join(_notes(policy, lora=lora)),
+        notes="\n\n".join(_notes(policy, directory.name, lora=lora)),
         facts="".join(
             f"| {name} | {value} |\n" for name, value in {**_facts(policy, lora=lora), **told.facts}.items()
         ),
@@ -122,13 +123,18 @@ def base_place(config: ModelConfig) -> str:
 
 def loading(policy: PipelinePolicy, place: str, *, revision: str | None) -> str:
     """Python that loads a stock pipeline with the parts and the dtype of the policy's."""
-    arguments = [f'"{place}"']
+    arguments = [quoted(place)]
     if revision is not None:
-        arguments.append(f'revision="{revision}"')
+        arguments.append(f"revision={quoted(revision)}")
     arguments.append(f"dtype=torch.{policy.config.dtype}")
     # Left out, stock pipelines miss them.
     arguments += [f"{name}=None" for name in _absent(policy)]
     return assigned("pipeline", f"{type(policy.pipeline).__name__}.from_pretrained", arguments)
+
+
+def quoted(text: str) -> str:
+    """As a string of Python, whatever is in it."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def assigned(name: str, function: str, arguments: Sequence[str]) -> str:
@@ -147,9 +153,12 @@ def _absent(policy: PipelinePolicy) -> list[str]:
     return [name for name in sorted(policy.parts.optional) if (index.get(name) or [None])[0] is None]
 
 
-def _notes(policy: PipelinePolicy, *, lora: bool) -> list[str]:
+def _notes(policy: PipelinePolicy, folder: str, *, lora: bool) -> list[str]:
     config, absent = policy.config, _absent(policy)
-    notes = ['`pipeline.to("cuda")` moves it to a GPU.']
+    notes = [
+        f"`{quoted(folder)}` is the folder of this file, seen from the one that it lies in. "
+        '`pipeline.to("cuda")` moves the pipeline to a GPU.'
+    ]
     if lora and _is_local(config):
         notes.append(
             "The base model is where it was at the training: give its place on your machine instead."

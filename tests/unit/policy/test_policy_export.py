@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from policy import Policy, PolicyError, load_policy
 from policy.export import export_lora, export_pipeline, export_policy
-from policy.model_card import Training
+from policy.model_card import Training, quoted
 from policy.schedule import make_scheduler
 from rollout_workers.sampling import sample
 from services.config import LoraConfig, ModelConfig, RolloutConfig
@@ -101,3 +102,8 @@ def test_impossible_exports_are_named(model_config: ModelConfig, tmp_path: Path)
         export_pipeline(policy, tmp_path, rollout=ROLLOUT)
     with pytest.raises(PolicyError, match="no LoRA"):
         export_lora(policy, tmp_path, rollout=ROLLOUT)
+
+
+@pytest.mark.parametrize("place", ["/models/tiny", '/a "model"', "C:\\models\\new", "/modèles/🎨"])
+def test_a_place_is_a_string_of_python_whatever_is_in_it(place: str) -> None:
+    assert ast.literal_eval(quoted(place)) == place

@@ -201,6 +201,7 @@ def test_one_part_alone(tmp_path: Path, tiny_sd3: Path, run: RunDirectory) -> No
     code = (tmp_path / "lora" / "lora" / "README.md").read_text()
     # It was made without text encoders, which the base model has.
     assert "=None" not in code
+    assert '`"lora"` is the folder of this file' in code
     with pytest.raises(ConfigError, match="--only 'vae': pipeline or lora"):
         exported_part("vae")
     with pytest.raises(ConfigError, match="--only lora: the run has trained every weight"):
