@@ -326,7 +326,7 @@ def _verified(path: Path) -> Checkpoint:
                     f"{path / name}: its sha256 is not the manifest's: changed or cut short"
                 )
     except OSError as error:
-        raise CheckpointError(f"{path}: not a complete checkpoint: {error!r}") from error
+        raise CheckpointError(f"{path}: not a complete checkpoint: {error}") from error
     return found
 
 
@@ -346,8 +346,10 @@ def _opened(path: Path) -> Checkpoint:
             inside = PurePosixPath(name)
             if len(inside.parts) > 2 or ".." in inside.parts or inside.is_absolute():
                 raise CheckpointError(f"{path}: the manifest names a file outside the checkpoint: {name!r}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not a complete checkpoint: {error!r}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: not a complete checkpoint: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not a complete checkpoint: its {MANIFEST}: {error!r}") from error
     return Checkpoint(path=path, step=step, manifest=manifest)
 
 

@@ -140,7 +140,9 @@ def read_component(told: str, kind: Any, folder: Path, **how: Any) -> Any:
     # Whatever a damaged file makes of its reader: KeyError, SafetensorError, a bare Exception of tokenizers.
     except Exception as error:
         # Of other shapes diffusers also says how to replace them by random weights.
-        why = (str(error) or repr(error)).partition(" If you want to instead overwrite")[0]
+        # The text of a KeyError is a key alone.
+        text = repr(error) if isinstance(error, KeyError) or not str(error) else str(error)
+        why = text.partition(" If you want to instead overwrite")[0]
         raise PolicyError(f"{told} cannot be loaded: {folder}: {why}") from error
 
 
