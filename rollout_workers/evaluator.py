@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from typing import Any
 
+import ray
 import torch
 
 from policy.parking import Parking
@@ -23,6 +23,7 @@ from services.metrics import EvalRow, When
 from services.policy_store import WeightsGone
 from services.process_title import show_title
 from services.prompts import prompt_source
+from services.ray_runtime import NAMESPACE, POLICY_STORE, actor_name
 from services.transports import open_transport
 
 logger = logging.getLogger(__name__)
@@ -36,11 +37,12 @@ class Evaluator:
 
     Args:
         context: RunContext as JSON.
-        store: handle of the PolicyStore actor.
     """
 
-    def __init__(self, context: str, store: Any) -> None:
+    def __init__(self, context: str) -> None:
         self._context = RunContext.model_validate_json(context)
+        # By its name: a handle among the arguments of an actor that Ray makes anew may be gone by then.
+        store = ray.get_actor(actor_name(self._context.run, POLICY_STORE), namespace=NAMESPACE)
         configure_logging("evaluator", self._context.directory, run=self._context.run)
         torch.set_num_threads(self._context.config.rollout.threads)
         self._queue = self._context.open_queue("worker")

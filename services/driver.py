@@ -49,7 +49,7 @@ from services.queue_connection import place
 from services.queue_keeper import QueueKeeper
 from services.ray_access import refuse_without_access
 from services.ray_metrics import RunMetrics
-from services.ray_runtime import NAMESPACE, ray_cluster
+from services.ray_runtime import NAMESPACE, POLICY_STORE, actor_name, ray_cluster
 from services.resuming import reconfigure
 from services.run_directory import RunDirectory
 from services.stock_shift import other_shift
@@ -126,7 +126,7 @@ def train(
         queue.set_state("starting")
         # What it has is in no other place: it is lost with the driver's node, and with no other.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        store = _actor(PolicyStore, context, "policy-store", num_cpus=0, scheduling_strategy=here).remote()
+        store = _actor(PolicyStore, context, POLICY_STORE, num_cpus=0, scheduling_strategy=here).remote()
         # By hand: an actor lives as long as anything refers to it, and its name with it.
         stack.callback(ray.kill, store)
         # The learner takes longest to start and needs no rewards until the first groups are there.
@@ -149,7 +149,7 @@ def train(
         text = context.model_dump_json()
         evaluator = None
         if evaluating:
-            evaluator = _evaluator(context).remote(text, store)
+            evaluator = _evaluator(context).remote(text)
             stack.callback(ray.kill, evaluator)
 
         worker_places = WorkerPlaces(config)
@@ -286,7 +286,7 @@ def _refuse_merging(name: str, place: RewardPlace) -> None:
 
 
 def _actor(kind: type, context: RunContext, part: str, **options: Any) -> Any:
-    return ray.remote(kind).options(name=f"{context.run}/{part}", namespace=NAMESPACE, **options)
+    return ray.remote(kind).options(name=actor_name(context.run, part), namespace=NAMESPACE, **options)
 
 
 def _evaluator(context: RunContext) -> Any:

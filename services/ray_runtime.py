@@ -31,6 +31,8 @@ from services.prompts import evaluates
 logger = logging.getLogger(__name__)
 
 NAMESPACE = "dgpo"
+POLICY_STORE = "policy-store"
+"""The part that knows who has which weights."""
 STARTS = 3
 
 
@@ -38,6 +40,11 @@ def own_cpus(config: Config) -> int:
     """CPUs that a Ray started on this machine is told it has: a laptop may be oversubscribed, by what a run
     reserves from its start."""
     return max(os.cpu_count() or 1, math.ceil(reserved(config, "num_cpus")))
+
+
+def actor_name(run: str, part: str) -> str:
+    """By which Ray knows a part of a run, in NAMESPACE."""
+    return f"{run}/{part}"
 
 
 def learner_backend(config: Config) -> str | None:
