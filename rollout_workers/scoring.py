@@ -50,6 +50,21 @@ class Scorer(Protocol):
     ) -> GroupScores: ...
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What a reward is asked about: images (N, H, W, 3) uint8, and the prompt and its metadata of each."""
+
+    images: NDArray[np.uint8]
+    texts: Sequence[str]
+    metadata: Sequence[dict[str, Any]]
+
+    def parts(self, size: int | None) -> list[Batch]:
+        """Of so many images at most, in order; None: one of all."""
+        firsts = range(0, len(self.images), size or len(self.images))
+        places = [slice(first, first + size) if size else slice(None) for first in firsts]
+        return [Batch(self.images[one], self.texts[one], self.metadata[one]) for one in places]
+
+
 Asked = Callable[[str, float, Exception | None], None]
 
 
@@ -97,10 +112,8 @@ class RewardServers:
             RewardError: a required reward could not be had before its deadline.
         """
         due = [r for r in self._rewards if ordinal is None or ordinal % r.every == 0]
-        texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
-        pending = {
-            reward.name: self._threads.submit(self._whole, reward, images, texts, metadata) for reward in due
-        }
+        batch = Batch(images, [one.text for one in prompts], [one.metadata for one in prompts])
+        pending = {reward.name: self._threads.submit(self._whole, reward, batch) for reward in due}
         scored: dict[str, Scored] = {}
         failure: RewardError | None = None
         for reward in due:
@@ -119,24 +132,14 @@ class RewardServers:
             details={name: tuple(s.details) for name, s in scored.items()},
         )
 
-    def _whole(
-        self,
-        reward: RewardConfig,
-        images: NDArray[np.uint8],
-        texts: Sequence[str],
-        metadata: Sequence[dict[str, Any]],
-    ) -> Scored:
+    def _whole(self, reward: RewardConfig, batch: Batch) -> Scored:
         """Of all images, in requests of `images_per_request`."""
-        size = reward.images_per_request or len(images)
-        if len(images) <= size:
-            return self._ask(reward.name, images, texts, metadata)
-        parts = [slice(first, first + size) for first in range(0, len(images), size)]
+        parts = batch.parts(reward.images_per_request)
+        if len(parts) == 1:
+            return self._ask(reward.name, batch)
         begun, requests = time.monotonic(), self._requests[reward.name]
         for _ in range(TRIES):
-            asked = [
-                requests.submit(self._ask, reward.name, images[part], texts[part], metadata[part], begun)
-                for part in parts
-            ]
+            asked = [requests.submit(self._ask, reward.name, part, begun) for part in parts]
             # Also after a failure: none still runs when the group is given up.
             wait(asked)
             found = [one.result() for one in asked]
@@ -154,14 +157,7 @@ class RewardServers:
             f"the requests of one group were answered by {' and '.join(versions)}, {TRIES} times",
         )
 
-    def _ask(
-        self,
-        reward: str,
-        images: NDArray[np.uint8],
-        texts: Sequence[str],
-        metadata: Sequence[dict[str, Any]],
-        since: float | None = None,
-    ) -> Scored:
+    def _ask(self, reward: str, batch: Batch, since: float | None = None) -> Scored:
         """One request.
 
         Args:
@@ -170,7 +166,8 @@ class RewardServers:
         begun, failed = time.monotonic(), None
         spent_s = 0.0 if since is None else begun - since
         try:
-            return self._clients[reward].score(images, texts, metadata, spent_s=spent_s)
+            client = self._clients[reward]
+            return client.score(batch.images, batch.texts, batch.metadata, spent_s=spent_s)
         except RewardError as error:
             failed = error
             raise

@@ -209,7 +209,7 @@ def tell_other_shift(config: Config, telemetry: Telemetry, view: Progress) -> No
     """An event where the shift is not that of the image size: it is seen, and stays in the run's record."""
     shift = other_shift(config)
     if shift is not None:
-        view.row(telemetry.event("other shift", shift, level="warning"))
+        view.row(telemetry.event("other shift", ": ".join(shift), level="warning"))
 
 
 def _tell_failure(

@@ -52,7 +52,7 @@ def export_run(run_dir: Path, out: Path, weights: str, only: Exported | None = N
     from policy import load_policy
     from policy.export import export_policy
     from policy.loading import quiet
-    from services.model_card import training_of
+    from services.training_facts import training_of
 
     run = RunDirectory.open(run_dir)
     config = run.config()
@@ -88,16 +88,17 @@ def _written(out: Path) -> Iterator[Path]:
 
     Inside of `out`, which may be a file system of its own.
     """
-    there, partial = out.is_dir(), out / PARTIAL
+    there, partial, moved = out.is_dir(), out / PARTIAL, list[Path]()
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
         for path in sorted(partial.iterdir()):
-            path.rename(out / path.name)
+            moved.append(path.rename(out / path.name))
         partial.rmdir()
     except BaseException as error:
-        shutil.rmtree(partial if there else out, ignore_errors=True)
+        for place in [partial, *moved] if there else [out]:
+            shutil.rmtree(place, ignore_errors=True)
         if (told := disk_refuses(error, out.absolute())) is not None:
             raise ExportError(f"{out}: not written, and nothing left behind: {told}") from error
         raise

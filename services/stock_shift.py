@@ -22,8 +22,9 @@ SAME: Final = 1e-3
 """Relative: recipes have rounded shifts."""
 
 
-def other_shift(config: Config) -> str | None:
-    """What to say of a shift that is not that of the size; None: it is, or nothing follows from the size.
+def other_shift(config: Config) -> tuple[str, str] | None:
+    """What to say of a shift that is not that of the size, and what to do about it; None: it is that, or
+    nothing follows from the size.
 
     Reads configurations of a local model, and knows those of `published_models.json`; of another hub id
     nothing is known before it is loaded. Groups of a recording have been sampled already.
@@ -39,7 +40,8 @@ def other_shift(config: Config) -> str | None:
         return None
     return (
         f"rollout.shift is {shift:g}, the stock pipeline's for images of {model.height} x {model.width} is "
-        f"{stock:.4f} (it follows from the size): set rollout.shift={stock:.4f}, unless another is meant"
+        f"{stock:.4f} (it follows from the size)",
+        f"set rollout.shift={stock:.4f}, unless another is meant",
     )
 
 

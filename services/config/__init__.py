@@ -37,7 +37,13 @@ from services.config.parts import (
     RunConfig,
     TelemetryConfig,
 )
-from services.config.prompts import CurriculumConfig, MixedSourceConfig, PromptsConfig, PromptSourceConfig
+from services.config.prompts import (
+    ENDLESS,
+    CurriculumConfig,
+    MixedSourceConfig,
+    PromptsConfig,
+    PromptSourceConfig,
+)
 from services.config.section import Section
 from services.config.training import (
     AdvantageConfig,
@@ -212,7 +218,7 @@ class Config(Section):
     def _check_heldout(self) -> None:
         """Held-out prompts come from one place."""
         prompts = self.prompts
-        if self.eval.path is not None and prompts.source in ("words", "shapes"):
+        if self.eval.path is not None and prompts.source in ENDLESS:
             raise ValueError(
                 f"eval.path with prompts.source {prompts.source!r}, which makes its held-out prompts itself: "
                 "leave it out"

@@ -11,6 +11,8 @@ from pydantic import Field, StringConstraints, model_validator
 from services.config.section import Section
 
 MixedName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+ENDLESS: Final = ("words", "shapes")
+"""Sources that make their own prompts, held-out ones among them."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -51,7 +53,7 @@ class PromptSourceConfig(Section):
             for key, sources in _HEEDED_BY.items()
             if self.source not in sources and getattr(self, key) != getattr(defaults, key)
         ]
-        if ignored and self.source in ("words", "shapes"):
+        if ignored and self.source in ENDLESS:
             raise ValueError(f"source {self.source!r} makes its own prompts: leave {', '.join(ignored)} out")
         if ignored:
             raise ValueError(f"{', '.join(ignored)} would do nothing with source {self.source!r}: leave out")

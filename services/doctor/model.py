@@ -46,5 +46,5 @@ def shift_findings(config: Config) -> list[Finding]:
     told = other_shift(config)
     if told is None:
         return []
-    found, _, remedy = told.partition(": ")
+    found, remedy = told
     return [Finding(what="shift", ok=True, warning=True, found=found, remedy=remedy)]

@@ -2,8 +2,9 @@
 
 Promises
 - Every wait has a deadline, though NCCL's own have none: all its calls are made in a thread of the
-  connection, and whoever waited too long for one aborts the communicator, which ends that call too. Only
-  joining cannot be ended from outside: its thread is left to it, and ends if it ever does.
+  connection. One that takes too long breaks the connection, and closing that aborts the communicator, which
+  ends the call too. Only joining cannot be ended from outside: its thread is left to it, and ends if it ever
+  does.
 - It listens where Ray does, unless NCCL_SOCKET_IFNAME says where.
 
 Bytes pass the host memory of both sides, where their digest is taken: each chunk goes to the GPU, across, and
@@ -121,7 +122,6 @@ class NcclPair(Pair):
         try:
             return self._thread.run(call).result(seconds)
         except TimeoutError as error:
-            self._wire.abort()
             raise Broken(f"NCCL has not answered for {seconds:g} s") from error
         except RuntimeError as error:
             raise Broken(first_line(error)) from error

@@ -143,6 +143,7 @@ def test_who_does_not_come_is_not_waited_for_by_nccl(store: Any) -> None:
 
 
 def test_a_call_of_nccl_that_never_ends_is_aborted_at_the_deadline(store: Any) -> None:
+    before = threads()
     transport, receiver = over(Unreached, store, deadline_s=1.0), over(TcpWire, store)
     announcement = publish(transport, {"a": torch.ones(8)}, version(1))
     began = time.monotonic()
@@ -150,6 +151,7 @@ def test_a_call_of_nccl_that_never_ends_is_aborted_at_the_deadline(store: Any) -
     assert receiver.receive(announcement) is None
     assert time.monotonic() - began < DEADLINE_S / 2
     wait_for(lambda: not transport._connections)
+    wait_for(lambda: not threads() - before)
     transport.close()
 
 

@@ -69,6 +69,24 @@ def test_what_a_restart_may_mend_is_raised(
         train_rank(settings(context))
 
 
+@pytest.mark.parametrize(("device", "listens"), [("cuda", 1), ("cpu", 0)])
+def test_ranks_that_talk_over_nccl_listen_where_ray_does_before_they_talk(
+    device: str, listens: int, context: RunContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[None] = []
+
+    def talk(*given: Any) -> None:
+        raise RuntimeError("they talk")
+
+    monkeypatch.setattr(ray_train, "_ranks", lambda config: SimpleNamespace(rank=0))
+    monkeypatch.setattr(ray_train, "nccl_listens_where_ray_does", lambda: told.append(None))
+    monkeypatch.setattr(ray_train, "together", talk)
+    own = load_config("quickstart", ["learner.ranks=2", "learner.num_gpus=1", f"model.device={device}"])
+    with pytest.raises(RuntimeError, match="they talk"):
+        train_rank(settings(context.model_copy(update={"config": own})))
+    assert len(told) == listens
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
 def test_a_disk_that_takes_no_more_ends_the_run(
     code: int, context: RunContext, monkeypatch: pytest.MonkeyPatch

@@ -24,8 +24,9 @@ def test_of_a_published_model_it_is_told_before_anything_is_downloaded(recipe: s
     assert other_shift(load_config(recipe)) is None
     told = other_shift(load_config(recipe, LARGE))
     assert told is not None
-    assert f"for images of 1024 x 1024 is {stock} " in told
-    assert f"set rollout.shift={stock}" in told
+    found, remedy = told
+    assert f"for images of 1024 x 1024 is {stock} " in found
+    assert f"set rollout.shift={stock}" in remedy
     assert other_shift(load_config(recipe, [*LARGE, f"rollout.shift={stock}"])) is None
 
 

@@ -304,6 +304,7 @@ def test_parts_on_one_card_take_turns_and_wait_for_an_evaluation_too() -> None:
         ("rollout.workers=2", "needs rollout.workers 1, not 2"),
         ("model.compile=true", "needs model.compile False"),
         ("learner.publish_through=process_groups", "the learner would wait in its turn"),
+        ("learner.publish_through=nccl", "publish_through nccl: the learner would wait in its turn"),
         ("learner.num_gpus=0.5", "rollout.num_gpus, eval.num_gpus is 0"),
     ],
 )

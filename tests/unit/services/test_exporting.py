@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from learner.checkpoint import write_checkpoint
 from policy import load_policy
 from services.config import Config
 from services.config_file import ConfigError, load_config
-from services.exporting import ExportError, export_into, export_run, exported_part
+from services.exporting import ExportError, _written, export_into, export_run, exported_part
 from services.metrics import Estimate, EvalRow, UpdateRow, When
 from services.run_directory import RunDirectory
 from services.telemetry import Telemetry
@@ -232,6 +234,23 @@ def test_a_full_disk_is_told_and_leaves_nothing(
     assert not there or not any(out.iterdir())
     export_run(run.root, out, "ema")
     assert [path.name for path in out.iterdir()] == ["pipeline"]
+
+
+def test_a_part_that_has_its_name_goes_with_one_that_cannot_have_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def refuse(self: Path, target: Path) -> Path:
+        if self.name == "pipeline":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(ExportError, match="nothing left behind"), _written(tmp_path) as partial:
+        for part in ("lora", "pipeline"):
+            (partial / part).mkdir()
+    assert not any(tmp_path.iterdir())
 
 
 def test_what_a_killed_export_left_is_no_obstacle(run: RunDirectory, tmp_path: Path) -> None:
