@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -86,3 +88,29 @@ def test_nccl_itself_listens_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _listening() -> set[Any]:
     return {place.laddr for place in psutil.Process().net_connections() if place.status == "LISTEN"}
+
+
+class Communicator:
+    """In place of CuPy's, which needs a GPU: joined while somebody gives up."""
+
+    def __init__(self, aborts: Callable[[], None]) -> None:
+        self.aborted = False
+        aborts()
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+def test_who_joins_after_an_abort_is_aborted_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    made: list[Communicator] = []
+
+    def join(*given: object) -> Communicator:
+        made.append(Communicator(wire.abort))
+        return made[0]
+
+    wire = CardWire(SimpleNamespace(NcclCommunicator=join), torch.device("cuda", 0))
+    with pytest.raises(RuntimeError, match="joined too late"):
+        wire.join(b"", 0)
+    assert made[0].aborted
