@@ -4,8 +4,8 @@ The same architecture, objective and settings as the project's own step, by the 
 pipeline samples and decodes each group; for every group and timestep three forward passes of the whole group
 (policy, reference, base), the reference's adapters loaded from host memory and the policy's put back, one
 backward pass, AdamW as it comes; at the end of the step the adapters go through the host to the rollouts.
-Conditions are given, as they are to the project's own step. Adapters are float32 and everything else
-bfloat16, under autocast, as diffusers' own training scripts have it.
+Conditions are given, as they are to the project's own step: encoding is timed apart. Adapters are float32 and
+everything else bfloat16, under autocast, as diffusers' own training scripts have it.
 """
 
 from __future__ import annotations

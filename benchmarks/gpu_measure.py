@@ -22,7 +22,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_baseline import PlainLoop
-from benchmarks.random_models import random_condition, random_pipeline, random_policy
+from benchmarks.random_models import (
+    encode_random,
+    random_condition,
+    random_pipeline,
+    random_policy,
+    random_text_encoders,
+)
 from learner.update import TrainingGroup, Updater
 from policy.base import Policy
 from policy.loading import find_device
@@ -261,6 +267,20 @@ class Bench:
         require_finite("loss of the baseline", torch.tensor(losses))
         seconds = {"step_s": rollout_s + update_s, "rollout_s": rollout_s, "update_s": update_s}
         return {"images": sizes.images, **seconds, "peak_gib": self.peak_gib()}
+
+    def text(self) -> dict[str, float]:
+        """Seconds of text encoders a group: `once_s` as workers ask them, for a prompt that all samples have;
+        `each_s` as the plain loop does, for each sample and each negative prompt again."""
+        self.say("making the text encoders")
+        model, samples = self.model, self.sizes.step_group
+        encoders = random_text_encoders(model, self.device, self.dtype)
+        calls = 2 if self.config.rollout.guidance > 1 else 1
+        for prompts in (1, samples):
+            for states in encode_random(model, encoders, prompts):
+                require_finite("conditions", states)
+        once_s = self.median(lambda: encode_random(model, encoders, 1))
+        each_s = self.median(lambda: [encode_random(model, encoders, samples) for _ in range(calls)])
+        return {"once_s": once_s, "each_s": each_s}
 
     def noise(self, policy: Policy, config: Config) -> Tensor:
         return torch.randn((config.rollout.group_size, *policy.latent_shape()))

@@ -1,8 +1,8 @@
 """Published models with random weights, to be timed.
 
 Promises
-- Weights are random and so are conditions, of the real shapes (services/planning/published.py): neither text
-  encoder nor tokenizer is made.
+- Weights are random and so are conditions, of the real shapes (services/planning/published.py): no tokenizer
+  is made, and text encoders by themselves.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
+from torch import Tensor
 
 from policy.base import Condition
 from policy.families.sd3 import StableDiffusion3Policy
@@ -45,6 +47,29 @@ def random_policy(model: Published, config: ModelConfig, *, base: bool = True) -
     pipeline = random_pipeline(model, device, getattr(torch, config.dtype))
     configs = Configs(denoiser=dict(pipeline.transformer.config), vae=dict(pipeline.vae.config), scheduler={})
     return StableDiffusion3Policy.around(pipeline, config, configs, base=base)
+
+
+def random_text_encoders(model: Published, device: torch.device, dtype: torch.dtype) -> list[Any]:
+    """The text encoders, on a device."""
+    # Imported before the block, as above.
+    kinds = [getattr(transformers, told["encoder"]) for told in model.text_encoders or ()]
+    made: list[Any] = []
+    for kind, told in zip(kinds, model.text_encoders or (), strict=True):
+        with quiet(), torch.device(device):
+            made.append(kind(kind.config_class(**told["config"])).to(dtype).eval())
+    return made
+
+
+@torch.no_grad()
+def encode_random(model: Published, encoders: list[Any], prompts: int) -> list[Tensor]:
+    """What each encoder makes of so many prompts of random tokens: its last layer."""
+    states = []
+    for encoder, told in zip(encoders, model.text_encoders or (), strict=True):
+        shape = (prompts, told["tokens"])
+        tokens = torch.randint(encoder.config.vocab_size, shape, device=encoder.device)
+        # All layers' as the pipelines ask, which take the last but one of CLIP.
+        states.append(encoder(tokens, output_hidden_states=True).hidden_states[-1])
+    return states
 
 
 def random_condition(model: Published, device: torch.device, dtype: torch.dtype, seed: int) -> Condition:

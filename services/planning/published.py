@@ -46,6 +46,8 @@ class Published:
     """Of a condition; of Qwen-Image, whose conditions are as long as their prompts, of a usual prompt."""
     text_billions: float
     """Parameters of its text encoders."""
+    text_encoders: list[dict[str, Any]] | None = None
+    """Of those that are timed: `encoder`, a class in transformers, its `config`, and `tokens` of a prompt."""
     vae: dict[str, Any] | None = None
     scheduler: dict[str, Any] | None = None
     """Where the shift follows from the size of the image."""

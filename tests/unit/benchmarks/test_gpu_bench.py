@@ -18,7 +18,7 @@ from benchmarks import gpu_measure
 from benchmarks.gpu import TINY, against_targets, run_gpu_bench
 from benchmarks.gpu_baseline import PlainLoop
 from benchmarks.gpu_measure import Bench
-from benchmarks.random_models import random_pipeline
+from benchmarks.random_models import random_pipeline, random_text_encoders
 from learner.update import Updater
 from services.cli import app
 from services.config import LoraConfig
@@ -96,8 +96,20 @@ def test_every_figure_is_there_and_says_that_it_means_nothing() -> None:
     assert 0 < result["weights"]["lora"]["published_s"] < result["weights"]["lora"]["installed_s"]
     for part in ("step", "baseline"):
         assert result[part]["images"] == 8
-        assert result[part]["step_s"] == pytest.approx(result[part]["rollout_s"] + result[part]["update_s"])
+        seconds = sum(result[part][f"{phase}_s"] for phase in ("text", "rollout", "update"))
+        assert result[part]["step_s"] == pytest.approx(seconds)
+    # A prompt a group; a prompt and a negative one a sample.
+    assert result["step"]["text_s"] == 2 * result["text"]["once_s"] > 0
+    assert result["baseline"]["text_s"] == 2 * result["text"]["each_s"] > 0
     assert result["ratios"]["step"] == result["baseline"]["step_s"] / result["step"]["step_s"]
+
+
+def test_text_encoders_are_as_large_as_the_published_ones() -> None:
+    model = Published.named("sd35-medium")
+    encoders = random_text_encoders(model, torch.device("meta"), torch.float32)
+    billions = sum(weight.numel() for encoder in encoders for weight in encoder.parameters()) / 1e9
+    assert billions == pytest.approx(model.text_billions, rel=0.005)
+    assert sorted({told["tokens"] for told in model.text_encoders or ()}) == [77, model.text_tokens - 77]
 
 
 def test_on_a_gpu_targets_stand_beside_what_was_measured() -> None:
