@@ -27,7 +27,8 @@ from services.config_file import load_config
 from services.messages import PolicyVersion, WeightsAnnouncement
 from services.policy_store import PolicyStore, install, publish
 from services.ray_runtime import start_on_loopback
-from services.transports import WeightsTransport, open_transport
+from services.transports.base import WeightsTransport
+from services.transports.choice import open_transport
 
 DEADLINE_S = 300.0
 TARGET = 1.5

@@ -45,7 +45,7 @@ from services.heartbeat import BEATS_TO_LIVE, Pulse
 from services.logs import configure_logging
 from services.process_title import show_title
 from services.ray_runtime import learner_backend, nccl_listens_where_ray_does
-from services.transports import open_transport
+from services.transports.choice import open_transport
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

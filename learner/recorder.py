@@ -29,7 +29,7 @@ from services.group_queue import Frontier
 from services.messages import PolicyVersion, WeightsAnnouncement
 from services.policy_store import publish
 from services.recording_writer import RecordingWriter
-from services.transports import WeightsTransport
+from services.transports.base import WeightsTransport
 
 Record = Callable[[Sequence[Group]], None]
 STATE = "recorded.json"

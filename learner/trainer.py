@@ -34,7 +34,7 @@ from services.context import RunContext
 from services.group_queue import Frontier
 from services.messages import PolicyVersion, WeightsAnnouncement
 from services.policy_store import publish, publish_rows
-from services.transports import WeightsTransport
+from services.transports.base import WeightsTransport
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -24,7 +24,7 @@ from services.policy_store import WeightsGone
 from services.process_title import show_title
 from services.prompts import prompt_source
 from services.ray_runtime import NAMESPACE, POLICY_STORE, actor_name
-from services.transports import open_transport
+from services.transports.choice import open_transport
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from services.config import Config
 from services.messages import GroupTask, WeightsAnnouncement
 from services.policy_store import install
 from services.prompts import prompt_source
-from services.transports import WeightsTransport
+from services.transports.base import WeightsTransport
 
 AHEAD = 256
 """Groups whose prompts are encoded when one is missing in the cache: loading the encoders takes so long."""

@@ -21,7 +21,7 @@ from services.messages import GroupTask
 from services.process_title import show_title
 from services.prompts import group_task, prompt_source
 from services.ray_metrics import RewardMetrics
-from services.transports import open_transport
+from services.transports.choice import open_transport
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from services.checkpoint_parts import SUFFIX, read_part
 from services.codec import WeightsEncoder, decode_weights, weights_digest
 from services.messages import PolicyVersion, WeightsAnnouncement
 from services.safetensors_layout import ALIGNMENT_BYTES, BadLayout, Bytes
-from services.transports import WeightsTransport
+from services.transports.base import WeightsTransport
 from services.transports.rendezvous import Rendezvous
 
 KEPT_VERSIONS = 4

@@ -2,8 +2,3 @@
 
 One file a transport. What they carry is proven by who sends and who receives (services/policy_store.py).
 """
-
-from services.transports.base import WeightsTransport
-from services.transports.choice import open_transport
-
-__all__ = ["WeightsTransport", "open_transport"]

@@ -1,9 +1,7 @@
-"""Weights over NCCL: what is ours of it, over TCP in the place of GPUs, and all of it where there are two."""
+"""Weights over NCCL: what is ours of it, over TCP in the place of GPUs, and all of it on GPUs."""
 
 from __future__ import annotations
 
-import importlib.util
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,60 +20,13 @@ from services.policy_store import PolicyStore, fetch, publish
 from services.transports.nccl_pair import NcclPair, nccl_pairs
 from services.transports.pair import CHUNK_BYTES, CONNECT_S, Broken
 from services.transports.pairs import PairsTransport
+from tests.integration.nccl_gpus import gpus_to_join, needs_nccl
+from tests.integration.tcp_wire import TcpWire
 
 pytestmark = pytest.mark.integration
 
 DEADLINE_S = 60.0
 AT_ONCE_S = 8.0
-
-
-class TcpWire:
-    """Joins two over loopback. Like NCCL it waits for ever, until it is aborted."""
-
-    def __init__(self) -> None:
-        self._server: socket.socket | None = None
-        self._socket: socket.socket | None = None
-
-    def unique(self) -> bytes:
-        self._server = socket.create_server(("127.0.0.1", 0))
-        return str(self._server.getsockname()[1]).encode()
-
-    def join(self, unique: bytes, rank: int) -> None:
-        if rank == 0:
-            assert self._server is not None
-            self._socket = self._server.accept()[0]
-        else:
-            self._socket = socket.create_connection(("127.0.0.1", int(unique)))
-
-    def send(self, tensor: Tensor, peer: int) -> None:
-        self._whole(lambda view: self._open.send(view), tensor)
-
-    def receive(self, tensor: Tensor, peer: int) -> None:
-        self._whole(lambda view: self._open.recv_into(view), tensor)
-
-    def abort(self) -> None:
-        for one in (self._socket, self._server):
-            if one is not None:
-                try:
-                    one.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    one.close()
-
-    @property
-    def _open(self) -> socket.socket:
-        assert self._socket is not None
-        return self._socket
-
-    def _whole(self, move: Any, tensor: Tensor) -> None:
-        left = memoryview(tensor.view(torch.uint8).numpy())
-        try:
-            while left:
-                moved = move(left)
-                if not moved:
-                    raise RuntimeError("the other side is gone\nand what NCCL would say of it")
-                left = left[moved:]
-        except OSError as error:
-            raise RuntimeError(str(error)) from error
 
 
 class Unreached(TcpWire):
@@ -165,12 +116,9 @@ def test_an_error_of_nccl_breaks_the_connection_in_one_line(store: Any) -> None:
     here.close()
 
 
-@pytest.mark.skipif(
-    torch.cuda.device_count() < 2 or importlib.util.find_spec("cupy") is None,
-    reason="needs two GPUs and CuPy (pip install 'dgpo-cluster[nccl]')",
-)
+@needs_nccl
 def test_from_one_gpu_to_another(store: Any) -> None:
-    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    first, second = (torch.device("cuda", index) for index in gpus_to_join())
     transport = PairsTransport(store, nccl_pairs(first))
     receiver = PairsTransport(store, nccl_pairs(second))
     tensors = {"a": torch.randn(CHUNK_BYTES // 2, device=first), "b": torch.arange(5, device=first).half()}

@@ -24,7 +24,8 @@ from services.config_file import load_config
 from services.full_disk import disk_refuses
 from services.messages import PolicyVersion, WeightsAnnouncement
 from services.policy_store import PolicyStore, WeightsGone, WeightsMismatch, fetch, publish
-from services.transports import open_transport, pairs
+from services.transports import pairs
+from services.transports.choice import open_transport
 from services.transports.gloo_pair import GlooPair
 from services.transports.object_store import ObjectStoreTransport
 from services.transports.pair import CHUNK_BYTES, CONNECT_S, Broken

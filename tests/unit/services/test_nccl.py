@@ -18,7 +18,8 @@ import torch
 from services.config_file import ConfigError, load_config
 from services.ray_runtime import nccl_listens_where_ray_does
 from services.suites.settings import for_workers
-from services.transports.nccl_pair import CardWire, nccl_pairs
+from services.transports.nccl_pair import nccl_pairs
+from services.transports.nccl_wire import CardWire
 
 SHARES = ["learner.num_gpus=1", "rollout.num_gpus=0.5", "eval.num_gpus=0.5"]
 WHOLE = ["learner.publish_through=nccl", "model.device=cuda", *SHARES]
