@@ -22,7 +22,6 @@ Of sharded training the parts are directories (learner/sharded_checkpoint.py).
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import os
 import re
@@ -30,21 +29,22 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from tenacity import before_sleep_log, retry, retry_if_exception_type, stop_after_attempt, wait_fixed
 from torch import Tensor
 
+from learner.checkpoint_manifest import MANIFEST, read_manifest, write_manifest
 from services.checkpoint_parts import SUFFIX, digest_of, part_of, read_part, sha256_of
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
-SHARDED_FORMAT = 2
-"""Of one with parts that are directories (learner/sharded_checkpoint.py)."""
-MANIFEST = "manifest.json"
+READS = 3
+"""Of a checkpoint: storage behind a network fails for a moment."""
+BETWEEN_READS_S = 1.0
 # `.replaced`: what a step of an older lineage is called while the new one takes its name.
 COMPLETE_NAME = re.compile(r"step-(\d+)(\.replaced)?")
 UNVERIFIED = ".unverified"
@@ -54,6 +54,10 @@ REMOVED = ".removed"
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read; former ones are as they were."""
+
+
+class StorageError(CheckpointError):
+    """The storage could not read what is there."""
 
 
 class CheckpointsUnusable(CheckpointError):
@@ -168,11 +172,8 @@ def complete(
     partial = partial_of(run_directory, step)
     folder = partial.parent
     final = folder / f"step-{step}"
-    sharded = any("/" in name for name in files)
     with _told(partial):
-        about = {"format": SHARDED_FORMAT if sharded else FORMAT, "step": step, "files": files}
-        (partial / MANIFEST).write_text(json.dumps({**manifest, **about}, indent=2) + "\n")
-        _sync(partial / MANIFEST)
+        _sync(write_manifest(partial, step, files, manifest))
         for place in sorted({(partial / name).parent for name in files} | {partial}):
             _sync(place)
         _take_name(partial, final)
@@ -201,7 +202,7 @@ def newest_checkpoint(run_directory: Path) -> Checkpoint | None:
         CheckpointsUnusable: there are some, and none is right.
         CheckpointError: it cannot be seen which there are.
     """
-    return _newest(run_directory, _verified)
+    return _newest(run_directory, read_checkpoint)
 
 
 def newest_step(run_directory: Path) -> int:
@@ -218,7 +219,7 @@ def _newest(run_directory: Path, read: Callable[[Path], Checkpoint]) -> Checkpoi
     passed_over: list[PassedOver] = []
     for path in _candidates(run_directory / "checkpoints"):
         try:
-            return replace(read(path), passed_over=tuple(passed_over))
+            return replace(_patient(read)(path), passed_over=tuple(passed_over))
         except CheckpointError as error:
             logger.warning("passed over a checkpoint: %s", error)
             passed_over.append(PassedOver(path, str(error)))
@@ -230,6 +231,16 @@ def _newest(run_directory: Path, read: Callable[[Path], Checkpoint]) -> Checkpoi
         f"{each}Mend what keeps one from being read (the storage, the version of this program), or put a "
         "copy of one in its place, and resume; to begin at step 0 instead, start a new run"
     )
+
+
+def _patient(read: Callable[[Path], Checkpoint]) -> Callable[[Path], Checkpoint]:
+    return retry(
+        retry=retry_if_exception_type(StorageError),
+        stop=stop_after_attempt(READS),
+        wait=wait_fixed(BETWEEN_READS_S),
+        before_sleep=before_sleep_log(logger, logging.WARNING),
+        reraise=True,
+    )(read)
 
 
 def set_aside(found: Checkpoint) -> list[str]:
@@ -270,7 +281,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         try:
             whole = file.is_file() and file.stat().st_size == entry["bytes"]
         except OSError as error:
-            raise CheckpointError(f"{file}: cannot be seen: {error}") from error
+            raise StorageError(f"{file}: cannot be seen: {error}") from error
         if not whole:
             raise CheckpointError(f"{file}: not there, or not the {entry['bytes']} bytes of the manifest")
     return opened
@@ -282,7 +293,16 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: it is not there, not whole, or a digest differs.
     """
-    return _verified(path)
+    found = _opened(path)
+    try:
+        for name, entry in found.manifest["files"].items():
+            if sha256_of(path / name) != entry["sha256"]:
+                raise CheckpointError(
+                    f"{path / name}: its sha256 is not the manifest's: changed or cut short"
+                )
+    except OSError as error:
+        raise _unread(path, error) from error
+    return found
 
 
 def write_part(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -317,40 +337,24 @@ def _remove(path: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def _verified(path: Path) -> Checkpoint:
-    found = _opened(path)
-    try:
-        for name, entry in found.manifest["files"].items():
-            if sha256_of(path / name) != entry["sha256"]:
-                raise CheckpointError(
-                    f"{path / name}: its sha256 is not the manifest's: changed or cut short"
-                )
-    except OSError as error:
-        raise CheckpointError(f"{path}: not a complete checkpoint: {error}") from error
-    return found
-
-
 def _opened(path: Path) -> Checkpoint:
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        told = manifest["files"].items()
-        files = {str(name): (str(entry["sha256"]), int(entry["bytes"])) for name, entry in told}
-        step, version = int(manifest["step"]), manifest["format"]
-        if version not in (FORMAT, SHARDED_FORMAT):
-            raise CheckpointError(
-                f"{path}: format {version}, this version reads formats {FORMAT} and {SHARDED_FORMAT}"
-            )
-        if not files:
-            raise CheckpointError(f"{path}: the manifest names no file")
-        for name in files:
-            inside = PurePosixPath(name)
-            if len(inside.parts) > 2 or ".." in inside.parts or inside.is_absolute():
-                raise CheckpointError(f"{path}: the manifest names a file outside the checkpoint: {name!r}")
+        manifest = read_manifest(path)
     except OSError as error:
-        raise CheckpointError(f"{path}: not a complete checkpoint: {error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not a complete checkpoint: its {MANIFEST}: {error!r}") from error
+        raise _unread(path, error) from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not a complete checkpoint: its {MANIFEST}: {error}") from error
+    step = int(manifest["step"])
+    if COMPLETE_NAME.fullmatch(path.name) and step != _step(path):
+        raise CheckpointError(f"{path}: its {MANIFEST} is that of step {step}")
     return Checkpoint(path=path, step=step, manifest=manifest)
+
+
+def _unread(path: Path, error: OSError) -> CheckpointError:
+    """A file that is not there is what it is; another error may be the storage's, of this moment."""
+    missing = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+    kind = CheckpointError if missing else StorageError
+    return kind(f"{path}: not a complete checkpoint: {error}")
 
 
 def _candidates(folder: Path) -> Iterator[Path]:

@@ -15,6 +15,7 @@ import torch
 
 from learner import checkpoint
 from learner.checkpoint import (
+    READS,
     CheckpointError,
     CheckpointsUnusable,
     newest_checkpoint,
@@ -24,6 +25,7 @@ from learner.checkpoint import (
     write_checkpoint,
 )
 from learner.checkpoint_writer import CheckpointWriter
+from services.checkpoint_parts import sha256_of
 from tests.dying import dies_before
 
 STAGES = ("mkdir", "save_file", "_sync", "sha256_of", "write_text", "rename", "rmtree")
@@ -101,7 +103,19 @@ def test_a_replaced_learner_removes_nothing_of_its_successor(tmp_path: Path) -> 
     assert newest(tmp_path) == (20, 20.0)
 
 
-DAMAGES = ("cut", "flipped", "file", "unreadable", "manifest", "json", "format", "outside", "entry")
+DAMAGES = (
+    "cut",
+    "flipped",
+    "file",
+    "unreadable",
+    "manifest",
+    "json",
+    "format",
+    "outside",
+    "entry",
+    "number",
+    "renamed",
+)
 
 
 def damage(checkpoint: Path, how: str) -> None:
@@ -123,11 +137,18 @@ def damage(checkpoint: Path, how: str) -> None:
         manifest.write_text(manifest.read_text()[:40])
     else:
         content: dict[str, Any] = json.loads(manifest.read_text())
+        if how == "number":
+            content["frontier"]["resolved"] += 1
+        else:
+            # As of a version that wrote none.
+            del content["sha256"]
         if how == "format":
             content["format"] = 99
         elif how == "entry":
             del content["files"]["policy.safetensors"]["bytes"]
-        else:
+        elif how == "renamed":
+            content["step"] = 7
+        elif how == "outside":
             content["files"] = {"../../x.safetensors": content["files"]["policy.safetensors"]}
         manifest.write_text(json.dumps(content))
 
@@ -137,8 +158,12 @@ def test_a_damaged_checkpoint_is_passed_over_told_and_kept(tmp_path: Path, how: 
     write(tmp_path, 1)
     last = write(tmp_path, 2)
     damage(last, how)
-    of_manifest = ("manifest", "json", "entry")
-    named = {"format": "format 99"} | dict.fromkeys(of_manifest, "manifest.json")
+    of_manifest = ("manifest", "json", "entry", "outside")
+    named = dict.fromkeys(of_manifest, "manifest.json") | {
+        "format": "format 99",
+        "number": "manifest.json: its sha256 is not that of its content",
+        "renamed": "manifest.json is that of step 7",
+    }
     with pytest.raises(CheckpointError, match=f"step-2.*{named.get(how, 'safetensors')}"):
         read_checkpoint(last)
     found = newest_checkpoint(tmp_path)
@@ -170,6 +195,34 @@ def test_a_run_with_damaged_checkpoints_alone_does_not_begin_anew(tmp_path: Path
         assert f"\n  step-{step}: {alone.value}\n" in told
     assert "put a copy of one in its place, and resume" in told
     assert names(tmp_path) == ["step-1", "step-2"]
+
+
+@pytest.mark.parametrize(("failures", "step"), [(READS - 1, 2), (READS, 1)])
+def test_storage_that_fails_for_a_moment_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int, step: int
+) -> None:
+    write(tmp_path, 1)
+    last = write(tmp_path, 2)
+    monkeypatch.setattr(checkpoint, "BETWEEN_READS_S", 0.0)
+    left = [OSError(errno.EIO, os.strerror(errno.EIO), str(last))] * failures
+
+    def fails(file: Path) -> str:
+        if left:
+            raise left.pop()
+        return sha256_of(file)
+
+    monkeypatch.setattr(checkpoint, "sha256_of", fails)
+    found = newest_checkpoint(tmp_path)
+    assert found is not None and found.step == step and not left
+    assert [over.path for over in found.passed_over] == ([last] if step == 1 else [])
+
+
+def test_a_manifest_of_an_older_version_has_no_digest(tmp_path: Path) -> None:
+    file = write(tmp_path, 2) / "manifest.json"
+    content = json.loads(file.read_text())
+    assert content.pop("sha256")
+    file.write_text(json.dumps(content))
+    assert read_checkpoint(file.parent).manifest == content
 
 
 def test_a_folder_that_cannot_be_read_is_no_empty_one(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,13 @@ from sharded_runs import (
 )
 from torch import Tensor
 
-from learner.checkpoint import CheckpointError, newest_checkpoint, open_checkpoint
+from learner.checkpoint import (
+    CheckpointError,
+    newest_checkpoint,
+    open_checkpoint,
+    read_checkpoint,
+    write_checkpoint,
+)
 from policy.probe import probe, probe_error
 from rollout_workers.suite_worker import _proven
 from services.checkpoint_parts import digest_of_part, files_of, read_part
@@ -47,7 +52,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     losses = train(single, range(2))
     single.checkpoint(version(2), Frontier(below=6))
     torch.save({"losses": losses, "state": state_of(single)}, place / "single.pt")
-    torn = shutil.copytree(place / "single" / "checkpoints" / "step-2", place / "single" / TORN)
+    stored = read_checkpoint(place / "single" / "checkpoints" / "step-2")
+    torn = write_checkpoint(place / "single", 3, stored.state, {**stored.manifest}, keep=2)
     (torn / "ema.safetensors").write_bytes(b"torn")
     each_of(4, publishes_and_writes, place)
     return place
