@@ -20,16 +20,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from policy.component_files import check_vocabulary
 from policy.errors import PolicyError
-from policy.whole import (
-    DENOISER_FILE,
-    ENCODER_FILE,
-    check_finite,
-    check_vocabulary,
-    check_weights,
-    load_whole,
-    read_component,
-)
+from policy.whole import check_finite, check_whole, load_whole, read_component
 from services.config import ModelConfig
 from services.safetensors_layout import ALIGNMENT_BYTES
 
@@ -117,6 +110,16 @@ class Configs:
     denoiser: Mapping[str, Any]
     vae: Mapping[str, Any]
     scheduler: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class CheckedFiles:
+    """The files of a local pipeline, none of which was found wanting."""
+
+    files: list[Path] = field(default_factory=list)
+    """Of weights."""
+    unclear: dict[str, str] = field(default_factory=dict)
+    """Components whose headers do not tell whether they hold what the configuration describes, and why."""
 
 
 def check_index(parts: Parts, location: str, index: Mapping[str, Any], *, text_encoders: bool) -> None:
@@ -221,6 +224,15 @@ def _component(
     parts: Parts, name: str, told: str, folder: Path, index: Mapping[str, Any], config: ModelConfig
 ) -> Any:
     """A component that has a class of its own: weights, or a vocabulary."""
+    kind = _kind(parts, name, told, index)
+    if name not in parts.tokenizers:
+        return load_whole(told, kind, folder, getattr(torch, config.dtype))
+    check_vocabulary(told, folder)
+    return read_component(told, kind, folder)
+
+
+def _kind(parts: Parts, name: str, told: str, index: Mapping[str, Any]) -> Any:
+    """The class of a component."""
     import diffusers
     import transformers
 
@@ -230,28 +242,31 @@ def _component(
         raise PolicyError(
             f"{told} is of a class that {library.__name__} does not have: {_class(index, name)}"
         )
-    if name not in parts.tokenizers:
-        return load_whole(told, kind, folder, getattr(torch, config.dtype))
-    check_vocabulary(told, folder)
-    return read_component(told, kind, folder)
+    return kind
 
 
-def check_files(parts: Parts, directory: Path, index: Mapping[str, Any]) -> list[Path]:
-    """The files of all weights of a local pipeline; only their headers are read.
+def check_files(parts: Parts, directory: Path, index: Mapping[str, Any]) -> CheckedFiles:
+    """Whether a local pipeline could be loaded whole, as far as headers and vocabularies tell.
 
     Raises:
-        PolicyError: one is not whole, or missing.
+        PolicyError: it could not.
     """
-    files: list[Path] = []
-    for name in (*parts.classes, *parts.tokenizers):
-        if _class(index, name) is None:
-            continue
-        told, folder = f"model.path {directory}: the {name}", directory / name
-        if name in parts.tokenizers:
-            check_vocabulary(told, folder)
-        else:
-            files += check_weights(told, folder, ENCODER_FILE if name in parts.encoders else DENOISER_FILE)
-    return files
+    check_index(parts, str(directory), index, text_encoders=True)
+    checked = CheckedFiles()
+    with quiet():
+        for name in (*parts.classes, *parts.tokenizers):
+            if _class(index, name) is None:
+                continue
+            told, folder = f"model.path {directory}: the {name}", directory / name
+            kind = _kind(parts, name, told, index)
+            if name in parts.tokenizers:
+                check_vocabulary(told, folder)
+                continue
+            files, unclear = check_whole(told, kind, folder)
+            checked.files.extend(files.headers)
+            if unclear:
+                checked.unclear[name] = unclear
+    return checked
 
 
 def check_numbers(pipeline: Any, parts: Parts, location: str) -> None:

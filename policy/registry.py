@@ -17,7 +17,7 @@ from typing import Any
 
 from policy import families, loading
 from policy.errors import PolicyError
-from policy.loading import Configs
+from policy.loading import CheckedFiles, Configs
 from policy.pipeline_policy import PipelinePolicy
 from services.config import Config, ModelConfig
 from services.config_file import find
@@ -116,12 +116,16 @@ def check_sampling(config: Config) -> None:
         family.check_rollout(rollout)
 
 
-def check_files(config: ModelConfig) -> list[Path]:
-    """The files of a local model's weights, held against their headers and indices.
+def check_files(config: ModelConfig) -> CheckedFiles:
+    """Whether a local model could be loaded whole: its headers, indices and vocabularies; no weight is read.
+
+    Of a hub id nothing, so that it is refused only when it is loaded.
 
     Raises:
-        PolicyError: as `load_policy`; or a file is missing or not whole.
+        PolicyError: as `load_policy`.
     """
+    if not find(config.path).is_dir():
+        return CheckedFiles()
     location, index = _locate(config)
     return loading.check_files(_family(location, index).parts, Path(location), index)
 

@@ -1,86 +1,70 @@
-"""Are the files of a component whole, and is all of it in them? The libraries ask neither.
+"""Is all of a component in its files, and nothing else? The libraries do not ask.
 
 Promises
-- A file that is cut short or that its index contradicts, a weight that is in no file, one that the
-  configuration has no place for, and one that is not a number are a PolicyError that names component, file
-  and weights: no weight of a model is ever a random one.
-- Names come from the headers of the files: of weights nothing is read but what is loaded anyway.
+- A weight that is in no file, one that the configuration has no place for, one of another shape and one that
+  is not a number are a PolicyError that names component, file and weights: no weight of a model is ever a
+  random one.
+- What headers tell of that is told without reading a weight (`check_whole`), by the rule by which a component
+  is refused when it is loaded (`load_whole`). What they leave open is left to the loading.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from policy.component_files import (
+    DENOISER_FILE,
+    ENCODER_FILE,
+    MEND,
+    REMEDY,
+    ComponentFiles,
+    check_weights,
+    counted,
+)
 from policy.errors import PolicyError
 
-DENOISER_FILE: Final = "diffusion_pytorch_model.safetensors"
-"""As diffusers calls the weights of a component."""
-ENCODER_FILE: Final = "model.safetensors"
-"""As transformers does."""
-VOCABULARIES: Final = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
-"""What may hold the words of a tokenizer; without any the library makes one that knows none."""
-REMEDY: Final = "download or copy it again, or save the pipeline again with save_pretrained"
-MEND: Final = "config.json must be the one that the weights were saved with"
-SHOWN: Final = 3
 FLOATS: Final = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _NUMBER: Final = re.compile(r"(?<=\.)\d+(?=\.)")
+_OTHER_NAMES: Final = re.compile(r'"(quantization_config|transformers_weights)"\s*:(?!\s*null)')
+"""In a config.json: its files hold other weights than those of the component, or are called otherwise."""
 
 
-def check_weights(told: str, folder: Path, name: str) -> list[Path]:
-    """The files that a library reads of a component; of each only its header is read.
+def check_whole(told: str, kind: Any, folder: Path) -> tuple[ComponentFiles, str]:
+    """What `load_whole` would refuse, as far as headers tell; no weight is read, and none is allocated.
 
     Args:
         told: the component, for the error.
-        name: of the file, if there is one alone.
+        kind: its class, of diffusers or transformers.
+
+    Returns:
+        Its files, and why their headers were not held against its configuration; empty: they were.
 
     Raises:
-        PolicyError: there are none, or one is not whole.
+        PolicyError: its files are not whole, or not of what its configuration describes.
     """
-    if name == ENCODER_FILE:
-        _check_config(told, folder / "config.json")
-    alone, index = folder / name, folder / f"{name}.index.json"
-    # Of both diffusers takes the shards, transformers the one file.
-    if alone.is_file() and (name == ENCODER_FILE or not index.is_file()):
-        _names(told, alone)
-        return [alone]
-    if not index.is_file():
-        raise PolicyError(
-            f"{told} cannot be loaded: no file named {name}, and no {index.name}, in {folder}; weights must "
-            "be safetensors, nothing is unpickled"
-        )
-    places = _places(told, index)
-    files = sorted({folder / file for file in places.values()})
-    for file in files:
-        if not file.is_file():
-            raise PolicyError(f"{told} is not whole: {file} is missing, which {index.name} names; {REMEDY}")
-        there = _names(told, file)
-        lacks = [weight for weight, place in places.items() if folder / place == file and weight not in there]
-        if lacks:
-            raise PolicyError(
-                f"{told} is not whole: {file} lacks {_told(lacks)}, which {index.name} says are in it (is it "
-                f"a copy of another shard?); {REMEDY}"
-            )
-    return files
-
-
-def check_vocabulary(told: str, folder: Path) -> None:
-    """Whether a tokenizer has words.
-
-    Raises:
-        PolicyError: no file of it holds any.
-    """
-    if not any((folder / file).is_file() for file in VOCABULARIES):
-        raise PolicyError(
-            f"{told} has no vocabulary: {folder} holds none of {', '.join(VOCABULARIES)}; {REMEDY}"
-        )
+    files = check_weights(told, folder, _file_name(kind))
+    config = folder / "config.json"
+    try:
+        other = _OTHER_NAMES.search(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PolicyError(f"{told} cannot be loaded: {config}: {error}; {MEND}") from error
+    if other:
+        return files, f"its config.json has a {other[1]}"
+    try:
+        model, found = (_empty_of_diffusers if _of_diffusers(kind) else _empty_encoder)(kind, files)
+    except MemoryError:
+        raise
+    # What cannot be made without memory may well be made with it.
+    except Exception as error:
+        return files, f"it cannot be made without its weights: {error!r}"
+    _refuse_others(told, kind, model, found, files)
+    return files, ""
 
 
 def load_whole(told: str, kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
@@ -93,36 +77,15 @@ def load_whole(told: str, kind: Any, folder: Path, dtype: torch.dtype) -> nn.Mod
     Raises:
         PolicyError: its files are not whole, or not of what its configuration describes.
     """
-    ours = kind.__module__.startswith("diffusers.")
-    (file, *more) = check_weights(told, folder, DENOISER_FILE if ours else ENCODER_FILE)
+    files = check_weights(told, folder, _file_name(kind))
     # Of other shapes transformers says only in its log which they are, unless it is to replace them.
     how: dict[str, Any] = (
-        {"torch_dtype": dtype} if ours else {"dtype": dtype, "ignore_mismatched_sizes": True}
+        {"torch_dtype": dtype} if _of_diffusers(kind) else {"dtype": dtype, "ignore_mismatched_sizes": True}
     )
     # Nothing is unpickled: weights in another format are refused.
     how |= {"use_safetensors": True, "output_loading_info": True}
     model, found = read_component(told, kind, folder, **how)
-    place = f"{folder} ({1 + len(more)} files)" if more else str(file)
-    missing, surplus = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
-    if missing:
-        raise PolicyError(
-            f"{told} is not whole: {place} lacks {_told(missing)}, of the {len(model.state_dict())} that its "
-            f"config.json describes; {REMEDY}; {MEND}"
-        )
-    for weight, there, wanted in sorted(found["mismatched_keys"]):
-        raise PolicyError(
-            f"{told} is not what its config.json describes: in {place} {weight} is {tuple(there)}, expected "
-            f"{tuple(wanted)}; {MEND}"
-        )
-    if not ours:
-        # Heads that a text encoder does not use may lie beside it; a layer more may not.
-        known = {_NUMBER.sub("*", weight) for weight in model.state_dict()}
-        surplus = [weight for weight in surplus if _NUMBER.sub("*", weight) in known]
-    if surplus:
-        raise PolicyError(
-            f"{told} is not what its config.json describes: {place} also holds {_told(surplus)}, for which "
-            f"it has no place (too few layers?); {MEND}"
-        )
+    _refuse_others(told, kind, model, found, files)
     loaded: nn.Module = model
     return loaded
 
@@ -167,52 +130,89 @@ def check_finite(told: str, module: nn.Module) -> None:
     ]
     if wrong:
         raise PolicyError(
-            f"{told} has weights that are not finite (NaN or infinite): {_told(wrong)}; {REMEDY}, or set "
+            f"{told} has weights that are not finite (NaN or infinite): {counted(wrong)}; {REMEDY}, or set "
             "model.dtype to one that holds them"
         )
 
 
-def _check_config(told: str, file: Path) -> None:
-    """Of a text encoder: of an empty one transformers would make its own, of any size."""
-    try:
-        kind = json.loads(file.read_text(encoding="utf-8"))["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+def _of_diffusers(kind: Any) -> bool:
+    return bool(kind.__module__.startswith("diffusers."))
+
+
+def _file_name(kind: Any) -> str:
+    return DENOISER_FILE if _of_diffusers(kind) else ENCODER_FILE
+
+
+def _refuse_others(
+    told: str, kind: Any, model: nn.Module, found: Mapping[str, Any], files: ComponentFiles
+) -> None:
+    """Whether the weights that a library found are those of the component.
+
+    Args:
+        found: its `output_loading_info`.
+
+    Raises:
+        PolicyError: they are not.
+    """
+    missing, surplus = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+    if missing:
         raise PolicyError(
-            f"{told} cannot be loaded: {file} does not say of which model_type it is ({error!r}); {MEND}"
-        ) from error
-    if not isinstance(kind, str):
-        raise PolicyError(f"{told} cannot be loaded: {file} has model_type {kind!r}, expected a name; {MEND}")
-
-
-def _names(told: str, file: Path) -> set[str]:
-    """Of the weights in a file, by its header, which is held against the file's size."""
-    try:
-        with safe_open(file, "pt") as opened:
-            return set(opened.keys())
-    except (SafetensorError, OSError) as error:
+            f"{told} is not whole: {files.place()} lacks {counted(missing)}, of the "
+            f"{len(model.state_dict())} that its config.json describes; {REMEDY}; {MEND}"
+        )
+    for weight, there, wanted in sorted(found["mismatched_keys"]):
         raise PolicyError(
-            f"{told} cannot be loaded: {file} is no whole safetensors file ({file.stat().st_size} bytes): "
-            f"{error}; {REMEDY}"
-        ) from error
-
-
-def _places(told: str, index: Path) -> dict[str, str]:
-    """Weight -> file, of an index of shards."""
-    try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        found = {str(weight): str(file) for weight, file in places.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            f"{told} is not what its config.json describes: in {files.place([weight])} {weight} is "
+            f"{tuple(there)}, expected {tuple(wanted)}; {MEND}"
+        )
+    if not _of_diffusers(kind):
+        # Heads that a text encoder does not use may lie beside it; a layer more may not.
+        known = {_NUMBER.sub("*", weight) for weight in model.state_dict()}
+        surplus = [weight for weight in surplus if _NUMBER.sub("*", weight) in known]
+    if surplus:
         raise PolicyError(
-            f"{told} cannot be loaded: {index} is no index of shards (an object with a weight_map): "
-            f"{error!r}; {REMEDY}"
-        ) from error
-    if not found:
-        raise PolicyError(f"{told} is not whole: the weight_map of {index} names no weight; {REMEDY}")
-    return found
+            f"{told} is not what its config.json describes: {files.place(surplus)} also holds "
+            f"{counted(surplus)}, for which it has no place (too few layers?); {MEND}"
+        )
 
 
-def _told(weights: Iterable[str]) -> str:
-    """'5 weights: a, b, c, ...'"""
-    names = list(weights)
-    more = ", ..." if len(names) > SHOWN else ""
-    return f"{len(names)} weight{'s' if len(names) > 1 else ''}: {', '.join(names[:SHOWN])}{more}"
+def _empty_of_diffusers(kind: Any, files: ComponentFiles) -> tuple[nn.Module, dict[str, Any]]:
+    """A component without weights, and what diffusers would find: it does so only as it reads them."""
+    with torch.device("meta"):
+        model = kind.from_config(kind.load_config(str(files.folder)))
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    there, listed = files.shapes, files.listed
+    if listed is None:
+        # Attention of old autoencoders; of shards it does not.
+        model._fix_state_dict_keys_on_load(there)
+        listed = frozenset(there)
+    ignored = kind._keys_to_ignore_on_load_unexpected or ()
+    return model, {
+        "missing_keys": wanted.keys() - listed,
+        "unexpected_keys": [
+            name
+            for name in listed - wanted.keys()
+            if not any(re.search(pattern, name) for pattern in ignored)
+        ],
+        "mismatched_keys": [
+            (name, shape, wanted[name])
+            for name, shape in there.items()
+            if name in wanted and shape != wanted[name]
+        ],
+    }
+
+
+def _empty_encoder(kind: Any, files: ComponentFiles) -> tuple[nn.Module, dict[str, Any]]:
+    """A text encoder without weights, and what transformers finds of them, by its own renaming and tying."""
+    with torch.device("meta"):
+        weights = {name: torch.empty(shape) for name, shape in files.shapes.items()}
+    made: tuple[nn.Module, dict[str, Any]] = kind.from_pretrained(
+        None,
+        config=kind.config_class.from_pretrained(str(files.folder)),
+        state_dict=weights,
+        device_map={"": "meta"},
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    return made

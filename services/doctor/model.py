@@ -7,17 +7,21 @@ from services.doctor.finding import Finding
 
 
 def file_findings(config: Config) -> list[Finding]:
-    """Whether every file of weights is whole; only headers are read."""
+    """Whether every file of weights is whole, and holds what its component needs; only headers are read."""
     from policy.errors import PolicyError
     from policy.registry import check_files
 
     try:
-        files = check_files(config.model)
+        checked = check_files(config.model)
     except PolicyError as error:
         return [Finding(what="model files", ok=False, found=str(error), remedy="mend model.path, as it says")]
-    size = sum(file.stat().st_size for file in files)
-    found = f"{len(files)} safetensors files, {size / 1024**2:,.1f} MiB: their headers are whole"
-    return [Finding(what="model files", ok=True, found=found)]
+    size = sum(file.stat().st_size for file in checked.files)
+    unclear = "; ".join(f"not asked of the {name}: {why}" for name, why in checked.unclear.items())
+    found = (
+        f"{len(checked.files)} safetensors files, {size / 1024**2:,.1f} MiB: their headers are whole, with "
+        "the names and shapes that each config.json describes"
+    )
+    return [Finding(what="model files", ok=True, found="; ".join(filter(None, (found, unclear))))]
 
 
 def rollout_findings(config: Config) -> list[Finding]:

@@ -25,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from rollout_workers.suite_worker import ShardScores, ShardTask, SuiteWork, SuiteWorker
 from services.config import Config
+from services.config_file import ConfigError
 from services.context import RewardPlace
 from services.formatting import reason
 from services.prompts import sample_seeds
@@ -72,7 +73,8 @@ def evaluate_suite(evaluation: SuiteEvaluation, out: Path, screen: Console) -> d
         summary.py `summarize`, also in `summary.json` of the folder.
 
     Raises:
-        ConfigError: the folder holds something else, or an evaluation with other settings.
+        ConfigError: the folder holds something else, or an evaluation with other settings; or the model, if
+            it is here, is not whole.
         RuntimeError: a worker kept failing, or a shard was not done within `eval.deadline_s`.
     """
     settings = settings_of(
@@ -95,12 +97,18 @@ def _sample(
     settings: EvaluationSettings,
     screen: Console,
 ) -> None:
+    from policy.errors import PolicyError
+    from policy.registry import check_files
     from services.cluster_room import require_room
     from services.demands import reward_demands, sampling_demand
     from services.driver import reward_places
     from services.ray_runtime import ray_cluster
 
     config, shard_prompts = evaluation.config, settings.shard_prompts
+    try:
+        check_files(config.model)
+    except PolicyError as error:
+        raise ConfigError(str(error)) from error
     weights = evaluation.weights.resolve() if evaluation.weights is not None else None
     with (
         tempfile.TemporaryDirectory() as private,

@@ -19,7 +19,10 @@ from torch import Tensor
 from transformers import CLIPTextModelWithProjection
 
 from policy import PolicyError, load_encoders, load_policy
+from policy.loading import CheckedFiles
 from policy.pipeline_policy import PipelinePolicy
+from policy.registry import check_files, read_family
+from services.config import ModelConfig
 
 Tensors = dict[str, Tensor]
 LAYER = re.compile(r"(?<=\.)0(?=\.)")
@@ -59,10 +62,29 @@ def change(file: Path, made: Callable[[Tensors], Tensors]) -> bytes:
     return before
 
 
-def refuses(case: Case, copy: Path, *told: str) -> None:
+def refuses(case: Case, copy: Path, *told: str, unseen: bool = False, foreseen: tuple[str, ...] = ()) -> None:
+    """When it is loaded and, in the same words, before anything is.
+
+    Args:
+        unseen: headers do not tell it.
+        foreseen: the words before, where diffusers has its own.
+    """
+    config = case.config(path=str(copy))
     with pytest.raises(PolicyError) as refused:
-        load_policy(case.config(path=str(copy)), text_encoders=True, vae=True)
+        load_policy(config, text_encoders=True, vae=True)
     assert all(part in str(refused.value) for part in told), refused.value
+    if unseen:
+        assert foresees(config).files
+        return
+    with pytest.raises(PolicyError) as before:
+        foresees(config)
+    assert all(part in str(before.value) for part in foreseen or (str(refused.value),)), before.value
+
+
+def foresees(config: ModelConfig) -> CheckedFiles:
+    """In the order of a driver."""
+    read_family(config)
+    return check_files(config)
 
 
 def some_weight(weights: Tensors) -> str:
@@ -121,8 +143,12 @@ def test_a_layer_that_the_configuration_does_not_have_is_named(
         shapes = "dual_attention_layers" in settings
         for layers, told in ((1, "is not whole: "), (-1, "is not what its config.json describes: ")):
             config.write_text(json.dumps(settings | {"num_layers": settings["num_layers"] + layers}))
-            told = "cannot be loaded: " if shapes else told
-            refuses(case, copy, f"the transformer {told}", str(copy / "transformer"), "transformer_blocks.")
+            where = str(copy / "transformer"), "transformer_blocks."
+            foreseen = (f"the transformer {told}", *where)
+            refuses(
+                *(case, copy, f"the transformer {'cannot be loaded: ' if shapes else told}", *where),
+                foreseen=foreseen if shapes else (),
+            )
 
 
 @each_family
@@ -135,7 +161,9 @@ def test_names_that_published_files_have_are_none_too_many(
     def as_before(component: str, made: Callable[[Tensors], Tensors]) -> None:
         file = file_of(copy / component)
         before = change(file, made)
-        found = load_policy(case.config(path=str(copy)), text_encoders=True, vae=False).encode(PROMPT)
+        config = case.config(path=str(copy))
+        assert not check_files(config).unclear
+        found = load_policy(config, text_encoders=True, vae=False).encode(PROMPT)
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
         file.write_bytes(before)
 
@@ -158,9 +186,8 @@ def test_weights_that_are_no_numbers_are_named(sd3: Case, sd3_copy: Path) -> Non
         weight = some_weight(weights)
         weights[weight].view(-1)[1] = float(wrong)
         before = change(file, lambda _, weights=weights: weights)
-        refuses(
-            sd3, sd3_copy, f"the {name} has weights that are not finite (NaN or infinite): 1 weight: {weight}"
-        )
+        told = f"the {name} has weights that are not finite (NaN or infinite): 1 weight: {weight}"
+        refuses(sd3, sd3_copy, told, unseen=True)
         file.write_bytes(before)
 
 
@@ -182,9 +209,20 @@ def test_empty_configurations_are_named(case: Case, policy: PipelinePolicy, copy
 @each_family
 def test_vocabularies_that_are_empty_or_none_are_named(case: Case, copy: Path) -> None:
     vocabulary = copy / "tokenizer" / "tokenizer.json"
-    vocabulary.write_text("{}")
+    whole = json.loads(vocabulary.read_text())
     # Of what was said by a library: not a key alone.
-    refuses(case, copy, f"the tokenizer cannot be loaded: {vocabulary.parent}: KeyError('added_tokens')")
+    vocabulary.write_text(json.dumps({"model": whole["model"]}))
+    told = f"the tokenizer cannot be loaded: {vocabulary.parent}: KeyError('added_tokens')"
+    refuses(case, copy, told, unseen=True)
+    special = [token for token in whole["added_tokens"] if token["special"]]
+    for kind in (dict, list):
+        empty = whole | {"model": whole["model"] | {"vocab": kind()}, "added_tokens": special}
+        for text in ("", "{}", "[]", '{"model": ', json.dumps(empty)):
+            vocabulary.write_text(text)
+            told = (
+                f"the tokenizer has no vocabulary: no word is in {vocabulary} ({len(text)} bytes); download"
+            )
+            refuses(case, copy, told)
     vocabulary.unlink()
     refuses(
         case, copy, f"the tokenizer has no vocabulary: {vocabulary.parent} holds none of tokenizer.json, "

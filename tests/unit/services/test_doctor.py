@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import json
 import os
 import shutil
 from pathlib import Path
@@ -201,6 +202,22 @@ def test_a_model_whose_files_are_not_whole_is_found(file: str, told: str, tmp_pa
     assert not finding.ok
     assert told in finding.found
     assert str(broken if broken.exists() else broken.parent) in finding.found
+
+
+def test_weights_that_the_configuration_does_not_describe_are_found(tmp_path: Path) -> None:
+    copy = shutil.copytree(PROJECT_ROOT / "quickstart" / "model", tmp_path / "model")
+    config = copy / "transformer" / "config.json"
+    settings = json.loads(config.read_text())
+    config.write_text(json.dumps(settings | {"num_layers": settings["num_layers"] + 1}))
+    (finding,) = found_of("model files", f"model.path={copy}")
+    assert not finding.ok
+    file = copy / "transformer" / "diffusion_pytorch_model.safetensors"
+    assert f"the transformer is not whole: {file} lacks " in finding.found
+    assert "config.json must be the one that the weights were saved with" in finding.found
+    config.write_text(json.dumps(settings | {"quantization_config": {}}))
+    (finding,) = found_of("model files", f"model.path={copy}")
+    assert finding.ok
+    assert finding.found.endswith("; not asked of the transformer: its config.json has a quantization_config")
 
 
 def test_a_size_without_positions_is_found() -> None:

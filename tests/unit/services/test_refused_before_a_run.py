@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from safetensors.torch import load_file, save_file
 
-from services import driver
+from services import driver, ray_runtime
 from services.config import Config
-from services.config_file import ConfigError, load_config
+from services.config_file import PROJECT_ROOT, ConfigError, load_config
 from services.progress import Progress
 from services.run_directory import RunDirectory
+from services.suites.prompts import load_suite
+from services.suites.run import SuiteEvaluation, evaluate_suite
 from services.train import _refuse_unusable
 
 
-def test_other_sigmas_are_refused_before_there_is_a_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     def started(config: Config) -> None:
         raise AssertionError("Ray was started")
 
-    monkeypatch.setattr(driver, "ray_cluster", started)
+    for module in (driver, ray_runtime):
+        monkeypatch.setattr(module, "ray_cluster", started)
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_other_sigmas_are_refused_before_there_is_a_run(tmp_path: Path) -> None:
     overrides = [f"run.directory={tmp_path}", "rollout.solver=euler", "rollout.sigmas=fractions"]
     config = load_config("quickstart", overrides)
     refused = "a stock StableDiffusion3Pipeline .* set rollout.sigmas to scheduler"
@@ -33,6 +42,25 @@ def test_other_sigmas_are_refused_before_there_is_a_run(
     _refuse_unusable(
         config.model_copy(update={"model": config.model.model_copy(update={"path": "a/hub-id"})})
     )
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_a_model_that_is_not_whole_is_refused_before_there_is_a_run(tmp_path: Path) -> None:
+    copy = shutil.copytree(PROJECT_ROOT / "quickstart" / "model", tmp_path / "model")
+    file = copy / "text_encoder" / "model.safetensors"
+    weights = load_file(file)
+    lost = next(name for name in weights if name.endswith("q_proj.weight"))
+    del weights[lost]
+    save_file(weights, file, metadata={"format": "pt"})
+    config = load_config("quickstart", [f"run.directory={tmp_path}", f"model.path={copy}"])
+    refused = f"the text_encoder is not whole: {file} lacks 1 weight: .*q_proj.weight, of the "
+    with pytest.raises(ConfigError, match=refused):
+        _refuse_unusable(config)
+    with pytest.raises(ConfigError, match=refused):
+        driver.train(config, RunDirectory.create(config), Progress("test", 1, quiet=True))
+    suite = load_suite("ocr", config, limit=1)
+    with pytest.raises(ConfigError, match=refused):
+        evaluate_suite(SuiteEvaluation(config, None, None, suite, samples=1), tmp_path / "suite", Console())
 
 
 @pytest.mark.parametrize(
