@@ -54,6 +54,10 @@ def evaluation(
         telemetry.write(row)
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
 def card(folder: Path) -> str:
     return (folder / "pipeline" / "README.md").read_text()
 
@@ -200,6 +204,16 @@ def test_one_part_alone(tmp_path: Path, tiny_sd3: Path, run: RunDirectory) -> No
         made = export_run(lora.root, tmp_path / only, "ema", exported_part(only))
         assert made == [tmp_path / only / only]
         assert [path.name for path in (tmp_path / only).iterdir()] == [only]
+    # One goes beside the other, which stays as it is; what is there already is never written again.
+    for only, other in (("pipeline", "lora"), ("lora", "pipeline")):
+        out = tmp_path / other
+        files = contents(out / other)
+        assert export_run(lora.root, out, "ema", exported_part(only)) == [out / only]
+        assert sorted(path.name for path in out.iterdir()) == ["lora", "pipeline"]
+        for again in (only, None):
+            with pytest.raises(ConfigError, match=f"--out {out}: exists and is not an empty directory"):
+                export_run(lora.root, out, "ema", exported_part(again))
+        assert contents(out / other) == files
     code = (tmp_path / "lora" / "lora" / "README.md").read_text()
     # It was made without text encoders, which the base model has.
     assert "=None" not in code
@@ -209,6 +223,26 @@ def test_one_part_alone(tmp_path: Path, tiny_sd3: Path, run: RunDirectory) -> No
     with pytest.raises(ConfigError, match="--only lora: the run has trained every weight"):
         export_run(run.root, tmp_path / "full", "ema", "lora")
     assert not (tmp_path / "full").exists()
+
+
+def test_a_failed_part_leaves_the_other(
+    tmp_path: Path, tiny_sd3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = [f"run.directory={tmp_path}", f"model.path={tiny_sd3}", "model.train=lora"]
+    run, out = RunDirectory.create(load_config("quickstart", settings)), tmp_path / "out"
+    checkpoint(run, 1)
+
+    def broken(*args: Any, **kwargs: Any) -> None:
+        # While this one was at work, another wrote the other part into the directory that it had made.
+        (out / "lora").mkdir(exist_ok=True)
+        (out / "lora" / "precious").touch()
+        raise OSError(errno.EIO, "no more")
+
+    monkeypatch.setattr("policy.export.export_policy", broken)
+    for _ in ("a new directory", "one that has the other part"):
+        with pytest.raises(OSError, match="no more"):
+            export_run(run.root, out, "ema", "pipeline")
+        assert [str(path.relative_to(out)) for path in sorted(out.rglob("*"))] == ["lora", "lora/precious"]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
