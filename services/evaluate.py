@@ -21,7 +21,7 @@ from rich.table import Table
 
 from services.conditions import condition_cache
 from services.config import Config
-from services.config_file import ConfigError, find, load_config, parse_config
+from services.config_file import ConfigError, find, load_for_evaluation, parse_config
 from services.exported_lora import LORA, base_of, is_exported_lora, read_lora
 from services.run_directory import RunDirectory
 from services.suites.settings import with_rewards
@@ -151,7 +151,7 @@ def to_evaluate(
     if recipe is None:
         what = "a LoRA" if lora else "a model of the hub" if hub else "a pipeline"
         raise ConfigError(f"{model} is {what}: say --recipe, which names prompts, rewards and sampling")
-    config = load_config(recipe, overrides)
+    config = load_for_evaluation(recipe, overrides)
     if not lora:
         return _loadable(
             Evaluated(_with_model(config, {"path": str(model), "revision": revision}), None, None)
@@ -176,7 +176,7 @@ def _of_run(model: Path, recipe: str | None, overrides: tuple[str, ...], weights
         if newest is None:
             raise ConfigError(f"{model}: the run has no complete checkpoint yet")
         checkpoint = newest.path
-    config = load_config(recipe, overrides) if recipe is not None else run.config(overrides)
+    config = load_for_evaluation(run.config_file if recipe is None else recipe, overrides)
     return Evaluated(config, checkpoint, weights)
 
 
@@ -189,8 +189,6 @@ def _may_be_hub_id(model: Path) -> bool:
 def _with_model(config: Config, settings: dict[str, Any]) -> Config:
     raw = config.model_dump(mode="json")
     raw["model"] |= settings
-    # It divides the weights of ranks, of which an evaluation has none, and is for full fine-tuning.
-    raw["learner"]["sharding"] = "none"
     return parse_config(raw, source=f"the recipe with model.path {settings['path']}")
 
 

@@ -46,10 +46,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with LocalServer(create_app(ServerConfig(app="ocr", token_env=TOKEN_VARIABLE))) as server:
         reward = f"{{name: ocr, url: '{server.url}', token_env: {TOKEN_VARIABLE}}}"
         (folder / "recipe.yaml").write_text(
-            "extends: quickstart\n"
-            "rollout: {steps: 4, num_cpus: 0.5}\n"
-            "objective: {timesteps: {first: 4, skip: 0}}\n"
-            f"rewards: [{reward}]\n"
+            f"extends: quickstart\nrollout: {{steps: 4, num_cpus: 0.5}}\nrewards: [{reward}]\n"
         )
         yield folder
 

@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from policy import load_policy
 from policy.export import export_lora
 from services.cli_eval import _default_folder
-from services.config import LoraConfig, ModelConfig
+from services.config import Config, LoraConfig, ModelConfig
 from services.config_file import ConfigError, load_config
 from services.evaluate import to_evaluate
 from services.exported_lora import LORA, lora_file, read_lora
 from services.suites.prompts import load_suite
 from services.suites.run import SuiteEvaluation
+from services.suites.settings import for_workers, with_rewards
 
 COMMIT = "1" * 40
 RECIPE = ("model.height=32", "model.width=64", "model.max_sequence_length=1", "model.device=cpu")
@@ -109,6 +110,61 @@ def test_a_lora_whose_base_is_elsewhere(lora: Path, tiny_sd3: Path, tmp_path: Pa
     lora_file(moved).write_bytes(b"half")
     with pytest.raises(ConfigError, match=r"pytorch_lora_weights.safetensors: cannot be read"):
         to_evaluate(moved, "quickstart", RECIPE)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "says"),
+    [
+        ("quickstart", ["rollout.steps=4"], r"objective\.timesteps\.first"),
+        ("quickstart", ["rollout.group_size=12"], "micro_batch"),
+        ("quickstart", ["objective.cfg_free=true", "rollout.guidance=4.5"], "cfg_free"),
+        ("quickstart", ["rewards.0.deadline_s=900"], r"rollout\.hang_s"),
+        (
+            "quickstart",
+            ["cluster.colocate=true", "queue.max_staleness=0", "rollout.workers=3"],
+            "workers sample at the same time",
+        ),
+        ("quickstart", ["learner.publish_through=nccl", "model.device=cpu"], "publish_through nccl"),
+        ("quickstart", ["learner.ranks=64"], "learner.ranks"),
+        ("quickstart-flow-grpo", ["rollout.solver=euler"], "needs the likelihoods of stochastic steps"),
+        ("quickstart-gamed", ["rewards.1.heldout=false"], "guard.drop"),
+    ],
+)
+def test_what_only_training_reads_does_not_stand_in_the_way(
+    tiny_sd3: Path, recipe: str, overrides: list[str], says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        load_config(recipe, overrides)
+    config = to_evaluate(tiny_sd3, recipe, (*RECIPE, *overrides)).config
+    # As a worker gets it.
+    config = Config.model_validate_json(for_workers(with_rewards(config, [])).model_dump_json())
+    loaded = load_config(recipe, RECIPE)
+    told = {override.partition("=")[0]: override.partition("=")[2] for override in overrides}
+    assert config.rollout.steps == int(told.get("rollout.steps", loaded.rollout.steps))
+    assert config.rollout.workers == int(told.get("rollout.workers", loaded.rollout.workers))
+    assert config.rollout.solver == told.get("rollout.solver", loaded.rollout.solver)
+    assert config.rollout.guidance == float(told.get("rollout.guidance", loaded.rollout.guidance))
+    assert config.eval.final_prompts == loaded.eval.final_prompts
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("rollout.steps=1", r"rollout\.steps: .* greater than or equal to 2"),
+        ("rollout.solver=euler", "order is for solver 'dpmsolver"),
+        ("eval.path=prompts.txt", "makes its held-out prompts itself"),
+        ("rewards.0.app=orc", "did you mean 'ocr'"),
+        ("rewards.1.name=ocr", "names must differ"),
+        ("rewards.1.nmae=ocr", "did you mean 'name'"),
+        # Nothing reads it; all the same it is mistyped.
+        ("objective.bta=3", "did you mean 'beta'"),
+        ("learner.max_steps=x", r"learner\.max_steps: "),
+        ("queue.max_stalenes=0", "did you mean 'max_staleness'"),
+    ],
+)
+def test_what_is_wrong_for_an_evaluation_is_refused(tiny_sd3: Path, override: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        to_evaluate(tiny_sd3, "quickstart", (*RECIPE, "rollout.order=2", override))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
