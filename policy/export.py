@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from policy.adapters import ADAPTER_NAME
+from policy.base_digest import base_digest
 from policy.errors import PolicyError
 from policy.model_card import Training, assigned, base_place, loading, write_card
 from policy.pipeline_policy import PipelinePolicy
 from policy.schedule import VP_SETTINGS, pipeline_scheduler
 from services.config import RolloutConfig
+from services.exported_lora import BASE_DIGEST, lora_file
 
 Exported = Literal["pipeline", "lora"]
 """What an export consists of, by the names of its directories."""
@@ -114,6 +116,8 @@ def export_lora(
     type(pipeline).save_lora_weights(
         directory, **{f"{denoiser}_lora_layers": layers, f"{denoiser}_lora_adapter_metadata": metadata}
     )
+    # Beside what peft knows, which takes no other key.
+    _note(lora_file(directory), {BASE_DIGEST: base_digest(policy.transformer.state_dict())})
     name, scheduler = type(pipeline).__name__, pipeline_scheduler(rollout)
     kind = type(scheduler).__name__
     settings = [f"{key}={scheduler.config[key]!r}" for key in _scheduler_settings(rollout)]
@@ -124,6 +128,17 @@ def export_lora(
     )
     write_card(policy, directory, rollout, training, imports=f"{kind}, {name}", load=load)
     return directory
+
+
+def _note(file: Path, told: dict[str, str]) -> None:
+    """Adds to the metadata of a safetensors file."""
+    from safetensors import safe_open
+    from safetensors.torch import load, save_file
+
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    # From a copy: a file that is mapped must not be written.
+    save_file(load(file.read_bytes()), file, metadata | told)
 
 
 def merged(policy: PipelinePolicy) -> Any:

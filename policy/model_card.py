@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from policy.base_digest import base_digest
 from policy.pipeline_policy import PipelinePolicy
 from services.config import AnyObjective, DgpoConfig, ModelConfig, RolloutConfig
 from services.config_file import find
@@ -182,8 +183,11 @@ def _facts(policy: PipelinePolicy, *, lora: bool) -> dict[str, object]:
             f"LoRA of rank {config.lora.rank} and alpha {config.lora.alpha:g}{merged}, in the {denoiser}: "
             f"{targets}"
         )
-    return {
-        "base model": _base(config),
+    facts: dict[str, object] = {"base model": _base(config)}
+    if lora:
+        digest = base_digest(policy.transformer.state_dict())
+        facts["weights of the base model"] = f"digest `{digest}`; `dgpo eval` refuses others"
+    return facts | {
         "trained": trained,
         "precision": "float32"
         if config.dtype == "float32"

@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 from tiny_pipelines import TINY, VARIANTS, build_sd3
 
 from policy import load_policy
+from policy.base_digest import base_digest
 from policy.export import export_lora, export_policy, merged
 from policy.model_card import Training
 from policy.pipeline_policy import PipelinePolicy
 from rollout_workers.sampling import sample
 from services.config import RolloutConfig
-from services.exported_lora import read_lora
+from services.exported_lora import base_of, read_lora
 
 logger = logging.getLogger(__name__)
 PROMPT = "a red cube"
@@ -160,4 +161,7 @@ def test_a_lora_names_its_base_and_its_revision(tmp_path: Path, monkeypatch: pyt
     card = (directory / "README.md").read_text()
     assert "base_model: acme/tiny\nbase_model_relation: adapter\n---\n\n# acme/tiny with Direct" in card
     assert f"| base model | [acme/tiny](https://huggingface.co/acme/tiny/tree/{pinned}), revision" in card
+    digest = base_digest(policy.transformer.state_dict())
+    assert base_of(directory).digest == digest
+    assert f"| weights of the base model | digest `{digest}`; `dgpo eval` refuses others |\n" in card
     assert "LoRA of rank 4 and alpha 6, in the SD3Transformer2DModel: `attn.to_q`" in card
