@@ -1,7 +1,8 @@
 """Export the trained policy in the formats of diffusers: a pipeline, and a LoRA where one was trained.
 
 Promises
-- Stock diffusers loads both, with no code of ours, by the call that their model cards show. It says the dtype
+- Stock diffusers loads both, with no code of ours, by the call that their model cards show (where a base
+  model was a local folder, with its place filled in). It says the dtype
   (left out, diffusers and transformers would take different ones of a bfloat16 pipeline, which then fails)
   and which optional parts there are none of.
 - The images are those of the trained policy. In float32 but for last digits (of a pixel 1 of 255, 2 with a
@@ -21,7 +22,7 @@ from torch import Tensor
 from policy.adapters import ADAPTER_NAME
 from policy.base_digest import base_digest
 from policy.errors import PolicyError
-from policy.model_card import Training, assigned, base_place, loading, write_card
+from policy.model_card import Training, assigned, base_place, loading, loading_base, quoted, write_card
 from policy.pipeline_policy import PipelinePolicy
 from policy.schedule import VP_SETTINGS, pipeline_scheduler
 from services.config import RolloutConfig
@@ -86,7 +87,7 @@ def export_pipeline(
         rollout,
         training,
         imports=type(pipeline).__name__,
-        load=loading(policy, directory.name, revision=None),
+        load=loading(policy, quoted(directory.name), revision=None),
     )
     return directory
 
@@ -122,7 +123,7 @@ def export_lora(
     kind = type(scheduler).__name__
     settings = [f"{key}={scheduler.config[key]!r}" for key in _scheduler_settings(rollout)]
     load = (
-        f"{loading(policy, base_place(config), revision=config.revision)}\n"
+        f"{loading_base(policy)}\n"
         f"{assigned('pipeline.scheduler', kind, settings)}\n"
         f'pipeline.load_lora_weights("{directory.name}")'
     )

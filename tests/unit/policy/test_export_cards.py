@@ -1,4 +1,5 @@
-"""The code on a model card, executed as it stands with stock diffusers, draws what the trained policy draws.
+"""The code on a model card, executed with stock diffusers, draws what the trained policy draws: as it stands,
+but for the place of a base that was a local folder.
 
 In bfloat16 to rounding: `pytest --log-cli-level=info` prints how far, beside what that rounding does to the
 stock pipeline alone.
@@ -50,8 +51,17 @@ def ours(policy: PipelinePolicy, rollout: RolloutConfig) -> NDArray[np.int64]:
     return policy.decode(latents, batch=1)[0].astype(int)
 
 
-def code(directory: Path) -> str:
-    return (directory / "README.md").read_text().split("```python")[1].split("```")[0]
+def code(directory: Path, base: Path | None = None) -> str:
+    """That of its card; of a LoRA whose base was a local folder with the place of that filled in."""
+    card = (directory / "README.md").read_text()
+    text = card.split("```python")[1].split("```")[0]
+    if base is None or directory.name != "lora":
+        return text
+    asked = f'base = "path/to/{base.name}"  # where you have it\n'
+    assert text.count(asked) == 1
+    assert f"The base model was a local folder, `{base.name}`" in card
+    assert str(base.parent) not in card
+    return text.replace(asked, f"base = {str(base)!r}\n")
 
 
 def run(text: str) -> NDArray[np.int64]:
@@ -80,7 +90,7 @@ def test_the_code_of_a_card_draws_the_trained_images(
     made = export_policy(policy, tmp_path, rollout=rollout, training=Training(prompt=PROMPT))
     monkeypatch.chdir(tmp_path)
     for directory in made:
-        drawn = run(code(directory))
+        drawn = run(code(directory, case.directory))
         error = apart(drawn, images)
         if dtype == "float32":
             assert error.max() <= (LAST_DIGITS if directory.name == "lora" else 2)
@@ -132,7 +142,7 @@ def test_a_card_says_which_parts_there_are_none_of(tmp_path: Path, monkeypatch: 
     images = ours(policy, rollout)
     monkeypatch.chdir(tmp_path)
     for directory in export_policy(policy, tmp_path, rollout=rollout, training=Training(prompt=PROMPT)):
-        assert apart(run(code(directory)), images).max() <= 2
+        assert apart(run(code(directory, tmp_path / "base")), images).max() <= 2
         assert "no `text_encoder_3` and `tokenizer_3`" in (directory / "README.md").read_text()
 
 

@@ -169,7 +169,8 @@ def test_the_card_has_what_the_weights_follow_from(tmp_path: Path, tiny_sd3: Pat
             "model.lora={rank: 2, alpha: 8}",
         ),
         *("run.seed=7", "rewards.0.range=[0.1, 0.6]", "rewards.0.weight=3"),
-        *('rewards.0.args={"detect": true, "endpoint": "http://10.0.0.7:80"}', "objective.clip_range=null"),
+        "objective.clip_range=null",
+        'rewards.0.args={"detect": true, "words": "/srv/me/words.txt", "endpoint": "http://10.0.0.7:80"}',
     ]
     run = RunDirectory.create(load_config("quickstart", settings))
     checkpoint(run, 3)
@@ -179,13 +180,17 @@ def test_the_card_has_what_the_weights_follow_from(tmp_path: Path, tiny_sd3: Pat
     out = export_into(run)
     for part, what in (("pipeline", ", merged here"), ("lora", "")):
         told = (out / part / "README.md").read_text()
-        assert f"| base model | `{tiny_sd3}` on the machine of the export |\n" in told
+        assert f"| base model | `{tiny_sd3.name}`, a local folder |\n" in told
+        # A card is published: it says nothing of how folders are called here.
+        assert not any(place in told for place in (str(tiny_sd3.parent), str(tmp_path), "/srv/me"))
+        assert f"path: path/to/{tiny_sd3.name}\n" in told
         assert f"LoRA of rank 2 and alpha 8{what}, in the SD3Transformer2DModel: `attn.to_q`, " in told
         assert (
             f"| run | {run.name}, seed 7 |\n| updates | 3 of 36 |\n| images | 1,536 in 24 groups of 16 |"
             in told
         )
-        assert '| ocr | `ocr` `{"detect": true}` | 3, 0.1 to 0.6 as 0 to 1 |\n' in told
+        args = '{"detect": true, "words": "path/to/words.txt"}'
+        assert f"| ocr | `ocr` `{args}` | 3, 0.1 to 0.6 as 0 to 1 |\n" in told
         recipe = yaml.safe_load(told.split("```yaml")[1].split("```")[0])
         config = run.config()
         assert recipe["objective"] == config.objective.model_dump(mode="json")
