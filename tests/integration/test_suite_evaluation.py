@@ -183,6 +183,8 @@ def test_held_out_prompts_have_the_seeds_of_an_evaluation_inside_a_run(
         (["eval", MODEL, "--samples", "2"], "add --suite"),
         (["eval", MODEL, "--suite", "ocr"], "say --recipe"),
         (["eval", MODEL, "--recipe", "quickstart", "--revision", "main"], "for a model of the hub"),
+        (["eval", MODEL, "--recipe", "quickstart", "--other-base"], "for an exported LoRA"),
+        (["eval", MODEL, "--recipe", "quickstart", "--suite", "ocr", "--other-base"], "for an exported LoRA"),
         (["eval", MODEL, "--recipe", "quickstart", "--suite", "drawbench"], "is not shipped"),
         (["eval", MODEL, "--recipe", "quickstart", "--suite", "ocr", "--rewards", "nothing"], "no reward of"),
         (["compare", MODEL, MODEL], "no evaluation of a suite"),
