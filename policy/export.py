@@ -1,7 +1,8 @@
 """Export the trained policy in the formats of diffusers: a pipeline, and a LoRA where one was trained.
 
 Promises
-- Stock diffusers loads both, with no code of ours, by the call that their model cards show. It says the dtype
+- Stock diffusers loads both, with no code of ours, by the call that their model cards show (where a base
+  model was a local folder, with its place filled in). It says the dtype
   (left out, diffusers and transformers would take different ones of a bfloat16 pipeline, which then fails)
   and which optional parts there are none of.
 - The images are those of the trained policy. In float32 but for last digits (of a pixel 1 of 255, 2 with a
@@ -19,11 +20,13 @@ import torch
 from torch import Tensor
 
 from policy.adapters import ADAPTER_NAME
+from policy.base_digest import base_digest
 from policy.errors import PolicyError
-from policy.model_card import Training, assigned, base_place, loading, write_card
+from policy.model_card import Training, assigned, base_place, loading, loading_base, quoted, write_card
 from policy.pipeline_policy import PipelinePolicy
 from policy.schedule import VP_SETTINGS, pipeline_scheduler
 from services.config import RolloutConfig
+from services.exported_lora import BASE_DIGEST, lora_file
 
 Exported = Literal["pipeline", "lora"]
 """What an export consists of, by the names of its directories."""
@@ -84,7 +87,7 @@ def export_pipeline(
         rollout,
         training,
         imports=type(pipeline).__name__,
-        load=loading(policy, directory.name, revision=None),
+        load=loading(policy, quoted(directory.name), revision=None),
     )
     return directory
 
@@ -114,16 +117,29 @@ def export_lora(
     type(pipeline).save_lora_weights(
         directory, **{f"{denoiser}_lora_layers": layers, f"{denoiser}_lora_adapter_metadata": metadata}
     )
+    # Beside what peft knows, which takes no other key.
+    _note(lora_file(directory), {BASE_DIGEST: base_digest(policy.transformer.state_dict())})
     name, scheduler = type(pipeline).__name__, pipeline_scheduler(rollout)
     kind = type(scheduler).__name__
     settings = [f"{key}={scheduler.config[key]!r}" for key in _scheduler_settings(rollout)]
     load = (
-        f"{loading(policy, base_place(config), revision=config.revision)}\n"
+        f"{loading_base(policy)}\n"
         f"{assigned('pipeline.scheduler', kind, settings)}\n"
         f'pipeline.load_lora_weights("{directory.name}")'
     )
     write_card(policy, directory, rollout, training, imports=f"{kind}, {name}", load=load)
     return directory
+
+
+def _note(file: Path, told: dict[str, str]) -> None:
+    """Adds to the metadata of a safetensors file."""
+    from safetensors import safe_open
+    from safetensors.torch import load, save_file
+
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    # From a copy: a file that is mapped must not be written.
+    save_file(load(file.read_bytes()), file, metadata | told)
 
 
 def merged(policy: PipelinePolicy) -> Any:

@@ -4,13 +4,15 @@ Promises
 - Which components there must be, and of which classes, is said in one place (`Parts`); what differs is a
   PolicyError that names what was found and what would be valid.
 - What is not asked for (text encoders, VAE) is not loaded; what is loaded is whole (policy/whole.py).
-- Nothing is printed: diffusers' and transformers' progress bars and warnings are off while loading, and their
-  settings are put back.
+- Nothing is printed: diffusers' and transformers' progress bars and warnings are off while loading (and while
+  their modules are imported, which warns of what is not installed), and their settings are put back. What
+  the hub's client says of the hub is.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -161,7 +163,8 @@ def read_configs(parts: Parts, config: ModelConfig, location: str) -> Configs:
     for name, kind in kinds.items():
         source: Any = getattr(diffusers, kind)
         try:
-            read = source.load_config(location, subfolder=name, revision=config.revision)
+            with quiet():
+                read = source.load_config(location, subfolder=name, revision=config.revision)
         except (OSError, ValueError) as error:
             raise PolicyError(f"model.path {location}: cannot be loaded: {error}") from error
         found.append(Settings(read, f"model.path {location}: {name}/{source.config_name}"))
@@ -192,10 +195,10 @@ def load_pipeline(
         absent["vae"] = None
     if not denoiser:
         absent[parts.denoiser] = None
-    pipeline_class: Any = getattr(diffusers, parts.pipeline)
     where = f"model.path {location}"
     try:
         with quiet():
+            pipeline_class: Any = getattr(diffusers, parts.pipeline)
             folder = Path(location)
             if not folder.is_dir():
                 folder = Path(
@@ -351,7 +354,10 @@ def quiet() -> Iterator[None]:
         for library in libraries:
             library.set_verbosity_error()
             library.disable_progress_bar()
-        yield
+        with warnings.catch_warnings():
+            # diffusers' own: it hands the hub's client an argument that this has no use for any more.
+            warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument", UserWarning)
+            yield
     finally:
         for library, (verbosity, bars) in zip(libraries, before, strict=True):
             library.set_verbosity(verbosity)

@@ -1,4 +1,9 @@
-"""The model card of an export: what it is, how it came about, and how to call it with stock diffusers."""
+"""The model card of an export: what it is, how it came about, and how to call it with stock diffusers.
+
+Promises
+- Its code runs as it stands, but for the place of a base model that was a local folder: a card is published,
+  so it tells no path of this machine, but has a place to fill in.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from policy.base_digest import base_digest
 from policy.pipeline_policy import PipelinePolicy
 from services.config import AnyObjective, DgpoConfig, ModelConfig, RolloutConfig
 from services.config_file import find
@@ -121,9 +128,35 @@ def base_place(config: ModelConfig) -> str:
     return str(find(config.path).resolve()) if _is_local(config) else config.path
 
 
+def published(told: Any) -> Any:
+    """A setting as a card has it: of a path of this machine its last name.
+
+    >>> published({"path": "/home/me/signs.txt", "limit": 3})
+    {'path': 'path/to/signs.txt', 'limit': 3}
+    """
+    if isinstance(told, dict):
+        return {name: published(value) for name, value in told.items()}
+    if isinstance(told, list):
+        return [published(value) for value in told]
+    return _to_fill_in(told) if isinstance(told, str) and Path(told).is_absolute() else told
+
+
+def loading_base(policy: PipelinePolicy) -> str:
+    """Python that loads the stock pipeline that adapters were trained on."""
+    config = policy.config
+    if not _is_local(config):
+        return loading(policy, quoted(config.path), revision=config.revision)
+    place = quoted(_to_fill_in(base_place(config)))
+    return f"base = {place}  # where you have it\n{loading(policy, 'base', revision=None)}"
+
+
 def loading(policy: PipelinePolicy, place: str, *, revision: str | None) -> str:
-    """Python that loads a stock pipeline with the parts and the dtype of the policy's."""
-    arguments = [quoted(place)]
+    """Python that loads a stock pipeline with the parts and the dtype of the policy's.
+
+    Args:
+        place: Python too.
+    """
+    arguments = [place]
     if revision is not None:
         arguments.append(f"revision={quoted(revision)}")
     arguments.append(f"dtype=torch.{policy.config.dtype}")
@@ -161,7 +194,8 @@ def _notes(policy: PipelinePolicy, folder: str, *, lora: bool) -> list[str]:
     ]
     if lora and _is_local(config):
         notes.append(
-            "The base model is where it was at the training: give its place on your machine instead."
+            f"The base model was a local folder, `{_folder(config)}`: give `base` its place on your machine. "
+            "With another model of its kind it runs too, but its images are not those that were trained."
         )
     if config.dtype == "bfloat16":
         notes.append(BFLOAT16_NOTE)
@@ -182,8 +216,11 @@ def _facts(policy: PipelinePolicy, *, lora: bool) -> dict[str, object]:
             f"LoRA of rank {config.lora.rank} and alpha {config.lora.alpha:g}{merged}, in the {denoiser}: "
             f"{targets}"
         )
-    return {
-        "base model": _base(config),
+    facts: dict[str, object] = {"base model": _base(config)}
+    if lora:
+        digest = base_digest(policy.transformer.state_dict())
+        facts["weights of the base model"] = f"digest `{digest}`; `dgpo eval` refuses others"
+    return facts | {
         "trained": trained,
         "precision": "float32"
         if config.dtype == "float32"
@@ -193,11 +230,19 @@ def _facts(policy: PipelinePolicy, *, lora: bool) -> dict[str, object]:
 
 def _base(config: ModelConfig) -> str:
     if _is_local(config):
-        return f"`{base_place(config)}` on the machine of the export"
+        return f"`{_folder(config)}`, a local folder"
     place = f"https://huggingface.co/{config.path}"
     if config.revision is None:
         return f"[{config.path}]({place}), no revision pinned"
     return f"[{config.path}]({place}/tree/{config.revision}), revision `{config.revision}`"
+
+
+def _folder(config: ModelConfig) -> str:
+    return Path(base_place(config)).name
+
+
+def _to_fill_in(path: str) -> str:
+    return f"path/to/{Path(path).name}"
 
 
 def _is_local(config: ModelConfig) -> bool:

@@ -162,7 +162,8 @@ def _locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        index = DiffusionPipeline.load_config(config.path, revision=config.revision)
+        with loading.quiet():
+            index = DiffusionPipeline.load_config(config.path, revision=config.revision)
     except Exception as error:
         told = (
             f"model.path {config.path!r} (revision {config.revision}): no such directory here, and the model "

@@ -3,10 +3,10 @@
 Promises
 - `score` returns as many finite scores as there were images, or raises RewardError; an error is never a zero.
 - Connection errors, timeouts, 429 (its Retry-After is kept) and 5xx are tried again with exponential backoff
-  and jitter until `deadline_s` has passed: RewardUnavailable. So is 404, of a server that has scored before:
-  a proxy that comes up again knows no path at first. Other refusals are not: RewardRefused. Neither is an
-  answer that breaks the protocol: RewardInvalid. Nor is a certificate that proves nothing, or an https server
-  that speaks no TLS: RewardUntrusted, before anything was sent.
+  and jitter, the last pauses cut short, until `deadline_s` has passed: RewardUnavailable. So is 404, of a
+  server that has scored before: a proxy that comes up again knows no path at first. Other refusals are not:
+  RewardRefused. Neither is an answer that breaks the protocol: RewardInvalid. Nor is a certificate that
+  proves nothing, or an https server that speaks no TLS: RewardUntrusted, before anything was sent.
 - One attempt takes at most `attempt_s` (half the deadline unless said otherwise), so that a server that hangs
   once is asked again, and at least 0.1 s. (Of `score`, headers that drip are bounded by each read only.)
 - Connections are kept and used again. Redirects are not followed: they would carry the token elsewhere.
@@ -64,7 +64,8 @@ __all__ = [
     "Scored",
 ]
 
-_WAIT: Final = asked_and_backoff(0.2, 5.0)
+_BACKOFF_S: Final = (0.2, 5.0)
+"""After the first attempt, and at most."""
 _SHORTEST_ATTEMPT_S: Final = 0.1
 """An attempt with less could only fail, and its failure would say nothing of the server."""
 
@@ -214,10 +215,12 @@ class RewardClient:
             if state.outcome is not None:
                 failures.append(str(state.outcome.exception()))
 
+        # Pauses leave time for an attempt; a server that asks for a longer one is not asked again.
+        last_s = seconds - _SHORTEST_ATTEMPT_S
         return {
             "retry": retry_if_exception_type(Transient),
-            "stop": stop_before_delay(seconds),
-            "wait": _WAIT,
+            "stop": stop_before_delay(last_s),
+            "wait": asked_and_backoff(*_BACKOFF_S, within_s=last_s),
             "after": note,
         }
 

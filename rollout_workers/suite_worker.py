@@ -15,13 +15,14 @@ import torch
 from numpy.typing import NDArray
 
 from policy import load_policy
+from policy.base_digest import base_digest
 from rollout_workers.evaluation import sample_and_score
 from rollout_workers.scoring import RewardServers
 from services.checkpoint_parts import digest_of_part, read_part, sha256_of
 from services.config import Config
 from services.config_file import ConfigError
 from services.context import RewardPlace
-from services.exported_lora import LORA, lora_file, read_lora
+from services.exported_lora import LORA, check_base, lora_file, read_lora
 from services.messages import Message, Prompt
 
 
@@ -37,6 +38,8 @@ class SuiteWork(Message):
     """Which of its weights (services/evaluate.py)."""
     digest: str | None
     """Of those (services/checkpoint_parts.py)."""
+    base_digest: str | None = None
+    """Of the base that a LoRA needs (policy/base_digest.py); None: any will do."""
 
 
 class ShardTask(Message):
@@ -70,6 +73,9 @@ class SuiteWorker:
         self._policy = load_policy(
             told.config.model, text_encoders=True, vae=True, base=False, seed=told.config.run.seed
         )
+        if told.weights is not None and told.base_digest is not None:
+            found = base_digest(self._policy.transformer.state_dict())
+            check_base(told.weights, told.base_digest, found, told.config.model.path)
         if told.weights is not None and told.kind is not None:
             self._policy.install(_proven(told.weights, told.kind, told.digest))
         self._scorer = RewardServers(told.config.rewards, told.rewards)

@@ -70,6 +70,10 @@ def evaluate(
     workers: Annotated[
         int | None, typer.Option("--workers", min=1, help="Rollout workers; default: the recipe's.")
     ] = None,
+    other_base: Annotated[
+        bool,
+        typer.Option("--other-base", help="Of an exported LoRA: on a base that it was not trained on, too."),
+    ] = False,
     images: Annotated[bool, typer.Option("--images", help="Keep every image, beside the sheets.")] = False,
     overrides: Annotated[
         list[str] | None,
@@ -109,7 +113,7 @@ def evaluate(
             )
         from services.evaluate import evaluate_model
 
-        result = evaluate_model(place, recipe, weights, settings, screen, rewards, revision)
+        result = evaluate_model(place, recipe, weights, settings, screen, rewards, revision, other_base)
     else:
         from services.suites.prompts import Columns, load_suite
 
@@ -117,7 +121,7 @@ def evaluate(
             settings = (*settings, f"rollout.workers={workers}")
         result = _evaluate_suite(
             place,
-            (recipe, weights, settings, rewards or [], revision),
+            (recipe, weights, settings, rewards or [], revision, other_base),
             lambda config: load_suite(
                 suite, config, prompts=prompts, columns=Columns(text_column, tag_column), limit=limit
             ),
@@ -158,7 +162,7 @@ def compare(
 
 def _evaluate_suite(
     model: Path,
-    told: tuple[str | None, str, tuple[str, ...], list[str], str | None],
+    told: tuple[str | None, str, tuple[str, ...], list[str], str | None, bool],
     suite_of: Callable[[Config], Suite],
     *,
     samples: int,
@@ -170,8 +174,8 @@ def _evaluate_suite(
     from services.suites.settings import for_workers, with_rewards
     from services.suites.summary import table
 
-    recipe, weights, overrides, rewards, revision = told
-    found = to_evaluate(model, recipe, overrides, weights=weights, revision=revision)
+    recipe, weights, overrides, rewards, revision, other_base = told
+    found = to_evaluate(model, recipe, overrides, weights=weights, revision=revision, other_base=other_base)
     evaluation = SuiteEvaluation(
         config=for_workers(with_rewards(found.config, rewards)),
         weights=found.weights,
@@ -179,6 +183,7 @@ def _evaluate_suite(
         suite=suite_of(found.config),
         samples=samples,
         keep_images=images,
+        base_digest=found.base_digest,
     )
     folder = out or _default_folder(model, evaluation)
     result = evaluate_suite(evaluation, folder, screen)

@@ -14,13 +14,15 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from services.config import OBJECTIVES, Config
+from services.config import OBJECTIVES, Config, Sections
+from services.config.evaluation import evaluation_sections
 
+SectionsT = TypeVar("SectionsT", bound=Sections)
 EXTENDS = "extends"
 """Top-level key of a recipe that names the recipe it is laid over."""
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
@@ -62,19 +64,34 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: anything that makes the result unusable.
     """
-    file = recipe_path(str(path))
-    raw = _read(file, ())
-    for override in overrides:
-        _apply(raw, override)
-    config = parse_config(raw, source=str(file))
-    _check_scorers(config, str(file))
+    raw, source = _overridden(path, overrides)
+    config = parse_config(raw, source=source)
+    _check_scorers(config, source)
+    return config
+
+
+def load_for_evaluation(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The same for an evaluation: what only a training run reads must be right in itself, and no more.
+
+    In what is returned it goes with the rest (services/config/evaluation.py).
+
+    Raises:
+        ConfigError: anything that makes the result unusable for an evaluation.
+    """
+    raw, source = _overridden(path, overrides)
+    config = parse_config(evaluation_sections(_parsed(Sections, raw, source)), source=source)
+    _check_scorers(config, source)
     return config
 
 
 def parse_config(raw: dict[str, Any], *, source: str) -> Config:
     """Validate a nested dict; `source` is named in the error."""
+    return _parsed(Config, raw, source)
+
+
+def _parsed(kind: type[SectionsT], raw: dict[str, Any], source: str) -> SectionsT:
     try:
-        return Config.model_validate(raw)
+        return kind.model_validate(raw)
     except ValidationError as error:
         lines = [_explain(raw, detail) for detail in error.errors()]
         raise ConfigError(f"{source}:\n" + "\n".join(f"  {line}" for line in lines)) from error
@@ -97,6 +114,15 @@ def _check_scorers(config: Config, source: str) -> None:
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML; loads back to an equal Config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _overridden(path: str | Path, overrides: Sequence[str]) -> tuple[dict[str, Any], str]:
+    """A recipe's sections, and what errors call it."""
+    file = recipe_path(str(path))
+    raw = _read(file, ())
+    for override in overrides:
+        _apply(raw, override)
+    return raw, str(file)
 
 
 def _read(file: Path, extending: tuple[Path, ...]) -> dict[str, Any]:

@@ -21,8 +21,8 @@ from rich.table import Table
 
 from services.conditions import condition_cache
 from services.config import Config
-from services.config_file import ConfigError, find, load_config, parse_config
-from services.exported_lora import LORA, base_of, is_exported_lora, read_lora
+from services.config_file import ConfigError, find, load_for_evaluation, parse_config
+from services.exported_lora import LORA, base_of, check_base, is_exported_lora, read_lora
 from services.run_directory import RunDirectory
 from services.suites.settings import with_rewards
 
@@ -35,11 +35,12 @@ def evaluate_model(
     screen: Console,
     rewards: list[str] | None = None,
     revision: str | None = None,
+    other_base: bool = False,
 ) -> dict[str, Any]:
     """Evaluate what `to_evaluate` finds.
 
     Args:
-        model, recipe, weights, overrides, revision: see there.
+        model, recipe, weights, overrides, revision, other_base: see there.
         rewards: instead of those of the recipe (services/suites/settings.py `with_rewards`).
 
     Returns:
@@ -52,6 +53,7 @@ def evaluate_model(
     import torch
 
     from policy import load_policy
+    from policy.base_digest import base_digest
     from rollout_workers.evaluation import evaluate
     from rollout_workers.scoring import RewardServers
     from services.cluster_room import require_room
@@ -60,7 +62,9 @@ def evaluate_model(
     from services.prompts import prompt_source
     from services.ray_runtime import ray_cluster
 
-    found_model = to_evaluate(model, recipe, overrides, weights=weights, revision=revision)
+    found_model = to_evaluate(
+        model, recipe, overrides, weights=weights, revision=revision, other_base=other_base
+    )
     config, place, kind = found_model.config, found_model.weights, found_model.kind
     if rewards:
         config = with_rewards(config, rewards)
@@ -77,8 +81,12 @@ def evaluate_model(
         seed=config.run.seed,
         condition_cache=condition_cache(config, run),
     )
-    if place is not None:
-        policy.install(read_lora(place) if kind == LORA else _weights(place, kind))
+    if place is not None and kind == LORA:
+        found_digest = base_digest(policy.transformer.state_dict())
+        check_base(place, found_model.base_digest, found_digest, config.model.path)
+        policy.install(read_lora(place))
+    elif place is not None:
+        policy.install(_weights(place, kind))
     with tempfile.TemporaryDirectory() as folder, screen.status("starting the reward servers") as status:
         private = RunDirectory(Path(folder))
         with ray_cluster(config) as own_ray, ExitStack() as serving:
@@ -111,6 +119,8 @@ class Evaluated:
     """A checkpoint's directory, or an exported LoRA's; None: the weights of the pipeline itself."""
     kind: str | None
     """`ema` or `policy`, of a checkpoint; `lora`; None, of a pipeline."""
+    base_digest: str | None = None
+    """Of the base that a LoRA needs; None: any will do."""
 
 
 def to_evaluate(
@@ -120,6 +130,7 @@ def to_evaluate(
     *,
     weights: str = "ema",
     revision: str | None = None,
+    other_base: bool = False,
 ) -> Evaluated:
     """Find out what is to be evaluated, and with which configuration.
 
@@ -129,15 +140,18 @@ def to_evaluate(
         recipe: needed for the last three; a run brings its own.
         weights: `ema` or `policy`, of a checkpoint.
         revision: of a hub id.
+        other_base: a LoRA may be on another base than it was trained on.
 
     Raises:
-        ConfigError: it is none of those, or its model cannot be loaded.
+        ConfigError: it is none of those, or its model cannot be loaded, or is not the one that it needs.
     """
     if weights not in ("ema", "policy"):
         raise ConfigError(f"--weights {weights!r}: ema or policy")
     hub = _may_be_hub_id(model)
     if revision is not None and not hub:
         raise ConfigError(f"--revision {revision}: for a model of the hub, and {model} is none")
+    if other_base and not is_exported_lora(model):
+        raise ConfigError(f"--other-base: for an exported LoRA, and {model} is none")
     if (model / "manifest.json").is_file() or (model / "config.yaml").is_file():
         return _of_run(model, recipe, overrides, weights)
     lora = is_exported_lora(model)
@@ -151,18 +165,19 @@ def to_evaluate(
     if recipe is None:
         what = "a LoRA" if lora else "a model of the hub" if hub else "a pipeline"
         raise ConfigError(f"{model} is {what}: say --recipe, which names prompts, rewards and sampling")
-    config = load_config(recipe, overrides)
+    config = load_for_evaluation(recipe, overrides)
     if not lora:
         return _loadable(
             Evaluated(_with_model(config, {"path": str(model), "revision": revision}), None, None)
         )
     base = base_of(model)
     settings = {"path": base.path, "revision": base.revision, "train": "lora", "lora": base.settings}
+    hint = f"; {model} names it as its base: say where that is with --set model.path=DIR"
     if any(override.startswith("model.path=") for override in overrides):
         settings |= {"path": config.model.path, "revision": config.model.revision}
-        return _loadable(Evaluated(_with_model(config, settings), model, LORA))
-    hint = f"; {model} names it as its base: say where that is with --set model.path=DIR"
-    return _loadable(Evaluated(_with_model(config, settings), model, LORA), hint)
+        hint = ""
+    needed = None if other_base else base.digest
+    return _loadable(Evaluated(_with_model(config, settings), model, LORA, needed), hint)
 
 
 def _of_run(model: Path, recipe: str | None, overrides: tuple[str, ...], weights: str) -> Evaluated:
@@ -176,7 +191,7 @@ def _of_run(model: Path, recipe: str | None, overrides: tuple[str, ...], weights
         if newest is None:
             raise ConfigError(f"{model}: the run has no complete checkpoint yet")
         checkpoint = newest.path
-    config = load_config(recipe, overrides) if recipe is not None else run.config(overrides)
+    config = load_for_evaluation(run.config_file if recipe is None else recipe, overrides)
     return Evaluated(config, checkpoint, weights)
 
 
@@ -189,20 +204,25 @@ def _may_be_hub_id(model: Path) -> bool:
 def _with_model(config: Config, settings: dict[str, Any]) -> Config:
     raw = config.model_dump(mode="json")
     raw["model"] |= settings
-    # It divides the weights of ranks, of which an evaluation has none, and is for full fine-tuning.
-    raw["learner"]["sharding"] = "none"
     return parse_config(raw, source=f"the recipe with model.path {settings['path']}")
 
 
 def _loadable(found: Evaluated, hint: str = "") -> Evaluated:
-    """Told before anything is started, with a hint behind it; only configurations are read."""
+    """Told before anything is started, with a hint behind it; of weights next to nothing is read.
+
+    Whether a base that is not in a directory here is the one of a LoRA is seen when it is loaded.
+    """
+    from policy.base_digest import base_digest_of_files
     from policy.errors import PolicyError
     from policy.registry import read_family
 
     try:
         read_family(found.config.model)
+        here = base_digest_of_files(found.config.model) if found.base_digest is not None else None
     except PolicyError as error:
         raise ConfigError(f"{error}{hint}") from error
+    if found.weights is not None:
+        check_base(found.weights, found.base_digest, here, found.config.model.path)
     return found
 
 

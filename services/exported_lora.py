@@ -3,6 +3,7 @@
 Promises
 - The base model, its revision, rank, alpha and targets are read from the file that holds the weights.
 - Nothing is unpickled, and weights that are no numbers are refused: their images would be scored, and low.
+  So are those for another base, unless it is asked for.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 LORA: Final = "lora"
 """Where kinds of weights are told apart (`ema`, `policy`): those of an exported LoRA."""
 _FILE: Final = "pytorch_lora_weights.safetensors"
+BASE_DIGEST: Final = "base_digest"
+"""Key of the file's metadata: of the base's weights (policy/base_digest.py)."""
 _ABOUT: Final = "lora_adapter_metadata"
 _NEEDED: Final = ("base_model_name_or_path", "r", "lora_alpha", "target_modules")
 
@@ -33,6 +36,8 @@ class LoraBase:
     revision: str | None
     settings: Mapping[str, Any]
     """The section `model.lora`."""
+    digest: str | None
+    """Of its weights (policy/base_digest.py); None: the LoRA is of an older version, which did not say."""
 
 
 def is_exported_lora(directory: Path) -> bool:
@@ -55,7 +60,8 @@ def base_of(directory: Path) -> LoraBase:
     file = lora_file(directory)
     try:
         with safe_open(file, "pt") as opened:
-            told = json.loads((opened.metadata() or {}).get(_ABOUT, "{}"))
+            metadata = opened.metadata() or {}
+        told = json.loads(metadata.get(_ABOUT, "{}"))
     except (OSError, SafetensorError, ValueError) as error:
         raise ConfigError(f"{file}: cannot be read: {error}") from error
     # Each key behind the part that is adapted: `transformer.r`. Of other tools it may be anything.
@@ -69,6 +75,28 @@ def base_of(directory: Path) -> LoraBase:
         path=str(about["base_model_name_or_path"]),
         revision=about.get("revision"),
         settings={"rank": about["r"], "alpha": about["lora_alpha"], "targets": about["target_modules"]},
+        digest=metadata.get(BASE_DIGEST),
+    )
+
+
+def check_base(lora: Path, digest: str | None, found: str | None, place: str) -> None:
+    """Whether a LoRA is for the base that it is to be put on.
+
+    Args:
+        digest: of the weights that it was trained on.
+        found: of those of the base at `place`. Of either, None: not known.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if digest is None or found is None or digest == found:
+        return
+    base = base_of(lora)
+    at = f"{base.path} (revision {base.revision})" if base.revision is not None else base.path
+    raise ConfigError(
+        f"{lora} was not trained on the model at {place}, whose weights have the digest {found}, but on one "
+        f"with {digest}, then at {at}: on another base its images are not those that were trained. Say where "
+        "its own is (--set model.path=DIR), or go on with this one all the same (--other-base)"
     )
 
 

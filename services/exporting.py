@@ -3,8 +3,9 @@
 Promises
 - A pipeline directory that `from_pretrained` loads; of a LoRA run also a directory that `load_lora_weights`
   loads, as their model cards show (policy/export.py). No code of ours is needed to use them.
-- Nothing of the user's is overwritten: an existing target is refused. Only the run's own `export/` follows
-  the run; the former one stays until the new one is whole.
+- Nothing of the user's is overwritten: a target that has anything in it is refused, but for the other part
+  where one is written alone. Only the run's own `export/` follows the run; the former one stays until the new
+  one is whole.
 - What has its name is whole: files are written into `.partial` inside the target first. An export that fails
   leaves nothing behind, and one that was killed is no obstacle to the next.
 - Scores on a model card are those of the exported weights.
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,13 +40,14 @@ def export_run(run_dir: Path, out: Path, weights: str, only: Exported | None = N
         run_dir: a run directory.
         out: directory to make; `pipeline/` and, of a LoRA run, `lora/` are made in it.
         weights: `ema` or `policy`.
-        only: one of the two. A LoRA alone is small, and needs neither text encoders nor VAE.
+        only: one of the two; the other may be in `out` already. A LoRA alone is small, and needs neither
+            text encoders nor VAE.
 
     Returns:
         What was written.
 
     Raises:
-        ConfigError: no such run or checkpoint, unknown weights, no such part, or the target exists.
+        ConfigError: no such run or checkpoint, unknown weights, no such part, or something is in the target.
         ExportError: the disk took no more.
     """
     from learner.checkpoint import newest_checkpoint
@@ -60,8 +62,7 @@ def export_run(run_dir: Path, out: Path, weights: str, only: Exported | None = N
         raise ConfigError(f"--weights {weights!r}: ema or policy")
     if only == "lora" and config.model.train != "lora":
         raise ConfigError("--only lora: the run has trained every weight (model.train full); leave it out")
-    if out.exists() and not (out.is_dir() and all(file.name == PARTIAL for file in out.iterdir())):
-        raise ConfigError(f"--out {out}: exists and is not an empty directory; give a new one")
+    _check_target(out, only)
     checkpoint = newest_checkpoint(run.root)
     if checkpoint is None:
         raise ConfigError(f"{run_dir}: the run has no complete checkpoint to export")
@@ -82,6 +83,20 @@ def export_run(run_dir: Path, out: Path, weights: str, only: Exported | None = N
     return [out / path.name for path in made]
 
 
+def _check_target(out: Path, only: Exported | None) -> None:
+    """Whether nothing is in the way; beside a part that is written alone the other one is not.
+
+    Raises:
+        ConfigError: something is.
+    """
+    if not out.exists():
+        return
+    other = {"lora": "pipeline", "pipeline": "lora"}[only] if only else None
+    if not (out.is_dir() and all(file.name in (PARTIAL, other) for file in out.iterdir())):
+        beside = f" (--only {only}: or one with nothing but {other}/ in it)" if other else ""
+        raise ConfigError(f"--out {out}: exists and is not an empty directory; give a new one{beside}")
+
+
 @contextmanager
 def _written(out: Path) -> Iterator[Path]:
     """A directory to write into; what is in it at the end goes to `out`.
@@ -97,8 +112,12 @@ def _written(out: Path) -> Iterator[Path]:
             moved.append(path.rename(out / path.name))
         partial.rmdir()
     except BaseException as error:
-        for place in [partial, *moved] if there else [out]:
+        for place in [partial, *moved]:
             shutil.rmtree(place, ignore_errors=True)
+        if not there:
+            # Not what another export has put beside it meanwhile.
+            with suppress(OSError):
+                out.rmdir()
         if (told := disk_refuses(error, out.absolute())) is not None:
             raise ExportError(f"{out}: not written, and nothing left behind: {told}") from error
         raise

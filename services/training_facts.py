@@ -2,7 +2,7 @@
 
 Promises
 - Scores are those of the exported weights, or there are none and the card says how to get them.
-- No address, token or path of a server or a queue is told.
+- No address, token or path of a server or a queue is told, and of files and folders here only the last name.
 
 The card itself, with base model and call: policy/model_card.py.
 """
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import yaml
 
-from policy.model_card import Training
+from policy.model_card import Training, published
 from services.config import Config, RewardConfig
 from services.config_file import ConfigError
 from services.formatting import estimate
@@ -126,7 +126,7 @@ def _scorer(reward: RewardConfig) -> str:
     if reward.app is None:
         return "a reward server of that name"
     args = {name: value for name, value in reward.args.items() if "://" not in str(value)}
-    return f"`{reward.app}`" + (f" `{json.dumps(args)}`" if args else "")
+    return f"`{reward.app}`" + (f" `{json.dumps(published(args))}`" if args else "")
 
 
 def _weight(reward: RewardConfig) -> str:
@@ -150,7 +150,9 @@ def _recipe(config: Config) -> str:
         mode="json", exclude_defaults=True
     )
     order = [name for name in whole if name in told]
-    text = yaml.safe_dump({name: told[name] for name in order}, sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(
+        published({name: told[name] for name in order}), sort_keys=False, allow_unicode=True
+    )
     return (
         "## Recipe\n\nWhat the weights follow from, beside the rewards; other settings are how the run was "
         f"carried out.\n\n```yaml\n{text}```\n"

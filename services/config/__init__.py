@@ -7,7 +7,7 @@ Promises
 - Secrets are not in here: only the names of environment variables or files that hold them.
 
 Here is the whole; its sections are in prompts.py, training.py and objectives.py (on what is trained, and how)
-and parts.py (with whom, where).
+and parts.py (with whom, where). What an evaluation takes of it: evaluation.py.
 Loading, overrides and error text are in services/config_file.py.
 """
 
@@ -80,14 +80,15 @@ __all__ = [
     "RolloutConfig",
     "RunConfig",
     "Section",
+    "Sections",
     "TelemetryConfig",
     "TimestepConfig",
     "WithReference",
 ]
 
 
-class Config(Section):
-    """A whole run."""
+class Sections(Section):
+    """All sections of a run, each of them right in itself."""
 
     run: RunConfig = RunConfig()
     model: ModelConfig
@@ -103,6 +104,10 @@ class Config(Section):
     guard: GuardConfig = GuardConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+
+class Config(Sections):
+    """A whole run: sections that go together."""
 
     @property
     def trained_rewards(self) -> tuple[RewardConfig, ...]:

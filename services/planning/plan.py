@@ -17,7 +17,7 @@ from services.config_file import ConfigError
 from services.planning.cost import Memory, Work, adapters, memory_of, micro_batch, work_of
 from services.planning.published import PassCost, Published, pass_cost
 from services.planning.rewards import RewardCost, reward_costs
-from services.planning.step import Shape, Split, Step, Times, predict, share_of
+from services.planning.step import Requests, Shape, Split, Step, Times, predict, share_of
 from services.planning.traffic import Machine, Traffic, traffic
 
 TIE = 1.01
@@ -73,7 +73,7 @@ class Costs:
             sample=self.rollout_gpu_s / self.shape.groups,
             scores={one.name: self.group_score_s(one) for one in self.rewards},
             requests={
-                one.name: math.ceil(self.config.rollout.group_size / one.images_per_request)
+                one.name: Requests(self.config.rollout.group_size, one.images_per_request)
                 for one in self.config.rewards
                 if one.images_per_request
             },
@@ -202,7 +202,10 @@ def _with_replicas(costs: Costs, split: Split) -> tuple[Split, Step]:
         times = replace(times, scores={**times.scores, **dict.fromkeys(fixed, together)})
     silent = replace(times, scores={name: times.scores[name] for name in fixed})
     seconds = predict(shape, silent, replace(split, replicas=fixed), shared).seconds
-    most = {name: min(split.workers, shape.groups) * times.requests.get(name, 1) for name in times.scores}
+    most = {
+        name: min(split.workers, shape.groups) * times.requests.get(name, Requests()).count
+        for name in times.scores
+    }
     wanted = {
         name: max(1, min(most[name], math.ceil(shape.groups * each / (REWARD_LOAD * seconds))))
         for name, each in times.scores.items()

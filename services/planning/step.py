@@ -31,6 +31,52 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Requests:
+    """Those in which a reward is asked about a group, all at once.
+
+    >>> requests = Requests(images=24, each=10)
+    >>> requests.count, requests.whole, requests.last
+    (3, 2, 4)
+    """
+
+    images: int = 1
+    """Of the group."""
+    each: int = 1
+    """Images of a request; the last may have fewer."""
+
+    @property
+    def count(self) -> int:
+        return math.ceil(self.images / self.each)
+
+    @property
+    def whole(self) -> int:
+        """Requests that have as many."""
+        return self.images // self.each
+
+    @property
+    def last(self) -> int:
+        """Images of one beside them; 0: there is none."""
+        return self.images % self.each
+
+    @property
+    def largest(self) -> float:
+        """Share of the group's images in the one that takes longest."""
+        return min(self.each, self.images) / self.images
+
+    def rounds(self, groups: int, replicas: int) -> float:
+        """How long so many groups take that are asked about at once, in a replica's time for one of them.
+
+        Whole requests go first; the others go where there is time beside the last of those, and then behind.
+        """
+        full, more = divmod(groups * self.whole, replicas)
+        images = (full + bool(more)) * self.each
+        if self.last:
+            beside = (replicas - more) * (self.each // self.last) if more else 0
+            images += math.ceil(max(0, groups - beside) / replicas) * self.last
+        return images / self.images
+
+
+@dataclass(frozen=True)
 class Times:
     """Seconds of the parts, each of one of them."""
 
@@ -50,8 +96,8 @@ class Times:
     """A version."""
     queue: float = 0.0
     """The server of the queue, an update."""
-    requests: Mapping[str, int] = field(default_factory=dict)
-    """Reward -> requests in which a group is scored, all at once; left out: one."""
+    requests: Mapping[str, Requests] = field(default_factory=dict)
+    """Reward -> in which a group is scored; left out: one."""
 
 
 @dataclass(frozen=True)
@@ -94,15 +140,16 @@ def predict(shape: Shape, times: Times, split: Split, shared: float = 0.0) -> St
     learner = times.take + share_of(shape, split.ranks) * times.update + times.gather + times.publish
     # More workers than a round of the window ask for scores one after the other.
     asking = min(split.workers, shape.groups)
-    parts_of = {name: times.requests.get(name, 1) for name in times.scores}
+    asked = {name: times.requests.get(name, Requests()) for name in times.scores}
     waits = [
-        seconds / parts_of[name] * math.ceil(asking * parts_of[name] / split.replicas.get(name, 1))
+        seconds * asked[name].rounds(asking, split.replicas.get(name, 1))
         for name, seconds in times.scores.items()
     ]
     score, rounds = max(waits, default=0.0), math.ceil(shape.groups / asking)
     once = times.install + sample + (rounds - 1) * max(sample, score) + score + learner
+    # All replicas busy; or each worker waiting for the largest request of each of its groups.
     rewards = [
-        shape.groups * seconds / min(split.replicas.get(name, 1), busy * parts_of[name])
+        shape.groups * seconds * max(1 / split.replicas.get(name, 1), asked[name].largest / busy)
         for name, seconds in times.scores.items()
     ]
     parts = {

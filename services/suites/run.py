@@ -51,6 +51,8 @@ class SuiteEvaluation:
     samples: int
     """Images a prompt."""
     keep_images: bool = False
+    base_digest: str | None = None
+    """Of the base that a LoRA needs; None: any will do."""
 
     def task(self, number: int, shard_prompts: int) -> ShardTask:
         """The prompts and seeds of a shard: with one sample those of an evaluation inside a run."""
@@ -127,6 +129,7 @@ def _sample(
             weights=weights,
             kind=evaluation.kind,
             digest=settings.weights,
+            base_digest=evaluation.base_digest,
         )
         total = -(-len(evaluation.suite.prompts) // shard_prompts)
         with _progress(screen) as progress:

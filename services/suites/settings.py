@@ -129,14 +129,12 @@ def with_rewards(config: Config, chosen: list[str]) -> Config:
 
 
 def for_workers(config: Config) -> Config:
-    """The configuration as an evaluation's workers get it: no learner or evaluator reserves anything, or
-    needs what it would have.
+    """The configuration as an evaluation's workers get it.
 
     They are told their prompts, so it names none: one that names a recording would start no worker.
     """
     raw = config.model_dump(mode="json")
-    raw["learner"] |= {"num_cpus": 0.0, "num_gpus": 0.0, "publish_through": "object_store"}
-    raw["eval"] |= {"num_cpus": 0.0, "num_gpus": 0.0, "path": None}
+    raw["eval"]["path"] = None
     raw["prompts"] = {"source": "words"}
     return Config.model_validate(raw)
 

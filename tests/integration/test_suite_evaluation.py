@@ -46,10 +46,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with LocalServer(create_app(ServerConfig(app="ocr", token_env=TOKEN_VARIABLE))) as server:
         reward = f"{{name: ocr, url: '{server.url}', token_env: {TOKEN_VARIABLE}}}"
         (folder / "recipe.yaml").write_text(
-            "extends: quickstart\n"
-            "rollout: {steps: 4, num_cpus: 0.5}\n"
-            "objective: {timesteps: {first: 4, skip: 0}}\n"
-            f"rewards: [{reward}]\n"
+            f"extends: quickstart\nrollout: {{steps: 4, num_cpus: 0.5}}\nrewards: [{reward}]\n"
         )
         yield folder
 
@@ -186,6 +183,8 @@ def test_held_out_prompts_have_the_seeds_of_an_evaluation_inside_a_run(
         (["eval", MODEL, "--samples", "2"], "add --suite"),
         (["eval", MODEL, "--suite", "ocr"], "say --recipe"),
         (["eval", MODEL, "--recipe", "quickstart", "--revision", "main"], "for a model of the hub"),
+        (["eval", MODEL, "--recipe", "quickstart", "--other-base"], "for an exported LoRA"),
+        (["eval", MODEL, "--recipe", "quickstart", "--suite", "ocr", "--other-base"], "for an exported LoRA"),
         (["eval", MODEL, "--recipe", "quickstart", "--suite", "drawbench"], "is not shipped"),
         (["eval", MODEL, "--recipe", "quickstart", "--suite", "ocr", "--rewards", "nothing"], "no reward of"),
         (["compare", MODEL, MODEL], "no evaluation of a suite"),

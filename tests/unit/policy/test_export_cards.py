@@ -1,4 +1,5 @@
-"""The code on a model card, executed as it stands with stock diffusers, draws what the trained policy draws.
+"""The code on a model card, executed with stock diffusers, draws what the trained policy draws: as it stands,
+but for the place of a base that was a local folder.
 
 In bfloat16 to rounding: `pytest --log-cli-level=info` prints how far, beside what that rounding does to the
 stock pipeline alone.
@@ -19,12 +20,13 @@ from numpy.typing import NDArray
 from tiny_pipelines import TINY, VARIANTS, build_sd3
 
 from policy import load_policy
+from policy.base_digest import base_digest
 from policy.export import export_lora, export_policy, merged
 from policy.model_card import Training
 from policy.pipeline_policy import PipelinePolicy
 from rollout_workers.sampling import sample
 from services.config import RolloutConfig
-from services.exported_lora import read_lora
+from services.exported_lora import base_of, read_lora
 
 logger = logging.getLogger(__name__)
 PROMPT = "a red cube"
@@ -49,8 +51,17 @@ def ours(policy: PipelinePolicy, rollout: RolloutConfig) -> NDArray[np.int64]:
     return policy.decode(latents, batch=1)[0].astype(int)
 
 
-def code(directory: Path) -> str:
-    return (directory / "README.md").read_text().split("```python")[1].split("```")[0]
+def code(directory: Path, base: Path | None = None) -> str:
+    """That of its card; of a LoRA whose base was a local folder with the place of that filled in."""
+    card = (directory / "README.md").read_text()
+    text = card.split("```python")[1].split("```")[0]
+    if base is None or directory.name != "lora":
+        return text
+    asked = f'base = "path/to/{base.name}"  # where you have it\n'
+    assert text.count(asked) == 1
+    assert f"The base model was a local folder, `{base.name}`" in card
+    assert str(base.parent) not in card
+    return text.replace(asked, f"base = {str(base)!r}\n")
 
 
 def run(text: str) -> NDArray[np.int64]:
@@ -79,7 +90,7 @@ def test_the_code_of_a_card_draws_the_trained_images(
     made = export_policy(policy, tmp_path, rollout=rollout, training=Training(prompt=PROMPT))
     monkeypatch.chdir(tmp_path)
     for directory in made:
-        drawn = run(code(directory))
+        drawn = run(code(directory, case.directory))
         error = apart(drawn, images)
         if dtype == "float32":
             assert error.max() <= (LAST_DIGITS if directory.name == "lora" else 2)
@@ -131,7 +142,7 @@ def test_a_card_says_which_parts_there_are_none_of(tmp_path: Path, monkeypatch: 
     images = ours(policy, rollout)
     monkeypatch.chdir(tmp_path)
     for directory in export_policy(policy, tmp_path, rollout=rollout, training=Training(prompt=PROMPT)):
-        assert apart(run(code(directory)), images).max() <= 2
+        assert apart(run(code(directory, tmp_path / "base")), images).max() <= 2
         assert "no `text_encoder_3` and `tokenizer_3`" in (directory / "README.md").read_text()
 
 
@@ -160,4 +171,7 @@ def test_a_lora_names_its_base_and_its_revision(tmp_path: Path, monkeypatch: pyt
     card = (directory / "README.md").read_text()
     assert "base_model: acme/tiny\nbase_model_relation: adapter\n---\n\n# acme/tiny with Direct" in card
     assert f"| base model | [acme/tiny](https://huggingface.co/acme/tiny/tree/{pinned}), revision" in card
+    digest = base_digest(policy.transformer.state_dict())
+    assert base_of(directory).digest == digest
+    assert f"| weights of the base model | digest `{digest}`; `dgpo eval` refuses others |\n" in card
     assert "LoRA of rank 4 and alpha 6, in the SD3Transformer2DModel: `attn.to_q`" in card

@@ -53,6 +53,27 @@ def test_what_passes_is_tried_again(scripted: Any, images: Images, ask: Any, bad
     assert (scored.scores, scored.attempts, len(script.requests)) == ((0.5,) * 5, 3, 3)
 
 
+@pytest.mark.parametrize("asked", [{}, {"retry-after": "0.1"}])
+def test_a_pause_that_would_overrun_the_deadline_is_cut_short(
+    scripted: Any, images: Images, ask: Any, monkeypatch: pytest.MonkeyPatch, asked: dict[str, str]
+) -> None:
+    drawn = SimpleNamespace(uniform=lambda low, high: low + 0.05 * (high - low))
+    monkeypatch.setattr("reward_servers.retrying.random", drawn)
+    monkeypatch.setattr("reward_servers.client._BACKOFF_S", (1000.0, 1000.0))
+    url, script = scripted(Reply(503, headers=asked), Reply())
+    scored = ask(client_of(url, 8.0), images)
+    assert (scored.attempts, len(script.requests)) == (2, 2)
+
+
+def test_a_server_that_asks_for_more_time_than_there_is_is_not_asked_again(
+    scripted: Any, images: Images, ask: Any
+) -> None:
+    url, script = scripted(Reply(429, headers={"retry-after": "4"}), Reply())
+    with pytest.raises(RewardUnavailable, match="gave up after 1 attempts"):
+        ask(client_of(url, 4.0), images)
+    assert len(script.requests) == 1
+
+
 def test_a_server_that_has_scored_may_lose_its_paths_for_a_while(
     scripted: Any, images: Images, ask: Any
 ) -> None:

@@ -54,6 +54,10 @@ def evaluation(
         telemetry.write(row)
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
 def card(folder: Path) -> str:
     return (folder / "pipeline" / "README.md").read_text()
 
@@ -165,7 +169,8 @@ def test_the_card_has_what_the_weights_follow_from(tmp_path: Path, tiny_sd3: Pat
             "model.lora={rank: 2, alpha: 8}",
         ),
         *("run.seed=7", "rewards.0.range=[0.1, 0.6]", "rewards.0.weight=3"),
-        *('rewards.0.args={"detect": true, "endpoint": "http://10.0.0.7:80"}', "objective.clip_range=null"),
+        "objective.clip_range=null",
+        'rewards.0.args={"detect": true, "words": "/srv/me/words.txt", "endpoint": "http://10.0.0.7:80"}',
     ]
     run = RunDirectory.create(load_config("quickstart", settings))
     checkpoint(run, 3)
@@ -175,13 +180,17 @@ def test_the_card_has_what_the_weights_follow_from(tmp_path: Path, tiny_sd3: Pat
     out = export_into(run)
     for part, what in (("pipeline", ", merged here"), ("lora", "")):
         told = (out / part / "README.md").read_text()
-        assert f"| base model | `{tiny_sd3}` on the machine of the export |\n" in told
+        assert f"| base model | `{tiny_sd3.name}`, a local folder |\n" in told
+        # A card is published: it says nothing of how folders are called here.
+        assert not any(place in told for place in (str(tiny_sd3.parent), str(tmp_path), "/srv/me"))
+        assert f"path: path/to/{tiny_sd3.name}\n" in told
         assert f"LoRA of rank 2 and alpha 8{what}, in the SD3Transformer2DModel: `attn.to_q`, " in told
         assert (
             f"| run | {run.name}, seed 7 |\n| updates | 3 of 36 |\n| images | 1,536 in 24 groups of 16 |"
             in told
         )
-        assert '| ocr | `ocr` `{"detect": true}` | 3, 0.1 to 0.6 as 0 to 1 |\n' in told
+        args = '{"detect": true, "words": "path/to/words.txt"}'
+        assert f"| ocr | `ocr` `{args}` | 3, 0.1 to 0.6 as 0 to 1 |\n" in told
         recipe = yaml.safe_load(told.split("```yaml")[1].split("```")[0])
         config = run.config()
         assert recipe["objective"] == config.objective.model_dump(mode="json")
@@ -200,6 +209,16 @@ def test_one_part_alone(tmp_path: Path, tiny_sd3: Path, run: RunDirectory) -> No
         made = export_run(lora.root, tmp_path / only, "ema", exported_part(only))
         assert made == [tmp_path / only / only]
         assert [path.name for path in (tmp_path / only).iterdir()] == [only]
+    # One goes beside the other, which stays as it is; what is there already is never written again.
+    for only, other in (("pipeline", "lora"), ("lora", "pipeline")):
+        out = tmp_path / other
+        files = contents(out / other)
+        assert export_run(lora.root, out, "ema", exported_part(only)) == [out / only]
+        assert sorted(path.name for path in out.iterdir()) == ["lora", "pipeline"]
+        for again in (only, None):
+            with pytest.raises(ConfigError, match=f"--out {out}: exists and is not an empty directory"):
+                export_run(lora.root, out, "ema", exported_part(again))
+        assert contents(out / other) == files
     code = (tmp_path / "lora" / "lora" / "README.md").read_text()
     # It was made without text encoders, which the base model has.
     assert "=None" not in code
@@ -209,6 +228,26 @@ def test_one_part_alone(tmp_path: Path, tiny_sd3: Path, run: RunDirectory) -> No
     with pytest.raises(ConfigError, match="--only lora: the run has trained every weight"):
         export_run(run.root, tmp_path / "full", "ema", "lora")
     assert not (tmp_path / "full").exists()
+
+
+def test_a_failed_part_leaves_the_other(
+    tmp_path: Path, tiny_sd3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = [f"run.directory={tmp_path}", f"model.path={tiny_sd3}", "model.train=lora"]
+    run, out = RunDirectory.create(load_config("quickstart", settings)), tmp_path / "out"
+    checkpoint(run, 1)
+
+    def broken(*args: Any, **kwargs: Any) -> None:
+        # While this one was at work, another wrote the other part into the directory that it had made.
+        (out / "lora").mkdir(exist_ok=True)
+        (out / "lora" / "precious").touch()
+        raise OSError(errno.EIO, "no more")
+
+    monkeypatch.setattr("policy.export.export_policy", broken)
+    for _ in ("a new directory", "one that has the other part"):
+        with pytest.raises(OSError, match="no more"):
+            export_run(run.root, out, "ema", "pipeline")
+        assert [str(path.relative_to(out)) for path in sorted(out.rglob("*"))] == ["lora", "lora/precious"]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")

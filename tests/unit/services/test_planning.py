@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from policy import load_policy
@@ -18,7 +21,7 @@ from services.planning.local import architecture
 from services.planning.plan import Costs, costs_of, make_plan
 from services.planning.published import PassCost, pass_cost
 from services.planning.show import _settings, as_json
-from services.planning.step import Shape, Split, Times, predict
+from services.planning.step import Requests, Shape, Split, Times, predict
 from services.planning.traffic import Machine, group_bytes, weights_bytes
 
 RECIPE = "sd35-medium-geneval-8gpu"
@@ -117,10 +120,47 @@ def test_a_step_without_staleness_is_the_sum() -> None:
 def test_replicas_share_a_group_that_is_scored_in_several_requests() -> None:
     shape, split = Shape(groups=8, staleness=1), Split(workers=4, ranks=4, replicas={"ocr": 12})
     whole = predict(shape, TIMES, split)
-    divided = predict(shape, replace(TIMES, requests={"ocr": 4}), split)
+    divided = predict(shape, replace(TIMES, requests={"ocr": Requests(images=16, each=4)}), split)
     # A replica for each worker's group; or three, one of which has two of its four requests.
     assert (whole.parts["rewards"], divided.parts["rewards"]) == (8 * 2 / 4, 8 * 2 / 12)
     assert whole.parts["turnaround"] - divided.parts["turnaround"] == pytest.approx((2 - 2 / 4 * 2) / 2)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "seconds"),
+    # 10 + 10 + 4 images, a second each: one after the other; 10 + 4 beside 10; all at once.
+    [(1, 24), (2, 14), (3, 10), (9, 10)],
+)
+def test_the_last_request_of_a_group_may_be_smaller(replicas: int, seconds: int) -> None:
+    plan = costs("rewards=[{name: slow, app: ocr, images_per_request: 10}]", "rollout.group_size=24")
+    asked = plan.times(Split(workers=1, ranks=1)).requests
+    assert asked == {"slow": Requests(images=24, each=10)}
+    times = Times(sample=0.0, scores={"slow": 24.0}, update=0.0, requests=asked)
+    step = predict(
+        Shape(groups=1, staleness=0), times, Split(workers=1, ranks=1, replicas={"slow": replicas})
+    )
+    assert step.parts["turnaround"] == seconds
+    # More replicas than the largest request has use for do not bring scores sooner.
+    assert step.parts["rewards"] == max(24 / replicas, 10)
+
+
+@given(
+    groups=st.integers(1, 12),
+    images=st.integers(2, 32),
+    each=st.integers(1, 40),
+    replicas=st.integers(1, 40),
+)
+def test_requests_are_as_long_as_if_each_free_replica_took_the_largest(
+    groups: int, images: int, each: int, replicas: int
+) -> None:
+    requests = Requests(images, each)
+    sizes = sorted([each] * requests.whole + [requests.last] * bool(requests.last), reverse=True)
+    assert (len(sizes), sum(sizes)) == (requests.count, images)
+    free = [0] * replicas
+    for size in sorted(sizes * groups, reverse=True):
+        heapq.heapreplace(free, free[0] + size)
+    told = requests.rounds(groups, replicas) * images
+    assert max(free) - 1e-6 <= told <= max(free) + requests.last + 1e-6
 
 
 def test_a_plan_has_replicas_for_the_requests_of_a_group() -> None:

@@ -8,17 +8,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from policy import load_policy
 from policy.export import export_lora
+from rollout_workers.suite_worker import SuiteWork, SuiteWorker
+from services.checkpoint_parts import sha256_of
 from services.cli_eval import _default_folder
-from services.config import LoraConfig, ModelConfig
+from services.config import Config, LoraConfig, ModelConfig
 from services.config_file import ConfigError, load_config
-from services.evaluate import to_evaluate
+from services.context import RewardPlace
+from services.evaluate import evaluate_model, to_evaluate
 from services.exported_lora import LORA, lora_file, read_lora
 from services.suites.prompts import load_suite
 from services.suites.run import SuiteEvaluation
+from services.suites.settings import for_workers, with_rewards
 
 COMMIT = "1" * 40
 RECIPE = ("model.height=32", "model.width=64", "model.max_sequence_length=1", "model.device=cpu")
@@ -109,6 +115,115 @@ def test_a_lora_whose_base_is_elsewhere(lora: Path, tiny_sd3: Path, tmp_path: Pa
     lora_file(moved).write_bytes(b"half")
     with pytest.raises(ConfigError, match=r"pytorch_lora_weights.safetensors: cannot be read"):
         to_evaluate(moved, "quickstart", RECIPE)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "says"),
+    [
+        ("quickstart", ["rollout.steps=4"], r"objective\.timesteps\.first"),
+        ("quickstart", ["rollout.group_size=12"], "micro_batch"),
+        ("quickstart", ["objective.cfg_free=true", "rollout.guidance=4.5"], "cfg_free"),
+        ("quickstart", ["rewards.0.deadline_s=900"], r"rollout\.hang_s"),
+        (
+            "quickstart",
+            ["cluster.colocate=true", "queue.max_staleness=0", "rollout.workers=3"],
+            "workers sample at the same time",
+        ),
+        ("quickstart", ["learner.publish_through=nccl", "model.device=cpu"], "publish_through nccl"),
+        ("quickstart", ["learner.ranks=64"], "learner.ranks"),
+        ("quickstart-flow-grpo", ["rollout.solver=euler"], "needs the likelihoods of stochastic steps"),
+        ("quickstart-gamed", ["rewards.1.heldout=false"], "guard.drop"),
+    ],
+)
+def test_what_only_training_reads_does_not_stand_in_the_way(
+    tiny_sd3: Path, recipe: str, overrides: list[str], says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        load_config(recipe, overrides)
+    config = to_evaluate(tiny_sd3, recipe, (*RECIPE, *overrides)).config
+    # As a worker gets it.
+    config = Config.model_validate_json(for_workers(with_rewards(config, [])).model_dump_json())
+    loaded = load_config(recipe, RECIPE)
+    told = {override.partition("=")[0]: override.partition("=")[2] for override in overrides}
+    assert config.rollout.steps == int(told.get("rollout.steps", loaded.rollout.steps))
+    assert config.rollout.workers == int(told.get("rollout.workers", loaded.rollout.workers))
+    assert config.rollout.solver == told.get("rollout.solver", loaded.rollout.solver)
+    assert config.rollout.guidance == float(told.get("rollout.guidance", loaded.rollout.guidance))
+    assert config.eval.final_prompts == loaded.eval.final_prompts
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("rollout.steps=1", r"rollout\.steps: .* greater than or equal to 2"),
+        ("rollout.solver=euler", "order is for solver 'dpmsolver"),
+        ("eval.path=prompts.txt", "makes its held-out prompts itself"),
+        ("rewards.0.app=orc", "did you mean 'ocr'"),
+        ("rewards.1.name=ocr", "names must differ"),
+        ("rewards.1.nmae=ocr", "did you mean 'name'"),
+        # Nothing reads it; all the same it is mistyped.
+        ("objective.bta=3", "did you mean 'beta'"),
+        ("learner.max_steps=x", r"learner\.max_steps: "),
+        ("queue.max_stalenes=0", "did you mean 'max_staleness'"),
+    ],
+)
+def test_what_is_wrong_for_an_evaluation_is_refused(tiny_sd3: Path, override: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        to_evaluate(tiny_sd3, "quickstart", (*RECIPE, "rollout.order=2", override))
+
+
+@pytest.fixture
+def other(tiny_sd3: Path, tmp_path: Path) -> Path:
+    """A base of the same architecture."""
+    base = tmp_path / "other"
+    shutil.copytree(tiny_sd3, base)
+    file = base / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor * 1.01 for name, tensor in load_file(file).items()}, file)
+    return base
+
+
+def test_a_lora_is_not_put_on_another_base_unasked(lora: Path, other: Path, tmp_path: Path) -> None:
+    on_other = (*RECIPE, f"model.path={other}")
+    says = f"{lora} was not trained on the model at {other}, .*--set model.path=DIR.*--other-base"
+    with pytest.raises(ConfigError, match=says):
+        to_evaluate(lora, "quickstart", on_other)
+    found = to_evaluate(lora, "quickstart", on_other, other_base=True)
+    assert (found.config.model.path, found.base_digest) == (str(other), None)
+    # One of an older version did not say.
+    old = tmp_path / "old"
+    old.mkdir()
+    with safe_open(lora_file(lora), "pt") as opened:
+        about = {"lora_adapter_metadata": opened.metadata()["lora_adapter_metadata"]}
+    save_file(load_file(lora_file(lora)), lora_file(old), about)
+    assert to_evaluate(old, "quickstart", on_other).base_digest is None
+    for model in (other, Path("acme/tiny")):
+        with pytest.raises(ConfigError, match=f"--other-base: for an exported LoRA, and {model} is none"):
+            to_evaluate(model, "quickstart", RECIPE, other_base=True)
+
+
+def test_a_base_that_is_not_here_yet_is_seen_when_it_is_loaded(
+    lora: Path, tiny_sd3: Path, other: Path, hub: str
+) -> None:
+    """In this process, before anything is started; and in a worker, whose node may have another one there."""
+    on_hub = (*RECIPE, f"model.path={hub}")
+    found = to_evaluate(lora, "quickstart", on_hub)
+    assert found.base_digest is not None
+    # The one that it was trained on.
+    work = SuiteWork(
+        config=found.config,
+        rewards=dict.fromkeys(("ocr", "tesseract"), RewardPlace(url="http://127.0.0.1:1")),
+        weights=lora,
+        kind=LORA,
+        digest=sha256_of(lora_file(lora)),
+        base_digest=found.base_digest,
+    )
+    SuiteWorker(work.model_dump_json())
+    snapshot = other.parent / "cache" / "models--acme--tiny" / "snapshots" / COMMIT
+    shutil.copytree(other, snapshot, dirs_exist_ok=True)
+    with pytest.raises(ConfigError, match=f"not trained on the model at {hub}"):
+        SuiteWorker(work.model_dump_json())
+    with pytest.raises(ConfigError, match=f"not trained on the model at {hub}"):
+        evaluate_model(lora, "quickstart", "ema", on_hub, Console())
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
