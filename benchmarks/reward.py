@@ -4,6 +4,8 @@
   for a server alone (uvicorn) and for one replica on Ray Serve, proxy and all.
 - bodies: the safetensors body against JSON with base64 PNG, in bytes and in time, both ways.
 - scaling: a scorer that waits 50 ms an image, on Serve replicas that follow the load from 1 to N and back.
+- division: a group in one request, or in several at once, on replicas that are alike or not, with our router
+  and with two of Serve's.
 - overload: requests at 4 times what the server can do, each sent once; then some of those that were shed,
   through the client, which comes back.
 
@@ -25,6 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 
+from benchmarks.reward_division import division
 from benchmarks.reward_overload import overload
 from benchmarks.reward_scaling import scaling
 from benchmarks.reward_servers import Load, Served, alone, ray_serve, replicas
@@ -42,7 +45,7 @@ from reward_servers.wire import (
     encode_tensors,
 )
 
-PARTS: Final = ("throughput", "bodies", "scaling", "overload")
+PARTS: Final = ("throughput", "bodies", "scaling", "division", "overload")
 CLIENTS: Final = 8
 GROUP: Final = 16
 """Images of a request: those of one group."""
@@ -65,10 +68,10 @@ def run_reward_bench(
 
     Args:
         requests: of the overload.
-        most: replicas of the scaling, at most.
-        passes: of each side of a comparison.
+        most: replicas of the scaling, at most, and of the division.
+        passes: of each side of a comparison; groups of the division.
         pass_s: seconds of one pass.
-        image_s: seconds that the scorer of the scaling waits an image.
+        image_s: seconds that the scorer of these two waits an image.
 
     Returns:
         Part -> what was measured; `met` where there is a target.
@@ -78,6 +81,7 @@ def run_reward_bench(
         "throughput": lambda: throughput(passes, pass_s),
         "bodies": lambda: bodies(passes),
         "scaling": lambda: scaling(most, image_s, pass_s),
+        "division": lambda: division(most, image_s, passes),
         "overload": lambda: overload(requests),
     }
     for part in parts:

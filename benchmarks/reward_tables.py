@@ -14,6 +14,7 @@ def print_tables(result: dict[str, Any], screen: Console) -> None:
         ("throughput", _throughput),
         ("bodies", _bodies),
         ("scaling", _scaling),
+        ("division", _division),
         ("overload", _overload),
     ):
         if part in result:
@@ -66,6 +67,27 @@ def _scaling(part: dict[str, Any]) -> Table:
         f"{part['p50_s'] * 1e3:.0f}",
         f"{part['p99_s'] * 1e3:.0f}",
     )
+    return table
+
+
+def _division(part: dict[str, Any]) -> Table:
+    routers = list(dict.fromkeys(row["router"] for row in part["rows"]))
+    table = _table(
+        f"seconds of a group of {part['images']} images on {part['replicas']} replicas, "
+        f"{part['image_s'] * 1e3:.0f} ms an image: mean (max)",
+        ("replicas, workers", "images a request", "at best", *routers),
+    )
+    found = {
+        (row["slow"], row["workers"], row["images_per_request"], row["router"]): row for row in part["rows"]
+    }
+    for slow, workers, size in dict.fromkeys(key[:3] for key in found):
+        here = [found[slow, workers, size, router] for router in routers]
+        table.add_row(
+            f"{'one half as fast' if slow else 'alike'}, {workers}",
+            str(size or part["images"]),
+            f"{here[0]['ideal_s']:.2f}",
+            *(f"{row['mean_s']:.2f} ({row['max_s']:.2f})" for row in here),
+        )
     return table
 
 

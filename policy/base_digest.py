@@ -17,9 +17,9 @@ import torch
 import xxhash
 from torch import Tensor
 
+from policy.component_files import DENOISER_FILE, check_weights
 from policy.errors import PolicyError
 from policy.registry import read_family
-from policy.whole import DENOISER_FILE, check_weights
 from services.config import ModelConfig
 from services.config_file import find
 from services.safetensors_layout import BadLayout, tensor_bytes, views
@@ -50,7 +50,7 @@ def base_digest_of_files(config: ModelConfig) -> str | None:
         return None
     name = read_family(config)[0].parts.denoiser
     told, state = f"model.path {directory}: the {name}", dict[str, Tensor]()
-    for file in check_weights(told, directory / name, DENOISER_FILE):
+    for file in check_weights(told, directory / name, DENOISER_FILE).headers:
         try:
             # What nobody looks at is not read.
             state |= views(np.memmap(file, dtype=np.uint8, mode="r"))

@@ -215,15 +215,20 @@ def score(
 def bench(
     parts: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[PART]...", help="throughput, bodies, scaling, overload; default: all."),
+        typer.Argument(
+            metavar="[PART]...", help="throughput, bodies, scaling, division, overload; default: all."
+        ),
     ] = None,
     requests: Annotated[int, typer.Option("--requests", min=100, help="Requests of the overload.")] = 10_000,
-    replicas: Annotated[int, typer.Option("--replicas", min=2, help="Most replicas of the scaling.")] = 4,
+    replicas: Annotated[
+        int,
+        typer.Option("--replicas", min=2, help="Most of the scaling; those of the division."),
+    ] = 4,
     passes: Annotated[int, typer.Option("--passes", min=1, help="Of each side of a comparison.")] = 9,
     seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="Of one pass.")] = 3.0,
     as_json: Json = False,
 ) -> None:
-    """What serving costs over the scorer alone; scaling; overload."""
+    """What serving costs over the scorer alone; scaling; groups in several requests; overload."""
     from benchmarks.reward import PARTS, run_reward_bench
 
     unknown = sorted(set(parts or ()) - set(PARTS))

@@ -1,0 +1,126 @@
+"""Requests at once go to replicas that have none, whatever happened before; a busy one is passed by."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from benchmarks.timed_scorer import TIMED
+from reward_servers.client import RewardClient
+from reward_servers.launch import start_rewards, stop_rewards
+from reward_servers.protocol import SCORE_PATH, TENSOR_TYPE
+from reward_servers.wire import encode_tensors
+from services.config import RewardConfig
+
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_local")]
+
+TOKEN = "a-token-for-tests-only"
+DEADLINE_S = 240.0
+REPLICAS = 3
+BUSY_IMAGES = 20
+
+
+@pytest.fixture(scope="module")
+def url(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    file = tmp_path_factory.mktemp("rewards") / "token"
+    file.touch(0o600)
+    file.write_text(TOKEN)
+    timed = RewardConfig(
+        name="timed",
+        app=TIMED,
+        # So long that requests at once are all there before one of them is answered.
+        args={"image_s": 0.5, "max_batch": BUSY_IMAGES},
+        num_cpus=0.1,
+        replicas=REPLICAS,
+    )
+    yield start_rewards([timed], token_file=file, port=0, deadline_s=DEADLINE_S)["timed"]
+    stop_rewards()
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[RewardClient]:
+    found = RewardClient("timed", url, TOKEN, DEADLINE_S, app=TIMED)
+    yield found
+    found.close()
+
+
+def process(client: RewardClient, images: int = 1) -> int:
+    """The replica that has answered."""
+    details = client.score(np.zeros((images, 2, 2, 3), np.uint8), "p").details
+    return int(details[0]["process"])
+
+
+def at_once(client: RewardClient, count: int) -> list[int]:
+    with ThreadPoolExecutor(count) as threads:
+        return sorted(threads.map(lambda _: process(client), range(count)))
+
+
+def each_once(client: RewardClient) -> bool:
+    """Five times, so that it does not just happen to come out so."""
+    return all(len(set(at_once(client, REPLICAS))) == REPLICAS for _ in range(5))
+
+
+def test_as_many_requests_as_replicas_go_to_one_each(client: RewardClient) -> None:
+    assert each_once(client)
+
+
+def test_more_are_shared_out_evenly(client: RewardClient) -> None:
+    served = at_once(client, 2 * REPLICAS)
+    assert served == sorted(2 * list(dict.fromkeys(served)))
+
+
+def test_a_busy_replica_is_passed_by(client: RewardClient) -> None:
+    with ThreadPoolExecutor(1) as beside:
+        long = beside.submit(process, client, BUSY_IMAGES)
+        time.sleep(1.0)
+        others = [process(client) for _ in range(2 * REPLICAS)]
+        assert not long.done()
+        assert long.result() not in others and len(set(others)) == REPLICAS - 1
+
+
+def test_clients_that_leave_and_a_replica_that_dies_are_not_counted_on(
+    client: RewardClient, url: str
+) -> None:
+    body = encode_tensors(np.zeros((1, 2, 2, 3), np.uint8), "p")
+    headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": TENSOR_TYPE}
+    for _ in range(4):
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{url}{SCORE_PATH}", content=body, headers=headers, timeout=0.2)
+    assert each_once(client)
+    os.kill(process(client), signal.SIGKILL)
+    give_up = time.monotonic() + DEADLINE_S
+    while len(set(at_once(client, REPLICAS))) < REPLICAS:
+        assert time.monotonic() < give_up, "no replica in the place of the one that was killed"
+    assert each_once(client)
+
+
+def test_the_package_is_not_needed_where_it_routes() -> None:
+    """A proxy of a cluster has Ray alone."""
+    import subprocess
+    import sys
+
+    from reward_servers.deployment import deployment_of
+    from reward_servers.server_config import ServerConfig
+
+    config = ServerConfig(app=TIMED, token_env="A_TOKEN")
+    router = deployment_of(config)._deployment_config.request_router_config
+    code = (
+        "import sys, ray.cloudpickle as pickle; sys.modules['reward_servers'] = None; "
+        "print(pickle.loads(sys.stdin.buffer.read()).__name__)"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code],
+        input=router.get_serialized_request_router_cls(),
+        capture_output=True,
+        cwd=Path("/"),
+        check=True,
+    )
+    assert told.stdout.decode().strip() == "FewestRequests"
