@@ -1,13 +1,16 @@
 """Which replica of a reward a request goes to: the one with the fewest requests, in turn among equals.
 
-For Serve, which pickles this class whole and gives it to its proxies: they need not have this package. A
-group comes in several requests at once, or several groups do. Serve's own router takes the less busy of two
-random replicas: two requests often meet at one while another one is idle. Its round robin gives every replica
-as much, however slow it is (`dgpo reward bench division`).
+For Serve, which pickles this class whole and gives it to its proxies: they need not have this package.
+
+A group comes in several requests at once, or several groups do. Serve's own router gives replicas beside the
+proxy all they take, which is more than there ever is here, before those of other nodes get any; of several it
+takes the less busy of two random ones, so that two requests often meet while a third replica is idle. Its
+round robin gives every replica as much, however slow it is (`dgpo reward bench division`).
 """
 
 from __future__ import annotations
 
+import random
 import time
 from collections import Counter
 from typing import Any
@@ -22,7 +25,8 @@ class FewestRequests(FIFOMixin, RequestRouter):  # type: ignore[misc]
     """A request that has been given a replica counts there for so long, before it is sent."""
 
     def initialize_state(self, **_: Any) -> None:
-        self._turn = 0
+        # Proxies that do not know of each other begin in different places.
+        self._turn = random.getrandbits(16)
         self._sent: Counter[ReplicaID] = Counter()
         self._underway: dict[ReplicaID, list[float]] = {}
 
@@ -35,8 +39,9 @@ class FewestRequests(FIFOMixin, RequestRouter):  # type: ignore[misc]
             pending_request.routing_context.should_backoff = True
         if not candidate_replicas:
             return []
-        self._turn = (self._turn + 1) % len(candidate_replicas)
-        turned = candidate_replicas[self._turn :] + candidate_replicas[: self._turn]
+        self._turn += 1
+        first = self._turn % len(candidate_replicas)
+        turned = candidate_replicas[first:] + candidate_replicas[:first]
         now = time.monotonic()
         ranked = sorted(turned, key=lambda replica: self._requests(replica.replica_id, now))
         self._underway.setdefault(ranked[0].replica_id, []).append(now)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,11 +16,16 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+from nodes_scored import REQUESTS
+from ray_nodes import cluster_on_this_machine
 
+from benchmarks.reward_servers import TOKEN_ENV
 from benchmarks.timed_scorer import TIMED
 from reward_servers.client import RewardClient
+from reward_servers.deployment import deployment_of
 from reward_servers.launch import start_rewards, stop_rewards
 from reward_servers.protocol import SCORE_PATH, TENSOR_TYPE
+from reward_servers.server_config import ServerConfig
 from reward_servers.wire import encode_tensors
 from services.config import RewardConfig
 
@@ -102,14 +111,23 @@ def test_clients_that_leave_and_a_replica_that_dies_are_not_counted_on(
     assert each_once(client)
 
 
+def test_replicas_of_other_nodes_than_the_proxy_have_their_share() -> None:
+    """Serve's own router would give them nothing before 128 requests are at the replica beside it."""
+    script = Path(__file__).with_name("nodes_scored.py")
+    with cluster_on_this_machine("--num-cpus=1", **{TOKEN_ENV: TOKEN}) as cluster:
+        cluster.add_node(cpus=1)
+        told = subprocess.run(
+            [sys.executable, str(script)],
+            env=cluster.environment | {"RAY_ADDRESS": f"127.0.0.1:{cluster.port}"},
+            stdout=subprocess.PIPE,
+            timeout=DEADLINE_S,
+            check=True,
+        )
+    assert sorted(Counter(json.loads(told.stdout.splitlines()[-1])).values()) == [REQUESTS / 2, REQUESTS / 2]
+
+
 def test_the_package_is_not_needed_where_it_routes() -> None:
     """A proxy of a cluster has Ray alone."""
-    import subprocess
-    import sys
-
-    from reward_servers.deployment import deployment_of
-    from reward_servers.server_config import ServerConfig
-
     config = ServerConfig(app=TIMED, token_env="A_TOKEN")
     router = deployment_of(config)._deployment_config.request_router_config
     code = (
