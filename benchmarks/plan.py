@@ -13,6 +13,7 @@ leaves an update at least `SECONDS_A_GROUP` for each of its groups.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import random
 import statistics
@@ -139,7 +140,8 @@ def run_plan_bench(
         `factor`, `predicted_s` and `simulated_s` (of the cluster; the median), `error`; `target`, `met`.
     """
     base = load_config(recipe, overrides)
-    costs = costs_of(base, architecture(base.model), Machine())
+    # No image goes to a reward that is simulated.
+    costs = costs_of(base, architecture(base.model), Machine(proxy_bytes_s=math.inf))
     runs = []
     for count in gpus:
         for allowed in staleness:

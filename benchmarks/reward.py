@@ -3,6 +3,7 @@
 - throughput: a scorer behind HTTP, asked by 8 clients, against its batch function called in a loop, in turns;
   for a server alone (uvicorn) and for one replica on Ray Serve, proxy and all.
 - bodies: the safetensors body against JSON with base64 PNG, in bytes and in time, both ways.
+- proxy: bytes of images a second through Serve's proxy and to a server alone, to a scorer that costs nothing.
 - scaling: a scorer that waits 50 ms an image, on Serve replicas that follow the load from 1 to N and back.
 - division: a group in one request, or in several at once, on replicas that are alike or not, with our router
   and with two of Serve's.
@@ -29,6 +30,7 @@ from rich.console import Console
 
 from benchmarks.reward_division import division
 from benchmarks.reward_overload import overload
+from benchmarks.reward_proxy import proxy
 from benchmarks.reward_scaling import scaling
 from benchmarks.reward_servers import Load, Served, alone, ray_serve, replicas
 from benchmarks.reward_tables import print_tables
@@ -45,7 +47,7 @@ from reward_servers.wire import (
     encode_tensors,
 )
 
-PARTS: Final = ("throughput", "bodies", "scaling", "division", "overload")
+PARTS: Final = ("throughput", "bodies", "proxy", "scaling", "division", "overload")
 CLIENTS: Final = 8
 GROUP: Final = 16
 """Images of a request: those of one group."""
@@ -80,6 +82,7 @@ def run_reward_bench(
     run: dict[str, Callable[[], dict[str, Any]]] = {
         "throughput": lambda: throughput(passes, pass_s),
         "bodies": lambda: bodies(passes),
+        "proxy": lambda: proxy(passes, pass_s),
         "scaling": lambda: scaling(most, image_s, pass_s),
         "division": lambda: division(most, image_s, passes),
         "overload": lambda: overload(requests),

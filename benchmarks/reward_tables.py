@@ -13,6 +13,7 @@ def print_tables(result: dict[str, Any], screen: Console) -> None:
     for part, table in (
         ("throughput", _throughput),
         ("bodies", _bodies),
+        ("proxy", _proxy),
         ("scaling", _scaling),
         ("division", _division),
         ("overload", _overload),
@@ -48,6 +49,18 @@ def _bodies(part: dict[str, Any]) -> Table:
         for body in ("safetensors", "json"):
             seconds = [f"{row[body][key] * 1e3:.1f}" for key in ("encode_s", "decode_s", "answered_s")]
             table.add_row(name if body == "safetensors" else "", body, f"{row[body]['bytes']:,}", *seconds)
+    return table
+
+
+def _proxy(part: dict[str, Any]) -> Table:
+    table = _table(
+        f"a scorer that costs nothing, {part['clients']} clients, {part['images']} images of "
+        f"{part['pixels']} x {part['pixels']} a request",
+        ("server", "MB/s (min-max)"),
+    )
+    for name, row in part["rows"].items():
+        rates = [row[key] / 1e6 for key in ("bytes_s", "min", "max")]
+        table.add_row(name, "{:.0f} ({:.0f}-{:.0f})".format(*rates))
     return table
 
 

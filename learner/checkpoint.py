@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 from safetensors import SafetensorError
@@ -234,13 +235,9 @@ def _newest(run_directory: Path, read: Callable[[Path], Checkpoint]) -> Checkpoi
 
 
 def _patient(read: Callable[[Path], Checkpoint]) -> Callable[[Path], Checkpoint]:
-    return retry(
-        retry=retry_if_exception_type(StorageError),
-        stop=stop_after_attempt(READS),
-        wait=wait_fixed(BETWEEN_READS_S),
-        before_sleep=before_sleep_log(logger, logging.WARNING),
-        reraise=True,
-    )(read)
+    again, told = retry_if_exception_type(StorageError), before_sleep_log(logger, logging.WARNING)
+    stop, pause = stop_after_attempt(READS), wait_fixed(BETWEEN_READS_S)
+    return retry(retry=again, stop=stop, wait=pause, before_sleep=told, reraise=True)(read)
 
 
 def set_aside(found: Checkpoint) -> list[str]:
@@ -279,7 +276,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
     for name, entry in opened.manifest["files"].items():
         file = path / name
         try:
-            whole = file.is_file() and file.stat().st_size == entry["bytes"]
+            found = file.stat()
+            whole = S_ISREG(found.st_mode) and found.st_size == entry["bytes"]
+        except (FileNotFoundError, NotADirectoryError):
+            whole = False
         except OSError as error:
             raise StorageError(f"{file}: cannot be seen: {error}") from error
         if not whole:

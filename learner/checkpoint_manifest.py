@@ -51,7 +51,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise ValueError("its sha256 is not that of its content: changed")
         int(content["step"])
         files = {str(name): (str(of["sha256"]), int(of["bytes"])) for name, of in content["files"].items()}
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(repr(error)) from error
     if not files:
         raise ValueError("it names no file")

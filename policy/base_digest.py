@@ -50,10 +50,12 @@ def base_digest_of_files(config: ModelConfig) -> str | None:
         return None
     name = read_family(config)[0].parts.denoiser
     told, state = f"model.path {directory}: the {name}", dict[str, Tensor]()
-    for file in check_weights(told, directory / name, DENOISER_FILE).headers:
+    found = check_weights(told, directory / name, DENOISER_FILE)
+    for file in found.headers:
         try:
             # What nobody looks at is not read.
             state |= views(np.memmap(file, dtype=np.uint8, mode="r"))
         except BadLayout as error:
             raise PolicyError(f"{told} cannot be read: {file}: {error}") from error
-    return base_digest(state)
+    # Of shards what the index does not name is not loaded either.
+    return base_digest({weight: state[weight] for weight in found.listed or state})

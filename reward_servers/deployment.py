@@ -19,6 +19,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray._common.network_utils import build_address
 from ray.serve._private import replica
+from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY
 from ray.serve.config import RequestRouterConfig
 from ray.serve.deployment import Application, Deployment
 
@@ -65,7 +66,10 @@ def deployment_of(config: ServerConfig) -> Deployment:
         max_ongoing_requests=config.max_pending + 64,
         max_queued_requests=config.max_pending + 128,
         backpressure_config={"status_code": 429, "retry_after_s": 1},
-        request_router_config=RequestRouterConfig(request_router_class=FewestRequests),
+        # HAProxy, where Serve is told to use it, does the routing and takes no router.
+        request_router_config=RequestRouterConfig(
+            **({} if RAY_SERVE_ENABLE_HA_PROXY else {"request_router_class": FewestRequests})
+        ),
         health_check_period_s=10,
         health_check_timeout_s=30,
         # No request takes longer; one that waits for nothing is not waited for.

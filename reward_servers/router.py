@@ -1,6 +1,7 @@
 """Which replica of a reward a request goes to: the one with the fewest requests, in turn among equals.
 
-For Serve, which pickles this class whole and gives it to its proxies: they need not have this package.
+For Serve, which pickles this class whole and gives it to its proxies: they need not have this package. (Its
+controller must, where a Serve config file overrides a deployment without naming this class.)
 
 A group comes in several requests at once, or several groups do. Serve's own router gives replicas beside the
 proxy all they take, which is more than there ever is here, before those of other nodes get any; of several it
@@ -55,7 +56,9 @@ class FewestRequests(FIFOMixin, RequestRouter):  # type: ignore[misc]
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         super().on_request_completed(replica_id, internal_request_id)
-        self._sent[replica_id] -= 1
+        # One that was not listed for a while has been forgotten, with what it had.
+        if self._sent[replica_id]:
+            self._sent[replica_id] -= 1
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         super().update_replicas(replicas)

@@ -31,6 +31,10 @@ def plan(
             "--queue-mb-s", help="MB/s of the queue's server and its reader; default: 303, measured."
         ),
     ] = None,
+    proxy_mb: Annotated[
+        float | None,
+        typer.Option("--proxy-mb-s", help="MB/s of images through Serve's proxy; default: 258, measured."),
+    ] = None,
     reward_seconds: Annotated[
         list[str] | None,
         typer.Option(
@@ -57,6 +61,8 @@ def plan(
         machine = replace(machine, network_bytes_s=_positive("--network-gbit", network_gbit) * 1e9 / 8)
     if queue_mb is not None:
         machine = replace(machine, queue_bytes_s=_positive("--queue-mb-s", queue_mb) * 1e6)
+    if proxy_mb is not None:
+        machine = replace(machine, proxy_bytes_s=_positive("--proxy-mb-s", proxy_mb) * 1e6)
     given = dict(map(_reward, reward_seconds or ()))
     config = load_config(recipe, overrides or ())
     model = architecture(config.model)

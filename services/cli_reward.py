@@ -216,7 +216,7 @@ def bench(
     parts: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[PART]...", help="throughput, bodies, scaling, division, overload; default: all."
+            metavar="[PART]...", help="throughput, bodies, proxy, scaling, division, overload; default: all."
         ),
     ] = None,
     requests: Annotated[int, typer.Option("--requests", min=100, help="Requests of the overload.")] = 10_000,

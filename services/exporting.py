@@ -6,8 +6,9 @@ Promises
 - Nothing of the user's is overwritten: a target that has anything in it is refused, but for the other part
   where one is written alone. Only the run's own `export/` follows the run; the former one stays until the new
   one is whole.
-- What has its name is whole: files are written into `.partial` inside the target first. An export that fails
-  leaves nothing behind, and one that was killed is no obstacle to the next.
+- What has its name is whole: files are written into `.partial` inside the target first (`.partial-lora`, of
+  that part alone). An export that fails leaves nothing behind, and one that was killed is no obstacle to the
+  next.
 - Scores on a model card are those of the exported weights.
 """
 
@@ -70,7 +71,7 @@ def export_run(run_dir: Path, out: Path, weights: str, only: Exported | None = N
     model = config.model.model_copy(update={"device": "cpu"})
     whole = only != "lora"
     # Libraries tell of parts that nobody asked for, and of files that are written.
-    with quiet(), _written(out) as partial:
+    with quiet(), _written(out, only) as partial:
         policy = load_policy(model, text_encoders=whole, vae=whole, base=False, seed=config.run.seed)
         policy.install(checkpoint.state[weights])
         made = export_policy(
@@ -92,18 +93,21 @@ def _check_target(out: Path, only: Exported | None) -> None:
     if not out.exists():
         return
     other = {"lora": "pipeline", "pipeline": "lora"}[only] if only else None
-    if not (out.is_dir() and all(file.name in (PARTIAL, other) for file in out.iterdir())):
+    in_the_way = [one for one in out.iterdir() if one.name != other] if out.is_dir() else [out]
+    if not all(one.name.startswith(PARTIAL) for one in in_the_way):
         beside = f" (--only {only}: or one with nothing but {other}/ in it)" if other else ""
         raise ConfigError(f"--out {out}: exists and is not an empty directory; give a new one{beside}")
 
 
 @contextmanager
-def _written(out: Path) -> Iterator[Path]:
+def _written(out: Path, only: Exported | None) -> Iterator[Path]:
     """A directory to write into; what is in it at the end goes to `out`.
 
-    Inside of `out`, which may be a file system of its own.
+    Inside of `out`, which may be a file system of its own, and of each part another one: the other may be
+    written at the same time.
     """
-    there, partial, moved = out.is_dir(), out / PARTIAL, list[Path]()
+    there, moved = out.is_dir(), list[Path]()
+    partial = out / (f"{PARTIAL}-{only}" if only else PARTIAL)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)

@@ -2,7 +2,8 @@
 
 Promises
 - Scores are those of the exported weights, or there are none and the card says how to get them.
-- No address, token or path of a server or a queue is told, and of files and folders here only the last name.
+- No address, token or path of a server or a queue is told, and of whole paths of files and folders here only
+  the last name.
 
 The card itself, with base model and call: policy/model_card.py.
 """

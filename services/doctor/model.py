@@ -16,7 +16,7 @@ def file_findings(config: Config) -> list[Finding]:
     except PolicyError as error:
         return [Finding(what="model files", ok=False, found=str(error), remedy="mend model.path, as it says")]
     size = sum(file.stat().st_size for file in checked.files)
-    unclear = "; ".join(f"not asked of the {name}: {why}" for name, why in checked.unclear.items())
+    unclear = "; ".join(f"but for the {name}: {why}" for name, why in checked.unclear.items())
     found = (
         f"{len(checked.files)} safetensors files, {size / 1024**2:,.1f} MiB: their headers are whole, with "
         "the names and shapes that each config.json describes"

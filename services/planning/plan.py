@@ -24,6 +24,9 @@ TIE = 1.01
 REWARD_LOAD = 0.8
 """Replicas are so many that they are busy for this share of an update at most: requests then wait little."""
 
+PROXY_SHARE = 0.8
+"""Of an update: a proxy that is busy for longer is told of."""
+
 
 @dataclass(frozen=True)
 class Costs:
@@ -65,7 +68,10 @@ class Costs:
 
     def traffic(self, split: Split) -> Traffic:
         workers, ranks = (1, 1) if split.colocated else (split.workers, split.ranks)
-        return traffic(self.config, self.model, self.counted, self.machine, workers, ranks)
+        seen = {one.name: one.share for one in self.rewards}
+        return traffic(
+            self.config, self.model, self.counted, self.machine, seen, workers=workers, ranks=ranks
+        )
 
     def times(self, split: Split) -> Times:
         moved = self.traffic(split)
@@ -83,6 +89,7 @@ class Costs:
             gather=moved.gather_s,
             publish=moved.publish_s,
             queue=moved.queue_s,
+            proxy=moved.proxy_s,
         )
 
 
@@ -151,7 +158,7 @@ def make_plan(costs: Costs, gpus: int) -> Plan:
         raise ConfigError(_refusal(costs, gpus))
     fewest = min(count for count, (_, step) in best.items() if step.seconds <= fastest * TIE)
     split, step = best[fewest]
-    return Plan(gpus, split, step, costs, tuple(_notes(costs, split, gpus)))
+    return Plan(gpus, split, step, costs, tuple(_notes(costs, split, step, gpus)))
 
 
 def _splits(costs: Costs, gpus: int) -> Iterator[Split]:
@@ -279,13 +286,19 @@ def _smaller(costs: Costs) -> str:
     return "Divide a rank's share: learner.sharding=fsdp, more ranks, and a smaller learner.micro_batch"
 
 
-def _notes(costs: Costs, split: Split, gpus: int) -> Iterator[str]:
+def _notes(costs: Costs, split: Split, step: Step, gpus: int) -> Iterator[str]:
     config, shape, moved = costs.config, costs.shape, costs.traffic(split)
     if idle := gpus - split.gpus:
         yield (
             f"{idle} GPUs would make it less than {TIE - 1:.0%} faster: an update has {shape.groups} groups, "
             f"at most {shape.window} are under way at once, and ranks share whole groups; raise "
             "learner.groups_per_step or take fewer GPUs"
+        )
+    if moved.proxy_s > PROXY_SHARE * step.seconds:
+        yield (
+            f"images take {moved.proxy_s:.1f} s through Serve's one proxy, at "
+            f"{costs.machine.proxy_bytes_s / 1e6:.0f} MB/s: serve rewards elsewhere, behind several "
+            "(rewards[].url), or measure yours and give --proxy-mb-s"
         )
     if costs.reading_leads(split):
         yield (

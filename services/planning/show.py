@@ -17,6 +17,7 @@ ADVICE = {
     "rollout": "more rollout workers, or fewer solver steps",
     "learner": "more learner ranks (at most one a group of an update)",
     "rewards": "more replicas, fewer images_per_request, or a faster scorer",
+    "proxy": "serve rewards elsewhere, behind several proxies (rewards[].url), or take fewer",
     "queue": "fewer or smaller groups, or a faster server",
     "turnaround": "a higher queue.max_staleness, or smaller groups: workers wait for updates",
 }
@@ -54,6 +55,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "bytes": {
             "group": moved.group,
             "queue": moved.queue,
+            "images": moved.images,
             "weights": moved.weights,
             "network": moved.network,
         },
@@ -68,6 +70,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "measured": {
             "queue_mb_s": costs.machine.queue_bytes_s / 1e6,
             "queue_groups_s": costs.machine.queue_groups_s,
+            "proxy_mb_s": costs.machine.proxy_bytes_s / 1e6,
         },
         "notes": list(plan.notes),
     }
@@ -103,6 +106,7 @@ def shown(plan: Plan) -> Group:
         replicas = split.replicas[one.name]
         told = "unknown" if one.seconds is None else f"{total:.1f} {where}-s"
         update.add_row(f"reward {one.name}", told, _count(replicas, "replica"), _s(total / replicas))
+    update.add_row("images to rewards", f"{moved.images / 1e6:.0f} MB", "1 proxy", _s(step.parts["proxy"]))
     update.add_row("queue", f"{moved.queue / 1e6:.0f} MB in, and out", "1 server", _s(step.parts["queue"]))
     update.add_row("turnaround", f"max_staleness {costs.shape.staleness}", "", _s(step.parts["turnaround"]))
     update.add_row(
@@ -124,7 +128,8 @@ def shown(plan: Plan) -> Group:
         f"it), a node has {machine.node_gpus} GPUs and {machine.network_bytes_s * 8 / 1e9:g} Gbit/s "
         f"(assumed); the queue's server does {machine.queue_bytes_s / 1e6:.0f} MB/s and "
         f"{machine.queue_groups_s:.0f} groups/s "
-        "(dgpo bench load, soak: on two cores). Not in it: text encoders, VAE, checkpoints, evaluations.",
+        f"(dgpo bench load, soak: on two cores), Serve's proxy {machine.proxy_bytes_s / 1e6:.0f} MB/s (dgpo "
+        "reward bench proxy, likewise). Not in it: text encoders, VAE, checkpoints, evaluations.",
         *(
             f"Reward {one.name}: {_each(one.seconds)} an image, {one.source}."
             for one in costs.rewards

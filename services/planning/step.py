@@ -96,6 +96,8 @@ class Times:
     """A version."""
     queue: float = 0.0
     """The server of the queue, an update."""
+    proxy: float = 0.0
+    """The proxy before the rewards, an update."""
     requests: Mapping[str, Requests] = field(default_factory=dict)
     """Reward -> in which a group is scored; left out: one."""
 
@@ -125,7 +127,7 @@ class Step:
     seconds: float
     bottleneck: str
     parts: Mapping[str, float]
-    """rollout, learner, rewards, queue and turnaround: each a bound."""
+    """rollout, learner, rewards, proxy, queue and turnaround: each a bound."""
 
 
 def predict(shape: Shape, times: Times, split: Split, shared: float = 0.0) -> Step:
@@ -157,6 +159,7 @@ def predict(shape: Shape, times: Times, split: Split, shared: float = 0.0) -> St
         "rollout": each * sample + min(1.0, each) * times.install,
         "learner": learner,
         "rewards": max(rewards, default=0.0),
+        "proxy": times.proxy,
         "queue": times.queue,
         "turnaround": once / (shape.staleness + 1),
     }

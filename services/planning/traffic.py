@@ -6,6 +6,7 @@ Measured figures name the command; what is assumed says so, and is an option of 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from services.config import Config
@@ -40,6 +41,9 @@ class Machine:
     two cores together; a server with cores of its own does more."""
     queue_groups_s: float = 1600.0
     """`dgpo bench soak`, docs/fault-tolerance.md: 50,000 small groups in 30 s, likewise on two cores."""
+    proxy_bytes_s: float = 258e6
+    """Images through the proxy of the Serve that a run starts: `dgpo reward bench proxy`, docs/rewards.md,
+    on two cores that client and server shared."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class Traffic:
     """One whole group, encoded."""
     queue: int
     """Into the queue's server, and as many out of it."""
+    images: float
+    """Through the proxy of the run's own Serve, to all rewards that are behind it."""
     weights: int
     """One version."""
     network: float
@@ -59,6 +65,7 @@ class Traffic:
     gather_s: float
     publish_s: float
     queue_s: float
+    proxy_s: float
 
 
 def group_bytes(config: Config, model: Published) -> int:
@@ -73,15 +80,37 @@ def group_bytes(config: Config, model: Published) -> int:
     )
 
 
+def image_bytes(config: Config, seen: Mapping[str, float]) -> float:
+    """Of a group, RGB, once for each reward that the run serves; one with a `url` is served elsewhere.
+
+    Args:
+        seen: reward -> share of the groups that it looks at.
+    """
+    one = config.rollout.group_size * config.model.height * config.model.width * 3
+    return one * sum(seen[reward.name] for reward in config.rewards if reward.app is not None)
+
+
 def weights_bytes(config: Config, cost: PassCost) -> int:
     """Of a version, as it is published."""
     return cost.trained * (2 if config.learner.publish_dtype == "bfloat16" else 4)
 
 
 def traffic(
-    config: Config, model: Published, cost: PassCost, machine: Machine, workers: int, ranks: int
+    config: Config,
+    model: Published,
+    cost: PassCost,
+    machine: Machine,
+    seen: Mapping[str, float],
+    *,
+    workers: int,
+    ranks: int,
 ) -> Traffic:
-    """Of an update with so many workers and ranks. One node has no network: its memory carries all."""
+    """Of an update with so many workers and ranks. One node has no network: its memory carries all.
+
+    Args:
+        seen: as of `image_bytes`.
+    """
+    images = config.learner.groups_per_step * image_bytes(config, seen)
     groups, one, weights = (
         config.learner.groups_per_step,
         group_bytes(config, model),
@@ -102,6 +131,7 @@ def traffic(
     return Traffic(
         group=one,
         queue=groups * one,
+        images=images,
         weights=weights,
         network=(2 * groups * one + remote * weights + rings * gradients + shares) if nodes > 1 else 0.0,
         install_s=local + remote * weights / machine.network_bytes_s,
@@ -109,4 +139,5 @@ def traffic(
         gather_s=gradients / ring if ranks > 1 else 0.0,
         publish_s=weights / PUBLISH_BYTES_S,
         queue_s=max(groups * one / machine.queue_bytes_s, groups / machine.queue_groups_s),
+        proxy_s=images / machine.proxy_bytes_s,
     )

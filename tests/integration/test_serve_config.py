@@ -94,6 +94,15 @@ def test_the_autoscaling_policy_is_that_of_rewards_that_the_driver_starts() -> N
     assert set(SHORTENED) < set(policies[0]), "the bench shortens what there is"
 
 
+def test_the_router_is_named_where_the_controller_would_import_it() -> None:
+    """It makes a deployment anew that a file overrides, and has the class only if the file names it."""
+    router = build({"app": "jpeg", "token_env": "A_TOKEN"})._bound_deployment._deployment_config
+    for application in APPLICATIONS.values():
+        for deployment in application["deployments"]:
+            named = deployment["request_router_config"]["request_router_class"]
+            assert named == router.request_router_config.request_router_class
+
+
 def test_the_ocr_of_the_file_reads_pictures() -> None:
     """What a text-to-image model makes is no line of text."""
     from reward_servers.scorers import load_scorer

@@ -217,7 +217,7 @@ def test_weights_that_the_configuration_does_not_describe_are_found(tmp_path: Pa
     config.write_text(json.dumps(settings | {"quantization_config": {}}))
     (finding,) = found_of("model files", f"model.path={copy}")
     assert finding.ok
-    assert finding.found.endswith("; not asked of the transformer: its config.json has a quantization_config")
+    assert finding.found.endswith("; but for the transformer: its config.json has a quantization_config")
 
 
 def test_a_size_without_positions_is_found() -> None:

@@ -286,10 +286,22 @@ def test_a_part_that_has_its_name_goes_with_one_that_cannot_have_it(
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(ExportError, match="nothing left behind"), _written(tmp_path) as partial:
+    with pytest.raises(ExportError, match="nothing left behind"), _written(tmp_path, None) as partial:
         for part in ("lora", "pipeline"):
             (partial / part).mkdir()
     assert not any(tmp_path.iterdir())
+
+
+def test_two_parts_may_be_written_at_the_same_time(tmp_path: Path) -> None:
+    with _written(tmp_path, "lora") as lora, _written(tmp_path, "pipeline") as pipeline:
+        for folder in (lora / "lora", pipeline / "pipeline"):
+            folder.mkdir()
+            (folder / "weights").touch()
+    assert sorted(str(one.relative_to(tmp_path)) for one in tmp_path.rglob("weights")) == [
+        "lora/weights",
+        "pipeline/weights",
+    ]
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_what_a_killed_export_left_is_no_obstacle(run: RunDirectory, tmp_path: Path) -> None:

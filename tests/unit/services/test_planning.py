@@ -6,6 +6,7 @@ import heapq
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from policy import load_policy
+from reward_servers.wire import encode_tensors
 from services.cli import app
 from services.codec import encode_group
 from services.config_file import ConfigError, load_config
@@ -104,6 +106,7 @@ def test_a_step_that_overlaps_is_its_longest_part() -> None:
         "rollout": 2 * 10 + 1,
         "learner": 0.5 + 2 * 3 + 0.25 + 0.25,
         "rewards": 8 * 2 / 2,
+        "proxy": 0,
         "queue": 0,
         # An install, two rounds of sampling, four workers at two replicas, and the learner: in two updates.
         "turnaround": (1 + 20 + 4 + 7) / 2,
@@ -168,6 +171,23 @@ def test_a_plan_has_replicas_for_the_requests_of_a_group() -> None:
     found = make_plan(costs(*slow, "rollout.group_size=24"), 8)
     assert found.split.workers < found.split.replicas["slow"] <= 6 * found.split.workers
     assert found.step.bottleneck != "rewards"
+
+
+def test_images_of_served_rewards_go_through_one_proxy() -> None:
+    served = (
+        "rewards=[{name: a, app: ocr}, {name: b, app: jpeg, heldout: true, every: 4}, {name: c, url: %s}]"
+    )
+    found = costs(served % "'http://127.0.0.1:9/'")
+    body = len(encode_tensors(np.zeros((24, 512, 512, 3), np.uint8), "p"))
+    assert found.traffic(Split(workers=4, ranks=4)).images == pytest.approx(24 * body * 1.25, rel=0.001)
+
+
+def test_a_proxy_that_holds_all_up_is_told() -> None:
+    slow = replace(Machine(), proxy_bytes_s=1e6)
+    plan = make_plan(costs(machine=slow), 8)
+    assert plan.step.seconds >= plan.step.parts["proxy"] > 400
+    assert any("through Serve's one proxy, at 1 MB/s" in note for note in plan.notes)
+    assert not any("proxy" in note for note in make_plan(costs(), 8).notes)
 
 
 def test_one_gpu_takes_turns() -> None:

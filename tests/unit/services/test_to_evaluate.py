@@ -152,6 +152,13 @@ def test_what_only_training_reads_does_not_stand_in_the_way(
     assert config.eval.final_prompts == loaded.eval.final_prompts
 
 
+def test_rewards_of_the_command_line_may_take_longer_than_those_of_the_recipe(tiny_sd3: Path) -> None:
+    short = ("rewards.0.deadline_s=20", "rewards.1.deadline_s=20")
+    config = to_evaluate(tiny_sd3, "quickstart", (*RECIPE, *short)).config
+    (reward,) = with_rewards(config, ["jpeg"]).rewards
+    assert reward.deadline_s > 20
+
+
 @pytest.mark.parametrize(
     ("override", "says"),
     [
