@@ -13,7 +13,7 @@ import json
 import pkgutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from policy import families, loading
 from policy.errors import PolicyError
@@ -21,6 +21,9 @@ from policy.loading import CheckedFiles, Configs
 from policy.pipeline_policy import PipelinePolicy
 from services.config import Config, ModelConfig
 from services.config_file import find
+
+SLOW_TO_LOAD: Final = 1 << 30
+"""Bytes of weights. A smaller model is loaded, and refused, about as soon as its files are looked at."""
 
 
 def load_policy(
@@ -116,15 +119,20 @@ def check_sampling(config: Config) -> None:
         family.check_rollout(rollout)
 
 
-def check_files(config: ModelConfig) -> CheckedFiles:
+def check_files(config: ModelConfig, *, at_least: int = 0) -> CheckedFiles:
     """Whether a local model could be loaded whole: its headers, indices and vocabularies; no weight is read.
 
     Of a hub id nothing, so that it is refused only when it is loaded.
 
+    Args:
+        at_least: nor of one whose weights are fewer bytes.
+
     Raises:
         PolicyError: as `load_policy`.
     """
-    if not find(config.path).is_dir():
+    directory = find(config.path)
+    weights = [one for one in directory.rglob("*.safetensors") if one.is_file()]
+    if not directory.is_dir() or sum(one.stat().st_size for one in weights) < at_least:
         return CheckedFiles()
     location, index = _locate(config)
     return loading.check_files(_family(location, index).parts, Path(location), index)

@@ -27,7 +27,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Sched
 
 from learner.ray_train import fit
 from learner.timesteps import configured_window
-from policy.registry import check_files, check_sampling
+from policy.registry import SLOW_TO_LOAD, check_files, check_sampling
 from reward_servers.launch import scale_reward, start_rewards, stop_rewards
 from rollout_workers.evaluator import Evaluator
 from rollout_workers.feeder import Feeder
@@ -183,7 +183,7 @@ def train(
 
 def refuse_unusable(config: Config) -> None:
     """What a run would fail at later, told without starting or loading anything: timesteps and sampler that
-    the model does not bear, a model here that is not whole, files of authorities that are none, a queue
+    the model does not bear, a large model here that is not whole, files of authorities that are none, a queue
     server that cannot be run, a Ray cluster that does not take this client, trackers without their packages.
 
     Raises:
@@ -192,7 +192,7 @@ def refuse_unusable(config: Config) -> None:
     try:
         configured_window(config)
         check_sampling(config)
-        check_files(config.model)
+        check_files(config.model, at_least=SLOW_TO_LOAD)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     queue_authority(config)

@@ -76,7 +76,7 @@ def evaluate_suite(evaluation: SuiteEvaluation, out: Path, screen: Console) -> d
 
     Raises:
         ConfigError: the folder holds something else, or an evaluation with other settings; or the model, if
-            it is here, is not whole.
+            it is here and large, is not whole.
         RuntimeError: a worker kept failing, or a shard was not done within `eval.deadline_s`.
     """
     settings = settings_of(
@@ -100,7 +100,7 @@ def _sample(
     screen: Console,
 ) -> None:
     from policy.errors import PolicyError
-    from policy.registry import check_files
+    from policy.registry import SLOW_TO_LOAD, check_files
     from services.cluster_room import require_room
     from services.demands import reward_demands, sampling_demand
     from services.driver import reward_places
@@ -108,7 +108,7 @@ def _sample(
 
     config, shard_prompts = evaluation.config, settings.shard_prompts
     try:
-        check_files(config.model)
+        check_files(config.model, at_least=SLOW_TO_LOAD)
     except PolicyError as error:
         raise ConfigError(str(error)) from error
     weights = evaluation.weights.resolve() if evaluation.weights is not None else None

@@ -111,6 +111,7 @@ def test_clients_that_leave_and_a_replica_that_dies_are_not_counted_on(
     assert each_once(client)
 
 
+@pytest.mark.slow
 def test_replicas_of_other_nodes_than_the_proxy_have_their_share() -> None:
     """Serve's own router would give them nothing before 128 requests are at the replica beside it."""
     script = Path(__file__).with_name("nodes_scored.py")
