@@ -11,6 +11,7 @@ import math
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -48,36 +49,38 @@ def division(count: int, image_s: float, passes: int) -> dict[str, Any]:
         for router, place in ROUTERS.items():
             # A Serve for each: its proxy keeps the router of an application for the next one of that name.
             with ray_serve(cpus=count) as base:
-                for slow in (False, True):
-                    mark = {"slow": str(Path(folder) / router)} if slow else {}
-                    with _replicas(
-                        base, count, place, {"image_s": image_s, "max_batch": GROUP} | mark
-                    ) as served:
-                        for workers in (count,) if slow else (1, count):
-                            for size in SIZES:
-                                took = _asked(served, size, workers, passes)
-                                rows.append(
-                                    {
-                                        "slow": slow,
-                                        "workers": workers,
-                                        "images_per_request": size,
-                                        "router": router,
-                                        "mean_s": statistics.mean(took),
-                                        "median_s": statistics.median(took),
-                                        "max_s": max(took),
-                                        "ideal_s": ideal_s(count, workers, size, image_s, slow=slow),
-                                    }
-                                )
+                for mark in (None, Path(folder) / router):
+                    with _replicas(base, count, place, image_s, mark) as served:
+                        rows += [
+                            {"router": router, **row}
+                            for row in _rows(served, count, image_s, passes, slow=mark is not None)
+                        ]
     return {"images": GROUP, "replicas": count, "image_s": image_s, "passes": passes, "rows": rows}
 
 
 def _replicas(
-    base: str, count: int, router: str, arguments: dict[str, Any]
+    base: str, count: int, router: str, image_s: float, slow: Path | None
 ) -> AbstractContextManager[Served]:
     from ray.serve.config import RequestRouterConfig
 
+    arguments = {"image_s": image_s, "max_batch": GROUP, "slow": None if slow is None else str(slow)}
     routed = RequestRouterConfig(request_router_class=router)
     return replicas(base, TIMED, arguments, {"num_replicas": count, "request_router_config": routed})
+
+
+def _rows(served: Served, count: int, image_s: float, passes: int, *, slow: bool) -> Iterator[dict[str, Any]]:
+    for workers in (count,) if slow else (1, count):
+        for size in SIZES:
+            took = _asked(served, size, workers, passes)
+            yield {
+                "slow": slow,
+                "workers": workers,
+                "images_per_request": size,
+                "mean_s": statistics.mean(took),
+                "median_s": statistics.median(took),
+                "max_s": max(took),
+                "ideal_s": ideal_s(count, workers, size, image_s, slow=slow),
+            }
 
 
 def ideal_s(count: int, workers: int, size: int | None, image_s: float, *, slow: bool) -> float:

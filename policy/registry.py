@@ -131,11 +131,16 @@ def check_files(config: ModelConfig, *, at_least: int = 0) -> CheckedFiles:
         PolicyError: as `load_policy`.
     """
     directory = find(config.path)
-    weights = [one for one in directory.rglob("*.safetensors") if one.is_file()]
-    if not directory.is_dir() or sum(one.stat().st_size for one in weights) < at_least:
+    if not directory.is_dir():
+        return CheckedFiles()
+    if at_least and _bytes_of_weights(directory) < at_least:
         return CheckedFiles()
     location, index = _locate(config)
     return loading.check_files(_family(location, index).parts, Path(location), index)
+
+
+def _bytes_of_weights(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.rglob("*.safetensors") if file.is_file())
 
 
 def supported() -> dict[str, type[PipelinePolicy]]:

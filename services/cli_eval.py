@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +12,7 @@ from services.cli_options import Json, emit, screen
 from services.config_file import ConfigError
 
 if TYPE_CHECKING:
-    from services.config import Config
+    from services.evaluate import Evaluated
     from services.suites.prompts import Suite
     from services.suites.run import SuiteEvaluation
 
@@ -115,16 +114,22 @@ def evaluate(
 
         result = evaluate_model(place, recipe, weights, settings, screen, rewards, revision, other_base)
     else:
+        from services.evaluate import to_evaluate
         from services.suites.prompts import Columns, load_suite
 
         if workers is not None:
             settings = (*settings, f"rollout.workers={workers}")
+        found = to_evaluate(
+            place, recipe, settings, weights=weights, revision=revision, other_base=other_base
+        )
+        chosen = load_suite(
+            suite, found.config, prompts=prompts, columns=Columns(text_column, tag_column), limit=limit
+        )
         result = _evaluate_suite(
             place,
-            (recipe, weights, settings, rewards or [], revision, other_base),
-            lambda config: load_suite(
-                suite, config, prompts=prompts, columns=Columns(text_column, tag_column), limit=limit
-            ),
+            found,
+            chosen,
+            rewards or [],
             samples=samples or 1,
             out=out,
             images=images,
@@ -162,25 +167,23 @@ def compare(
 
 def _evaluate_suite(
     model: Path,
-    told: tuple[str | None, str, tuple[str, ...], list[str], str | None, bool],
-    suite_of: Callable[[Config], Suite],
+    found: Evaluated,
+    suite: Suite,
+    rewards: list[str],
     *,
     samples: int,
     out: Path | None,
     images: bool,
 ) -> dict[str, Any]:
-    from services.evaluate import to_evaluate
     from services.suites.run import SuiteEvaluation, evaluate_suite
     from services.suites.settings import for_workers, with_rewards
     from services.suites.summary import table
 
-    recipe, weights, overrides, rewards, revision, other_base = told
-    found = to_evaluate(model, recipe, overrides, weights=weights, revision=revision, other_base=other_base)
     evaluation = SuiteEvaluation(
         config=for_workers(with_rewards(found.config, rewards)),
         weights=found.weights,
         kind=found.kind,
-        suite=suite_of(found.config),
+        suite=suite,
         samples=samples,
         keep_images=images,
         base_digest=found.base_digest,

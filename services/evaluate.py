@@ -81,12 +81,11 @@ def evaluate_model(
         seed=config.run.seed,
         condition_cache=condition_cache(config, run),
     )
-    if place is not None and kind == LORA:
-        found_digest = base_digest(policy.transformer.state_dict())
-        check_base(place, found_model.base_digest, found_digest, config.model.path)
-        policy.install(read_lora(place))
-    elif place is not None:
-        policy.install(_weights(place, kind))
+    if place is not None:
+        if found_model.base_digest is not None:
+            found_digest = base_digest(policy.transformer.state_dict())
+            check_base(place, found_model.base_digest, found_digest, config.model.path)
+        policy.install(read_lora(place) if kind == LORA else _weights(place, kind))
     with tempfile.TemporaryDirectory() as folder, screen.status("starting the reward servers") as status:
         private = RunDirectory(Path(folder))
         with ray_cluster(config) as own_ray, ExitStack() as serving:
