@@ -35,10 +35,15 @@ def test_each_in_turn_and_then_who_has_the_fewest() -> None:
     assert router.goes_to() == "b"
 
 
-def test_what_is_chosen_counts_before_it_is_sent() -> None:
-    router = Counting("a", "b", "c")
-    chosen = [asyncio.run(router.choose_replicas(router.listed))[0][0].replica_id for _ in range(3)]
-    assert sorted(chosen) == ["a", "b", "c"]
+@pytest.mark.parametrize(("for_s", "chosen"), [(60.0, ["a", "b", "b"]), (-1.0, ["b", "b", "b"])])
+def test_what_is_chosen_counts_before_it_is_sent_but_not_for_ever(for_s: float, chosen: list[str]) -> None:
+    router = Counting("a", "b")
+    router.on_send_request("a")
+    router.UNDERWAY_S = for_s
+    assert (
+        sorted(asyncio.run(router.choose_replicas(router.listed))[0][0].replica_id for _ in range(3))
+        == chosen
+    )
 
 
 def test_a_replica_that_is_listed_again_gets_no_more_than_others(monkeypatch: pytest.MonkeyPatch) -> None:
