@@ -1,11 +1,7 @@
-"""Ranks that are processes: what divides weights among them knows no threads.
-
-They are forked from a server that has loaded torch once, so that several cost little more than one.
-"""
+"""Ranks that are processes: what divides weights among them knows no threads."""
 
 from __future__ import annotations
 
-import multiprocessing
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -17,15 +13,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from learner.ranks import Ranks
+from tests.forks import forks
 
 DEADLINE_S = 60.0
 STORE = "world.store"
-PRELOADED = [
-    "torch.distributed.fsdp",
-    "torch.distributed.checkpoint.hf_storage",
-    "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
-    "learner.trainer",
-]
 
 
 def ranks_of(group: Any) -> Ranks:
@@ -52,17 +43,13 @@ def each_of(
     Raises:
         AssertionError: one of them failed, with its words, or ended otherwise than it should.
     """
-    (folder / STORE).unlink(missing_ok=True)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    ends = _ends(context, count, body, folder, timeout_s)
+    ends = _ends(count, body, folder, timeout_s)
     expected = [9 if rank == dies else 0 for rank in range(count)]
     assert ends == expected, f"ranks ended with {ends}:\n{_words(folder)}"
 
 
-def forked(count: int, body: Callable[[Path, int], None], folder: Path) -> list[int]:
-    """The same in forks of this process, which are there at once: for many short worlds, of which some ranks
-    die. Modules that the body needs are loaded once, by whoever calls.
+def ends_of(count: int, body: Callable[[Path, int], None], folder: Path) -> list[int]:
+    """The same where a rank may die or not.
 
     Returns:
         How each has ended.
@@ -70,14 +57,15 @@ def forked(count: int, body: Callable[[Path, int], None], folder: Path) -> list[
     Raises:
         AssertionError: one of them raised, or was still there.
     """
-    (folder / STORE).unlink(missing_ok=True)
-    ends = _ends(multiprocessing.get_context("fork"), count, body, folder, DEADLINE_S)
+    ends = _ends(count, body, folder, 2 * DEADLINE_S)
     assert None not in ends and 1 not in ends, f"ranks ended with {ends}:\n{_words(folder)}"
     return [end for end in ends if end is not None]
 
 
-def _ends(context: Any, count: int, body: Any, folder: Path, timeout_s: float) -> list[int | None]:
+def _ends(count: int, body: Any, folder: Path, timeout_s: float) -> list[int | None]:
     """None of a process that had to be killed."""
+    (folder / STORE).unlink(missing_ok=True)
+    context = forks()
     processes = [context.Process(target=_run, args=(body, folder, rank, count)) for rank in range(count)]
     for process in processes:
         process.start()

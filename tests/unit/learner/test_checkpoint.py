@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import multiprocessing
 import os
 import resource
 from pathlib import Path
@@ -27,6 +26,7 @@ from learner.checkpoint import (
 from learner.checkpoint_writer import CheckpointWriter
 from services.checkpoint_parts import sha256_of
 from tests.dying import dies_before
+from tests.forks import forks
 
 STAGES = ("mkdir", "save_file", "_sync", "sha256_of", "write_text", "rename", "rmtree")
 
@@ -291,13 +291,12 @@ def test_a_kill_at_any_moment_leaves_a_usable_checkpoint(
     tmp_path: Path, stage: str, again: bool, behind: bool
 ) -> None:
     """And the next write of that step succeeds."""
-    context = multiprocessing.get_context("fork")
     step = 4 if again else 5
     for nth in range(1, 9):
         run = tmp_path / str(nth)
         write(run, 3)
         write(run, 4)
-        child = context.Process(target=_die_at, args=(run, stage, nth, step, behind))
+        child = forks().Process(target=_die_at, args=(run, stage, nth, step, behind))
         child.start()
         child.join(timeout=60)
         assert child.exitcode in (0, 9)
@@ -324,7 +323,7 @@ def _write_with_little_room(run: Path, answer: Any) -> None:
 
 def test_no_room_on_the_disk_leaves_the_former_checkpoint(tmp_path: Path) -> None:
     write(tmp_path, 4)
-    context = multiprocessing.get_context("fork")
+    context = forks()
     answer = context.SimpleQueue()
     child = context.Process(target=_write_with_little_room, args=(tmp_path, answer))
     child.start()

@@ -11,9 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch._dynamo
 import torch.distributed as dist
-import torch.distributed.checkpoint.hf_storage
 
 from learner import checkpoint, sharded_checkpoint
 from learner.checkpoint import newest_checkpoint
@@ -22,7 +20,7 @@ from learner.ranks import Order, RankFailedForGood, RankLost, Ranks
 from learner.sharded_checkpoint import CheckpointRefused, ShardedCheckpointWriter, read_rows
 from policy.sharding import Shards
 from tests.dying import dies_before
-from tests.ranks_of_processes import each_of, forked, mesh_of
+from tests.ranks_of_processes import each_of, ends_of, mesh_of
 
 STAGES = {
     0: (
@@ -114,7 +112,7 @@ def test_a_kill_of_either_rank_at_any_moment_leaves_a_checkpoint_to_go_on_from(
     for stage in STAGES[dying]:
         for nth in range(1, 20):
             behind = not behind
-            ends = forked(2, partial(_goes_on_and_dies, dying, stage, nth, behind), tmp_path)
+            ends = ends_of(2, partial(_goes_on_and_dies, dying, stage, nth, behind), tmp_path)
             where = f"{stage}, call {nth}"
             assert ends in ([0, 0], [9, 0] if dying == 0 else [0, 9]), where
             step, value = known
