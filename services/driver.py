@@ -14,7 +14,6 @@ What happens while the run goes on is in services/monitor.py.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -26,8 +25,6 @@ import redis
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, SchedulingStrategyT
 
 from learner.ray_train import fit
-from learner.timesteps import configured_window
-from policy.registry import SLOW_TO_LOAD, check_files, check_sampling
 from reward_servers.launch import scale_reward, start_rewards, stop_rewards
 from rollout_workers.evaluator import Evaluator
 from rollout_workers.feeder import Feeder
@@ -43,11 +40,11 @@ from services.group_queue import GroupQueue
 from services.logs import configure_logging
 from services.monitor import LearnerThread, Monitor, Outcome
 from services.policy_store import PolicyStore
+from services.preflight import refuse_unusable
 from services.progress import Progress
 from services.prompts import evaluates
 from services.queue_connection import place
 from services.queue_keeper import QueueKeeper
-from services.ray_access import refuse_without_access
 from services.ray_metrics import RunMetrics
 from services.ray_runtime import NAMESPACE, POLICY_STORE, actor_name, ray_cluster
 from services.resuming import reconfigure
@@ -56,7 +53,7 @@ from services.stock_shift import other_shift
 from services.stop_signals import StopSignals
 from services.supervisor import PartFailed, Supervisor
 from services.telemetry import Telemetry
-from services.trackers import refuse_unusable_trackers, tracker_sinks
+from services.trackers import tracker_sinks
 
 logger = logging.getLogger(__name__)
 
@@ -83,9 +80,8 @@ def train(
         CheckpointsUnusable: resuming, and no checkpoint can be gone on from.
     """
     configure_logging("driver", run.root, run=run.name, stream_level=None)
-    # Before anything is started: prompts and recordings that cannot be used are refused here.
-    evaluating = evaluates(config) and record is None
     refuse_unusable(config)
+    evaluating = evaluates(config) and record is None
     with ExitStack() as stack:
         stack.enter_context(run.locked())
         if resume:
@@ -179,31 +175,6 @@ def train(
         except QUEUE_LOST as error:
             why = keeper.problem if keeper is not None and keeper.problem else error
             raise PartFailed(f"the queue server at {place(queue_url)} was lost: {why}") from error
-
-
-def refuse_unusable(config: Config) -> None:
-    """What a run would fail at later, told without starting or loading anything: timesteps and sampler that
-    the model does not bear, a large model here that is not whole, files of authorities that are none, a queue
-    server that cannot be run, a Ray cluster that does not take this client, trackers without their packages.
-
-    Raises:
-        ConfigError: what does not fit, and what would.
-    """
-    try:
-        configured_window(config)
-        check_sampling(config)
-        check_files(config.model, at_least=SLOW_TO_LOAD)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    queue_authority(config)
-    server = config.queue.server
-    if server is not None and not (server.is_file() and os.access(server, os.X_OK)):
-        raise ConfigError(f"queue.server: {server} is no file that can be run")
-    if not config.offline or evaluates(config):
-        for reward in config.rewards:
-            reward_authority(reward)
-    refuse_unusable_trackers(config)
-    refuse_without_access(config)
 
 
 def tell_other_shift(config: Config, telemetry: Telemetry, view: Progress) -> None:

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from services.config import Config
 from services.config_file import ConfigError
+from services.preflight import refuse_unusable
 from services.run_directory import RunDirectory
 
 
@@ -70,16 +71,15 @@ def record_groups(config: Config, groups: int, out: Path, screen: Console) -> di
         ConfigError: `out` exists, or the configuration cannot be recorded.
         PartFailed: a part kept failing; what is recorded so far stays readable.
     """
-    from services.driver import train
-    from services.progress import Progress
-    from services.prompts import prompt_source
-    from services.recording import read_index
-    from services.telemetry import read_metrics
-
     own = recorder_config(config, groups)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"--out {out}: exists and is not an empty directory; give a new one")
-    prompt_source(own)
+    refuse_unusable(own)
+    from services.driver import train
+    from services.progress import Progress
+    from services.recording import read_index
+    from services.telemetry import read_metrics
+
     directory = RunDirectory.create(own)
     out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from rich.console import Console
 from services.config import Config
 from services.config_file import load_config
 from services.exit_codes import FAILED, run
-from services.prompts import prompt_source
+from services.preflight import refuse_unusable
 from services.run_directory import RunDirectory
 from services.stop_signals import INTERRUPTED
 
@@ -95,14 +95,6 @@ def _report(directory: RunDirectory) -> str:
         return f"report: not written ({type(error).__name__}: {error}); try dgpo report {directory.root}"
 
 
-def _refuse_unusable(config: Config) -> None:
-    """What the driver would refuse too, before there is a run directory to leave behind."""
-    from services.driver import refuse_unusable
-
-    prompt_source(config)
-    refuse_unusable(config)
-
-
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -121,10 +113,10 @@ def job(
     if resume is not None:
         directory = RunDirectory.open(resume)
         settings = directory.config(tuple(overrides or ()))
-        _refuse_unusable(settings)
+        refuse_unusable(settings)
     else:
         settings = load_config(str(config), overrides or ())
-        _refuse_unusable(settings)
+        refuse_unusable(settings)
         directory = RunDirectory.create(settings)
     result = run_training(settings, directory, resume=resume is not None, screen=Console(stderr=True))
     if as_json:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from benchmarks.chaos import Schedule, run_chaos_bench
@@ -14,9 +16,22 @@ SHORT = (
 )
 
 
+STEPS = 16
+
+
 @pytest.mark.timeout(900)
-def test_a_run_that_loses_its_parts_one_by_one_ends_with_the_same_weights() -> None:
-    result = run_chaos_bench(faults=SHORT, minutes=10, most=len(SHORT), steps=18, seed=3)
+def test_a_run_that_loses_its_parts_one_by_one_ends_with_the_same_weights(tmp_path: Path) -> None:
+    """Without held-out prompts, so that no evaluator has to start with each of its drivers."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(f'a sign that says "{word}"' for word in ("OAK", "ELM", "ASH", "YEW")))
+    result = run_chaos_bench(
+        faults=SHORT,
+        minutes=10,
+        most=len(SHORT),
+        steps=STEPS,
+        seed=3,
+        overrides=[f"prompts={{source: file, path: {prompts}}}"],
+    )
     assert result["survived"], result
     assert result["equal"] and (result["lost"], result["repeated"], result["dead"]) == (0, 0, 0)
     assert {fault: found["times"] for fault, found in result["faults"].items()} == dict.fromkeys(SHORT, 1)

@@ -179,10 +179,13 @@ def test_eval_and_report_and_export_work_on_a_run(finished: dict[str, Any], tmp_
 
 def test_a_signal_to_the_group_ends_cleanly(tmp_path: Path) -> None:
     """Going on from there: tests/chaos, and the slow ones of test_training.py."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text('a sign that says "OAK"\na sign that says "ELM"\n')
     alone = (
         "learner.max_steps=400",
-        "rewards=[{name: ocr, app: ocr, num_cpus: 0.05}]",
-        "eval.final_prompts=1",
+        "rewards=[{name: jpeg, app: jpeg, num_cpus: 0.05}]",
+        # No held-out prompts: no evaluator.
+        f"prompts={{source: file, path: {prompts}}}",
     )
     command = [*DGPO, "train", "quickstart", "--json", *settings(tmp_path, *alone)]
     process = subprocess.Popen(

@@ -22,8 +22,8 @@ from services.config_file import ConfigError, load_config
 from services.doctor.finding import Finding
 from services.doctor.ray_cluster import ray_findings
 from services.doctor.servers import queue_findings
-from services.driver import refuse_unusable
 from services.embedded import EmbeddedValkey
+from services.preflight import refuse_unusable
 from services.queue_connection import place
 from services.run_directory import PROJECT_ROOT
 

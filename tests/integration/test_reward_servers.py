@@ -324,7 +324,8 @@ def test_a_reward_that_cannot_start_is_named(urls: dict[str, str], token_file: P
 
 
 def test_what_is_not_ready_in_time_is_named(urls: dict[str, str], token_file: Path) -> None:
-    homeless = RewardConfig(name="homeless", app="ocr", num_cpus=1000)
+    # The deadline is also how long Serve waits for what it stops, a replica that never came included.
+    homeless = RewardConfig(name="homeless", app="ocr", num_cpus=1000, deadline_s=1)
     with pytest.raises(RewardsNotReady, match=r"not ready within 3 s: homeless: "):
         start_rewards([homeless], token_file=token_file, port=0, deadline_s=3)
 

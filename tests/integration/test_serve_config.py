@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import json
 import os
 import signal
 import time
@@ -201,9 +203,14 @@ def test_what_the_file_says_is_what_runs(address: str) -> None:
 @pytest.mark.integration
 @pytest.mark.timeout(600)
 def test_one_reward_is_scaled_updated_and_rolled_back_under_a_run(
-    address: str, recipe: Callable[..., Config]
+    address: str, recipe: Callable[..., Config], tmp_path: Path
 ) -> None:
-    """No group is lost, none is trained twice, and the groups are scored by what is served at that time."""
+    """No group is lost, none is trained twice, and the groups are scored by what is served at that time.
+
+    Without held-out prompts nothing is evaluated.
+    """
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(prompt_of(word) for word in ("HELLO", "MOON", "RIVER", "STONE")))
     plain = APPLICATIONS["reward-ocr"]["args"] | {"args": {}}
     strict = plain | {"args": {"match": "exact"}}
     two = {"num_replicas": 2, "autoscaling_config": None}
@@ -212,6 +219,7 @@ def test_one_reward_is_scaled_updated_and_rolled_back_under_a_run(
     directory = RunDirectory.create(
         recipe(
             *("rollout.workers=2", "learner.max_steps=10000", "checkpoint.every_steps=100"),
+            f"prompts={{source: file, path: {prompts}}}",
             f"rewards=[{{name: ocr, url: '{address}/ocr', token_env: DGPO_REWARD_TOKEN}}]",
         )
     )
@@ -264,8 +272,6 @@ def _deploy(application: dict[str, Any]) -> None:
 
 def _runs(address: str, application: dict[str, Any]) -> bool:
     """As many replicas as it wants, and all of them of its scorer."""
-    from reward_servers.scorers import load_scorer
-
     arguments, deployment = application["args"], application["deployments"][0]
     deployed = serve.status().applications["reward-ocr"].deployments.get("reward")
     if deployed is None or deployed.replica_states != {"RUNNING": deployment.get("num_replicas", 1)}:
@@ -273,7 +279,14 @@ def _runs(address: str, application: dict[str, Any]) -> bool:
     headers = {"Authorization": f"Bearer {TOKEN}"}
     answer = httpx.get(f"{address}/ocr{INFO_PATH}", headers=headers, timeout=DEADLINE_S, trust_env=False)
     served = ServerInfo.model_validate_json(answer.content).version
-    return served == load_scorer(arguments["app"], arguments["args"]).version
+    return served == _version(arguments["app"], json.dumps(arguments["args"]))
+
+
+@functools.cache
+def _version(app: str, arguments: str) -> str:
+    from reward_servers.scorers import load_scorer
+
+    return load_scorer(app, json.loads(arguments)).version
 
 
 def _deployment_config(application: str) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,11 +15,11 @@ from policy import registry
 from services import driver, ray_runtime
 from services.config import Config
 from services.config_file import PROJECT_ROOT, ConfigError, load_config
+from services.preflight import refuse_unusable
 from services.progress import Progress
 from services.run_directory import RunDirectory
 from services.suites.prompts import load_suite
 from services.suites.run import SuiteEvaluation, evaluate_suite
-from services.train import _refuse_unusable
 
 
 @pytest.fixture
@@ -35,14 +37,12 @@ def test_other_sigmas_are_refused_before_there_is_a_run(tmp_path: Path) -> None:
     config = load_config("quickstart", overrides)
     refused = "a stock StableDiffusion3Pipeline .* set rollout.sigmas to scheduler"
     with pytest.raises(ConfigError, match=refused):
-        _refuse_unusable(config)
+        refuse_unusable(config)
     # What records or compares starts a driver by itself.
     with pytest.raises(ConfigError, match=refused):
         driver.train(config, RunDirectory.create(config), Progress("test", 1, quiet=True))
     # Of a hub id nothing is known before it is loaded.
-    _refuse_unusable(
-        config.model_copy(update={"model": config.model.model_copy(update={"path": "a/hub-id"})})
-    )
+    refuse_unusable(config.model_copy(update={"model": config.model.model_copy(update={"path": "a/hub-id"})}))
 
 
 @pytest.mark.usefixtures("no_ray")
@@ -58,11 +58,10 @@ def test_a_model_that_is_not_whole_is_refused_before_there_is_a_run(
     config = load_config("quickstart", [f"run.directory={tmp_path}", f"model.path={copy}"])
     refused = f"the text_encoder is not whole: {file} lacks 1 weight: .*q_proj.weight, of the "
     # One that is loaded in a moment is left to that.
-    _refuse_unusable(config)
-    for module in (driver, registry):
-        monkeypatch.setattr(module, "SLOW_TO_LOAD", file.stat().st_size)
+    refuse_unusable(config)
+    monkeypatch.setattr(registry, "SLOW_TO_LOAD", file.stat().st_size)
     with pytest.raises(ConfigError, match=refused):
-        _refuse_unusable(config)
+        refuse_unusable(config)
     with pytest.raises(ConfigError, match=refused):
         driver.train(config, RunDirectory.create(config), Progress("test", 1, quiet=True))
     suite = load_suite("ocr", config, limit=1)
@@ -83,10 +82,10 @@ def test_an_authority_that_is_none_is_refused_before_there_is_a_run(
     file = tmp_path / "ca.pem"
     config = load_config("quickstart", [override % file])
     with pytest.raises(ConfigError, match=f"{named}: {file}: cannot be read"):
-        _refuse_unusable(config)
+        refuse_unusable(config)
     file.write_text("no certificate")
     with pytest.raises(ConfigError, match=f"{named}: {file}: no PEM file of certificates"):
-        _refuse_unusable(config)
+        refuse_unusable(config)
 
 
 def test_a_queue_server_that_cannot_be_run_is_refused_before_there_is_a_run(
@@ -98,9 +97,24 @@ def test_a_queue_server_that_cannot_be_run_is_refused_before_there_is_a_run(
     assert config.queue.server == tmp_path / "own-valkey"
     refused = f"queue.server: {tmp_path / 'own-valkey'} is no file that can be run"
     with pytest.raises(ConfigError, match=refused):
-        _refuse_unusable(config)
+        refuse_unusable(config)
     (tmp_path / "own-valkey").write_text("#!/bin/sh")
     with pytest.raises(ConfigError, match=refused):
-        _refuse_unusable(config)
+        refuse_unusable(config)
     (tmp_path / "own-valkey").chmod(0o700)
-    _refuse_unusable(config)
+    refuse_unusable(config)
+
+
+def test_what_costs_little_to_see_is_refused_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from services.config_file import ConfigError, load_config\n"
+        "from services.preflight import refuse_unusable\n"
+        f"prompts = 'prompts={{source: file, path: {tmp_path}/none.txt}}'\n"
+        "try:\n"
+        "    refuse_unusable(load_config('quickstart', [prompts]))\n"
+        "except ConfigError as error:\n"
+        "    print(error, sorted({'torch', 'ray'} & set(sys.modules)))\n"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "none.txt" in told and told.endswith("[]\n")

@@ -15,8 +15,8 @@ import pytest
 from services.config import Config
 from services.config_file import ConfigError, load_config
 from services.doctor import examine
-from services.driver import refuse_unusable
 from services.metrics import Estimate, EvalRow, EventRow, Spread, UpdateRow
+from services.preflight import refuse_unusable
 from services.run_directory import RunDirectory
 from services.telemetry import Telemetry, read_metrics
 from services.trackers import TrackerSink, tracker_sinks
