@@ -11,7 +11,7 @@ import pytest
 from ray_nodes import RAY, cluster_on_this_machine
 from small_runs import SMALL
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
 
 STEPS = 2
 H100 = "accelerator_type:H100"

@@ -116,7 +116,8 @@ def test_every_group_is_recorded_once_and_is_the_untrained_models(
     assert not thread.is_alive()
     found = Recording.open(out)
     assert [group.ordinal for group in found.groups] == list(range(GROUPS))
-    assert {found.header(place).version.epoch for place in range(GROUPS)} == {0, 1}
+    # The worker may have sampled ahead of the death all that was left.
+    assert {found.header(place).version.epoch for place in range(GROUPS)} in ({0}, {0, 1})
     # Whatever version a group was sampled with, it is what the model makes as it was loaded.
     fresh = PolicySampler(own, tmp_path, store)
     for place in (0, GROUPS - 1):

@@ -201,6 +201,7 @@ def test_what_the_file_says_is_what_runs(address: str) -> None:
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_one_reward_is_scaled_updated_and_rolled_back_under_a_run(
     address: str, recipe: Callable[..., Config], tmp_path: Path
