@@ -176,11 +176,11 @@ def _evaluate_suite(
     images: bool,
 ) -> dict[str, Any]:
     from services.suites.run import SuiteEvaluation, evaluate_suite
-    from services.suites.settings import for_workers, with_rewards
+    from services.suites.settings import with_rewards, without_prompts
     from services.suites.summary import table
 
     evaluation = SuiteEvaluation(
-        config=for_workers(with_rewards(found.config, rewards)),
+        config=without_prompts(with_rewards(found.config, rewards)),
         weights=found.weights,
         kind=found.kind,
         suite=suite,

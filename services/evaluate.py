@@ -23,8 +23,9 @@ from services.conditions import condition_cache
 from services.config import Config
 from services.config_file import ConfigError, find, load_for_evaluation, parse_config
 from services.exported_lora import LORA, base_of, check_base, is_exported_lora, read_lora
+from services.messages import Prompt
 from services.run_directory import RunDirectory
-from services.suites.settings import with_rewards
+from services.suites.settings import with_rewards, without_prompts
 
 
 def evaluate_model(
@@ -59,18 +60,14 @@ def evaluate_model(
     from services.cluster_room import require_room
     from services.demands import reward_demands
     from services.driver import reward_places
-    from services.prompts import prompt_source
     from services.ray_runtime import ray_cluster
 
     found_model = to_evaluate(
         model, recipe, overrides, weights=weights, revision=revision, other_base=other_base
     )
-    config, place, kind = found_model.config, found_model.weights, found_model.kind
-    if rewards:
-        config = with_rewards(config, rewards)
-    prompts = prompt_source(config).heldout(config.eval.seed, config.eval.final_prompts)
-    if not prompts:
-        raise ConfigError("eval.path: no held-out prompts; give a file of them (--set eval.path=FILE)")
+    place, kind = found_model.weights, found_model.kind
+    with_diversity = found_model.config.prompts.source == "words"
+    config, prompts = asked(found_model.config, rewards or [])
     torch.set_num_threads(config.rollout.threads)
     run = place.parent.parent if place is not None and kind != LORA else None
     policy = load_policy(
@@ -88,12 +85,12 @@ def evaluate_model(
         policy.install(read_lora(place) if kind == LORA else _weights(place, kind))
     with tempfile.TemporaryDirectory() as folder, screen.status("starting the reward servers") as status:
         private = RunDirectory(Path(folder))
-        with ray_cluster(config) as own_ray, ExitStack() as serving:
+        with ray_cluster(config, queue=False) as own_ray, ExitStack() as serving:
             require_room(config, reward_demands(config), own_ray=own_ray, tell=status.update)
             places = serving.enter_context(reward_places(config, private, own_ray))
             scorer = RewardServers(config.rewards, places)
             status.update(f"sampling and scoring {len(prompts)} prompts")
-            found = evaluate(policy, scorer, config, prompts, with_diversity=True)
+            found = evaluate(policy, scorer, config, prompts, with_diversity=with_diversity)
             scorer.close()
     result = {
         "model": str(place or find(config.model.path)),
@@ -107,6 +104,21 @@ def evaluate_model(
     }
     screen.print(_table(result))
     return result
+
+
+def asked(config: Config, rewards: list[str]) -> tuple[Config, list[Prompt]]:
+    """What a model is asked for, and a configuration with the rewards that score it (`with_rewards`).
+
+    Raises:
+        ConfigError: there is nothing to evaluate on, or no such reward.
+    """
+    from services.prompts import prompt_source
+
+    # Before the rewards are replaced: those of a recording are its own.
+    prompts = prompt_source(config).heldout(config.eval.seed, config.eval.final_prompts)
+    if not prompts:
+        raise ConfigError("eval.path: no held-out prompts; give a file of them (--set eval.path=FILE)")
+    return without_prompts(with_rewards(config, rewards) if rewards else config), prompts
 
 
 @dataclass(frozen=True)

@@ -74,12 +74,15 @@ def nccl_listens_where_ray_does() -> None:
 
 
 @contextmanager
-def ray_cluster(config: Config) -> Iterator[bool]:
+def ray_cluster(config: Config, *, queue: bool = True) -> Iterator[bool]:
     """Ray is initialised inside the block; yields whether it was started here and ends with the block.
 
     Uses the Ray that this process has already initialised, and leaves it; else joins `cluster.address` or
     RAY_ADDRESS; without either, starts Ray on this machine with as many CPUs as it has, or as the run
     reserves if that is more (a laptop may be oversubscribed, a cluster may not).
+
+    Args:
+        queue: whether what runs inside has one.
 
     Raises:
         ConfigError: the cluster has several nodes, and the run would start parts that they cannot reach.
@@ -95,7 +98,7 @@ def ray_cluster(config: Config) -> Iterator[bool]:
     if address:
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
         nodes = sum(node["Alive"] for node in ray.nodes())
-        if nodes > 1 and (local := loopback_parts(config)):
+        if nodes > 1 and (local := loopback_parts(config, queue=queue)):
             ray.shutdown()
             raise ConfigError(
                 f"the Ray cluster at {address} has {nodes} nodes, and these would listen on one loopback "
@@ -119,12 +122,13 @@ def cluster_address(config: Config) -> str | None:
     return None if address == "local" else address or None
 
 
-def loopback_parts(config: Config) -> list[str]:
-    """What this run would start where only the driver's own machine reaches it."""
+def loopback_parts(config: Config, *, queue: bool = True) -> list[str]:
+    """What this run, or with no `queue` this evaluation, would start where only the driver's own machine
+    reaches it."""
     rewards = [f"reward {reward.name}" for reward in config.rewards if reward.app is not None]
     if config.offline and not evaluates(config):
         rewards = []
-    return (["the queue"] if config.queue.url is None else []) + rewards
+    return (["the queue"] if queue and config.queue.url is None else []) + rewards
 
 
 @retry(stop=stop_after_attempt(STARTS), before_sleep=lambda _: _clean_up(), reraise=True)

@@ -115,7 +115,7 @@ def _sample(
     with (
         tempfile.TemporaryDirectory() as private,
         screen.status("starting the reward servers") as status,
-        ray_cluster(config) as own_ray,
+        ray_cluster(config, queue=False) as own_ray,
         ExitStack() as serving,
     ):
         asked = [sampling_demand(config), *reward_demands(config)]

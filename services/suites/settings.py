@@ -128,11 +128,9 @@ def with_rewards(config: Config, chosen: list[str]) -> Config:
     return Config.model_validate(raw)
 
 
-def for_workers(config: Config) -> Config:
-    """The configuration as an evaluation's workers get it.
-
-    They are told their prompts, so it names none: one that names a recording would start no worker.
-    """
+def without_prompts(config: Config) -> Config:
+    """The configuration of an evaluation whose prompts are known: of a recording, no reward but its own could
+    be asked, and no worker would be started."""
     raw = config.model_dump(mode="json")
     raw["eval"]["path"] = None
     raw["prompts"] = {"source": "words"}

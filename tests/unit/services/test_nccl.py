@@ -17,7 +17,7 @@ import torch
 
 from services.config_file import ConfigError, load_config, load_for_evaluation
 from services.ray_runtime import nccl_listens_where_ray_does
-from services.suites.settings import for_workers
+from services.suites.settings import without_prompts
 from services.transports.nccl_pair import nccl_pairs
 from services.transports.nccl_wire import CardWire
 
@@ -30,7 +30,7 @@ def test_parts_on_gpus_may_have_it() -> None:
     config = load_config("quickstart", WHOLE)
     assert config.learner.publish_through == "nccl"
     # Workers of `dgpo eval` read a checkpoint; there is no learner, on a GPU or not.
-    assert for_workers(load_for_evaluation("quickstart", WHOLE)).rollout.num_gpus == 0.5
+    assert without_prompts(load_for_evaluation("quickstart", WHOLE)).rollout.num_gpus == 0.5
 
 
 @pytest.mark.parametrize(

@@ -15,17 +15,26 @@ ELSEWHERE = [
 
 
 @pytest.mark.parametrize(
-    ("nodes", "overrides", "refused"),
-    [(1, [], ""), (2, ELSEWHERE, ""), (2, ELSEWHERE[:1], "reward ocr"), (2, ELSEWHERE[1:], "the queue")],
+    ("nodes", "overrides", "queue", "refused"),
+    [
+        (1, [], True, ""),
+        (2, ELSEWHERE, True, ""),
+        (2, ELSEWHERE[:1], True, "reward ocr"),
+        (2, ELSEWHERE[1:], True, "the queue"),
+        # An evaluation.
+        (2, ELSEWHERE[1:], False, ""),
+        (2, [], False, "reward ocr"),
+    ],
 )
 def test_nothing_listens_on_one_loopback_of_several_nodes(
-    monkeypatch: pytest.MonkeyPatch, nodes: int, overrides: list[str], refused: str
+    monkeypatch: pytest.MonkeyPatch, nodes: int, overrides: list[str], queue: bool, refused: str
 ) -> None:
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **settings: None)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}] * nodes + [{"Alive": False}])
-    cluster = ray_cluster(load_config("quickstart", ["cluster.address=ray.example:6379", *overrides]))
+    config = load_config("quickstart", ["cluster.address=ray.example:6379", *overrides])
+    cluster = ray_cluster(config, queue=queue)
     if refused:
         with pytest.raises(ConfigError, match=f"2 nodes.*{refused}"), cluster:
             pass

@@ -20,11 +20,13 @@ from services.cli_eval import _default_folder
 from services.config import Config, LoraConfig, ModelConfig
 from services.config_file import ConfigError, load_config
 from services.context import RewardPlace
-from services.evaluate import evaluate_model, to_evaluate
+from services.evaluate import asked, evaluate_model, to_evaluate
 from services.exported_lora import LORA, lora_file, read_lora
 from services.suites.prompts import load_suite
 from services.suites.run import SuiteEvaluation
-from services.suites.settings import for_workers, with_rewards
+from services.suites.settings import with_rewards, without_prompts
+from tests.recorded_groups import config as recorded_config
+from tests.recorded_groups import group, record
 
 COMMIT = "1" * 40
 RECIPE = ("model.height=32", "model.width=64", "model.max_sequence_length=1", "model.device=cpu")
@@ -142,7 +144,7 @@ def test_what_only_training_reads_does_not_stand_in_the_way(
         load_config(recipe, overrides)
     config = to_evaluate(tiny_sd3, recipe, (*RECIPE, *overrides)).config
     # As a worker gets it.
-    config = Config.model_validate_json(for_workers(with_rewards(config, [])).model_dump_json())
+    config = Config.model_validate_json(without_prompts(with_rewards(config, [])).model_dump_json())
     loaded = load_config(recipe, RECIPE)
     told = {override.partition("=")[0]: override.partition("=")[2] for override in overrides}
     assert config.rollout.steps == int(told.get("rollout.steps", loaded.rollout.steps))
@@ -150,6 +152,16 @@ def test_what_only_training_reads_does_not_stand_in_the_way(
     assert config.rollout.solver == told.get("rollout.solver", loaded.rollout.solver)
     assert config.rollout.guidance == float(told.get("rollout.guidance", loaded.rollout.guidance))
     assert config.eval.final_prompts == loaded.eval.final_prompts
+
+
+def test_a_run_on_a_recording_is_evaluated_by_rewards_that_were_not_recorded(tmp_path: Path) -> None:
+    recorded = record(tmp_path / "recording", [group(ordinal) for ordinal in range(2)])
+    offline = recorded_config("prompts.source=recorded", f"prompts.path={recorded}", "eval.final_prompts=3")
+    config, prompts = asked(offline, ["jpeg"])
+    assert [reward.name for reward in config.rewards] == ["jpeg"] and not config.offline
+    assert prompts == asked(load_config("quickstart", ["eval.final_prompts=3"]), [])[1]
+    with pytest.raises(ConfigError, match="no such scorer"):
+        asked(offline, ["jpg"])
 
 
 def test_rewards_of_the_command_line_may_take_longer_than_those_of_the_recipe(tiny_sd3: Path) -> None:
