@@ -18,6 +18,10 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from click.testing import Result
+from typer.testing import CliRunner
+
+from services.cli import app
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(420)]
 
@@ -39,6 +43,13 @@ def dgpo(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[s
     return subprocess.run(
         [*DGPO, *arguments], capture_output=True, text=True, timeout=timeout, env=environment, check=False
     )
+
+
+def within(*arguments: str, code: int = 0) -> Result:
+    """In this process, which has imported what it needs."""
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == code, done.output
+    return done
 
 
 def settings(folder: Path, *more: str) -> list[str]:
@@ -165,15 +176,14 @@ def test_stock_diffusers_loads_the_export(finished: dict[str, Any]) -> None:
     assert np.asarray(picture).std() > 1
 
 
+@pytest.mark.usefixtures("ray_local")
 def test_eval_and_report_and_export_work_on_a_run(finished: dict[str, Any], tmp_path: Path) -> None:
     run = finished["run_dir"]
-    scored = dgpo("eval", run, "--json")
-    assert scored.returncode == 0, scored.stderr
+    scored = within("eval", run, "--json")
     again = result_of(scored.stdout)
     assert again["rewards"]["ocr"]["mean"] == pytest.approx(finished["score_after"], abs=1e-6)
-    assert dgpo("report", run).returncode == 0
-    made = dgpo("export", run, "--out", str(tmp_path / "out"), "--weights", "policy", "--only", "pipeline")
-    assert made.returncode == 0, made.stderr
+    within("report", run)
+    within("export", run, "--out", str(tmp_path / "out"), "--weights", "policy", "--only", "pipeline")
     assert (tmp_path / "out" / "pipeline" / "model_index.json").is_file()
 
 
@@ -283,19 +293,9 @@ def test_config_prints_what_a_run_would_use() -> None:
 
 
 def test_doctor_names_what_is_missing_and_the_remedy() -> None:
-    fine = dgpo("doctor", "quickstart", "--json")
-    assert fine.returncode == 0, fine.stderr
-    assert result_of(fine.stdout)["ok"]
-    bad = dgpo(
-        "doctor",
-        "quickstart",
-        "--json",
-        "--set",
-        "model.path=no/such/model/here",
-        "--set",
-        "queue.url=redis://127.0.0.1:9",
-    )
-    assert bad.returncode == 1
+    assert result_of(within("doctor", "quickstart", "--json").stdout)["ok"]
+    wrongly = ("--set", "model.path=no/such/model/here", "--set", "queue.url=redis://127.0.0.1:9")
+    bad = within("doctor", "quickstart", "--json", *wrongly, code=1)
     wrong = {finding["what"]: finding for finding in result_of(bad.stdout)["findings"] if not finding["ok"]}
     assert set(wrong) == {"model", "queue"}
     assert all(finding["remedy"] for finding in wrong.values())
