@@ -50,7 +50,7 @@ def test_groups_come_as_recorded_under_this_runs_name(
         assert ordinals == [2 * step, 2 * step + 1]
         run.learner.commit(weights(following), ordinals)
     run.learner.set_state("done")
-    thread.join(timeout=20)
+    thread.join(timeout=60)
     assert not thread.is_alive()
 
 
@@ -68,4 +68,4 @@ def test_a_damaged_group_is_given_up_with_its_shard_and_the_others_are_trained(
     assert [letter.ordinal for letter in letters] == [0, 1]
     assert all("shard-000000.safetensors" in letter.reason for letter in letters)
     run.learner.set_state("done")
-    thread.join(timeout=20)
+    thread.join(timeout=60)

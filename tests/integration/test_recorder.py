@@ -112,7 +112,7 @@ def test_every_group_is_recorded_once_and_is_the_untrained_models(
     assert len(Recording.open(out)) == 4
     assert learn(die_at=None) == 2
     queue.set_state("done")
-    thread.join(timeout=20)
+    thread.join(timeout=60)
     assert not thread.is_alive()
     found = Recording.open(out)
     assert [group.ordinal for group in found.groups] == list(range(GROUPS))

@@ -119,7 +119,7 @@ class Divided:
 
     def __init__(self, versions: Sequence[str], down: int | None = None) -> None:
         self._versions, self._down = iter(versions), down
-        self._ready = threading.Barrier(3, timeout=10)
+        self._ready = threading.Barrier(3, timeout=60)
         self.requests: list[tuple[int, ...]] = []
         self.spent: list[float] = []
         self.ended = 0
