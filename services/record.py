@@ -74,11 +74,13 @@ def record_groups(config: Config, groups: int, out: Path, screen: Console) -> di
     own = recorder_config(config, groups)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"--out {out}: exists and is not an empty directory; give a new one")
-    refuse_unusable(own)
-    from services.driver import train
-    from services.progress import Progress
-    from services.recording import read_index
-    from services.telemetry import read_metrics
+    with screen.status("checking the recipe"):
+        refuse_unusable(own)
+    with screen.status("loading"):
+        from services.driver import train
+        from services.progress import Progress
+        from services.recording import read_index
+        from services.telemetry import read_metrics
 
     directory = RunDirectory.create(own)
     out = out.resolve()

@@ -38,10 +38,11 @@ def run_training(config: Config, directory: RunDirectory, *, resume: bool, scree
     Returns:
         services/results.py `summary`.
     """
-    from services.driver import train
-    from services.exporting import export_into
-    from services.progress import Progress
-    from services.results import closing_table, summary
+    with screen.status("loading"):
+        from services.driver import train
+        from services.exporting import export_into
+        from services.progress import Progress
+        from services.results import closing_table, summary
 
     heldout = [reward.name for reward in config.rewards if reward.heldout]
     progress = Progress(
@@ -110,15 +111,14 @@ def job(
     """Train a recipe (--config), or go on with a run (--resume)."""
     if (config is None) == (resume is None):
         raise typer.BadParameter("give either a configuration or --resume RUN_DIR")
-    if resume is not None:
-        directory = RunDirectory.open(resume)
-        settings = directory.config(tuple(overrides or ()))
+    screen = Console(stderr=True)
+    directory = RunDirectory.open(resume) if resume is not None else None
+    changes = tuple(overrides or ())
+    settings = directory.config(changes) if directory is not None else load_config(str(config), changes)
+    with screen.status("checking the recipe"):
         refuse_unusable(settings)
-    else:
-        settings = load_config(str(config), overrides or ())
-        refuse_unusable(settings)
-        directory = RunDirectory.create(settings)
-    result = run_training(settings, directory, resume=resume is not None, screen=Console(stderr=True))
+    directory = directory or RunDirectory.create(settings)
+    result = run_training(settings, directory, resume=resume is not None, screen=screen)
     if as_json:
         typer.echo(json.dumps(result))
     if result["guard"]:
