@@ -8,12 +8,14 @@ Promises
 
 from __future__ import annotations
 
+import html
 import os
 import secrets
 import tempfile
 import webbrowser
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import quote
 
 import typer
 from rich.text import Text
@@ -54,7 +56,7 @@ def ui(
     )
 
     def ready(url: str) -> None:
-        address = f"{url}/?token={token}"
+        address = f"{url}/?token={quote(token, safe='')}"
         screen.print(Text(f"watching {run.name}; stop with Ctrl-C"), soft_wrap=True)
         screen.print(Text(f"open {address}"), soft_wrap=True)
         if is_loopback(host):
@@ -85,5 +87,5 @@ def ui(
 def _opened(address: str, folder: Path) -> bool:
     """Through a file of ours alone: everybody on this machine can read the command line of a browser."""
     page = folder / "open.html"
-    page.write_text(f'<!doctype html><meta http-equiv="refresh" content="0; url={address}">\n')
+    page.write_text(f'<!doctype html><meta http-equiv="refresh" content="0; url={html.escape(address)}">\n')
     return webbrowser.open(page.as_uri())

@@ -14,7 +14,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -235,9 +235,12 @@ def _nearest(found: Any, context: dict[str, Any]) -> str:
 
 def _section_at(location: tuple[int | str, ...]) -> type[BaseModel] | None:
     section: Any = Config
-    for part in location:
+    parts = iter(location)
+    for part in parts:
         if isinstance(part, int):
             continue
+        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+            return None
         if part in OBJECTIVES:
             section = OBJECTIVES[part]
             continue
@@ -245,6 +248,10 @@ def _section_at(location: tuple[int | str, ...]) -> type[BaseModel] | None:
         if field is None:
             return None
         annotation = field.annotation
+        if get_origin(annotation) is dict:
+            section = get_args(annotation)[1]
+            next(parts, None)  # its key
+            continue
         arguments = [a for a in getattr(annotation, "__args__", ()) if a is not Ellipsis]
         section = arguments[0] if arguments else annotation
     return section if isinstance(section, type) and issubclass(section, BaseModel) else None

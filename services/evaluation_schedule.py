@@ -33,7 +33,7 @@ class EvaluationSchedule:
 
     Args:
         evaluator: handle of the Evaluator actor; None where the run evaluates nothing.
-        evaluated: steps whose evaluation an earlier driver of the run has recorded.
+        evaluated: steps whose evaluation an earlier driver of the run has recorded, and when it was.
         on_row: told what an evaluation found.
         on_gone: told which weights nobody has any more, once for each announcement.
     """
@@ -42,7 +42,7 @@ class EvaluationSchedule:
         self,
         config: Config,
         evaluator: Any,
-        evaluated: Iterable[int],
+        evaluated: Iterable[tuple[int, When]],
         *,
         on_row: Callable[[EvalRow], None],
         on_gone: Callable[[WeightsAnnouncement, When], None],
@@ -76,7 +76,7 @@ class EvaluationSchedule:
         """
         within_s = self._config.eval.deadline_s
         deadline = time.monotonic() + within_s
-        while self._running is not None or announced.version.step not in self._evaluated:
+        while self._running is not None or not self._is_evaluated(announced.version.step):
             if self._running is None:
                 if announced.version == self._gone:
                     time.sleep(RETRY_S)
@@ -92,10 +92,15 @@ class EvaluationSchedule:
                 )
 
     def _due(self, step: int) -> bool:
-        if not self.possible or step in self._evaluated:
+        if not self.possible or self._is_evaluated(step):
             return False
         every = self._config.eval.every_steps
         return self._when(step) != "during" or (every > 0 and step % every == 0)
+
+    def _is_evaluated(self, step: int) -> bool:
+        """The one after training has more prompts than one during it, and is not left out for that one."""
+        done = {when for at, when in self._evaluated if at == step}
+        return self._when(step) in done if self._when(step) == "after" else bool(done)
 
     def _when(self, step: int) -> When:
         return "before" if step == 0 else "after" if step == self._config.learner.max_steps else "during"
@@ -117,7 +122,7 @@ class EvaluationSchedule:
         except ray.exceptions.RayError as error:
             raise PartFailed(f"the evaluator failed: {reason(error)}") from error
         if row is not None:
-            self._evaluated.add(announced.version.step)
+            self._evaluated.add((announced.version.step, self._when(announced.version.step)))
             self._on_row(EvalRow.model_validate_json(row))
         elif announced.version != self._gone:
             self._gone = announced.version

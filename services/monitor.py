@@ -120,7 +120,7 @@ class Monitor:
         self._evaluations = EvaluationSchedule(
             context.config,
             evaluator,
-            {row.step for row in written.evals},
+            {(row.step, row.when) for row in written.evals},
             on_row=self._write,
             on_gone=self._put_off,
         )

@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from services.config import Config
-from services.config_file import ConfigError
+from services.config_file import ConfigError, parse_config
 from services.preflight import refuse_unusable
 from services.run_directory import RunDirectory
 
@@ -41,18 +41,18 @@ def recorder_config(config: Config, groups: int) -> Config:
     # All versions are the same weights, so staleness costs nothing: keep every worker busy, one group being
     # sampled and one being scored.
     ahead = math.ceil(2 * config.rollout.workers / per_step)
-    staleness = max(config.queue.max_staleness, ahead)
+    staleness = max(config.queue.max_staleness, 0 if config.cluster.colocate else ahead)
     raw = config.model_dump(mode="json")
     raw["run"]["name"] = f"{config.run.name[:57]}-record"
     raw["learner"] |= {"groups_per_step": per_step, "max_steps": groups // per_step}
-    raw["learner"] |= {"ranks": 1, "sharding": "none"}
+    raw["learner"] |= {"ranks": 1, "sharding": "none", "placement": "pack"}
     raw["queue"] |= {
         "max_staleness": staleness,
         "max_groups": max(config.queue.max_groups, per_step * (staleness + 1)),
     }
     raw["checkpoint"]["every_steps"] = 1
     raw["telemetry"]["record"] = False
-    return Config.model_validate(raw)
+    return parse_config(raw, source=f"the recording of {config.run.name}")
 
 
 def record_groups(config: Config, groups: int, out: Path, screen: Console) -> dict[str, Any]:

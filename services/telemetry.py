@@ -134,9 +134,19 @@ class Metrics:
         return self.updates[-1] if self.updates else None
 
     def evaluation(self, when: str) -> EvalRow | None:
-        """The newest evaluation made `before`, `during` or `after` training."""
+        """The newest evaluation made `before`, `during` or `after` training.
+
+        One after training is none any more once the run has gone on from there.
+        """
         found = [row for row in self.evals if row.when == when]
+        if when == "after" and found and self.updates and found[-1].step < self.updates[-1].step:
+            return None
         return found[-1] if found else None
+
+    @property
+    def newest_evaluation(self) -> EvalRow | None:
+        """Of trained weights."""
+        return max((row for row in reversed(self.evals) if row.step), key=lambda row: row.step, default=None)
 
 
 def read_metrics(run_dir: Path) -> Metrics:

@@ -64,7 +64,7 @@ def _contents(run_dir: Path) -> dict[str, Any]:
     config, config_text, config_error = _config(run_dir)
     metrics = read_metrics(run_dir)
     before, after = metrics.evaluation("before"), metrics.evaluation("after")
-    newest = after or metrics.evaluation("during")
+    newest = metrics.newest_evaluation
     heldout = [reward.name for reward in config.rewards if reward.heldout] if config else []
     told = samples.load_eval(run_dir, "before"), samples.load_eval(run_dir, "after")
     return {

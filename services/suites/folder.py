@@ -22,7 +22,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,9 @@ from pydantic import ValidationError
 from services.config_file import ConfigError
 from services.messages import Message
 from services.suites.settings import EvaluationSettings
+
+UNKNOWN: Final = "unknown"
+"""What scores, where its server did not say."""
 
 
 class Sample(Message):
@@ -116,22 +119,26 @@ class EvaluationFolder:
             yield
 
     def check_scorers(self, told: Mapping[str, str]) -> None:
-        """Raises ConfigError if the finished shards were scored by other models or versions."""
+        """Remember what scores, by reward; what is `UNKNOWN` may be told later.
+
+        Raises:
+            ConfigError: the finished shards were scored by other models or versions.
+        """
         file = self.root / "scorers.json"
-        if not file.is_file():
-            _write(file, json.dumps(told, indent=2))
-            return
-        before = json.loads(file.read_text())
+        finished = any((self.root / "shards").glob("[0-9]*.json"))
+        before = json.loads(file.read_text()) if finished and file.is_file() else {}
+        known = {name: scorer for name, scorer in before.items() if scorer != UNKNOWN}
         changed = [
-            f"  {name}: {told[name]!r}; there {before.get(name)!r}"
+            f"  {name}: {told[name]!r}; there {known[name]!r}"
             for name in told
-            if told[name] != before.get(name)
+            if name in known and told[name] not in (known[name], UNKNOWN)
         ]
         if changed:
             raise ConfigError(
                 f"--out {self.root}: its finished shards were scored by other scorers; give another folder\n"
                 + "\n".join(changed)
             )
+        _write(file, json.dumps({**told, **known}, indent=2))
 
     def missing(self) -> list[int]:
         """The shards that are not finished."""

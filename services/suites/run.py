@@ -30,7 +30,7 @@ from services.context import RewardPlace
 from services.formatting import reason
 from services.prompts import sample_seeds
 from services.run_directory import RunDirectory
-from services.suites.folder import EvaluationFolder, Sample
+from services.suites.folder import UNKNOWN, EvaluationFolder, Sample
 from services.suites.prompts import Suite
 from services.suites.settings import EvaluationSettings, settings_of
 from services.suites.sheet import write_sheet
@@ -245,7 +245,7 @@ def _scorers(places: Mapping[str, RewardPlace]) -> dict[str, str]:
         client = place.client(name)
         info = client.info()
         client.close()
-        told[name] = "unknown" if info is None else f"{info.model}, version {info.version}"
+        told[name] = UNKNOWN if info is None else f"{info.model}, version {info.version}"
     return told
 
 

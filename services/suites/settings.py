@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import xxhash
 
@@ -22,6 +22,9 @@ from services.messages import Message
 from services.suites.prompts import Suite
 
 SHARD_PROMPTS = 16
+OF_ROLLOUT: Final = (*("solver", "order", "noise_level", "steps", "shift", "sigmas", "terminal", "guidance"),)
+OF_MODEL: Final = ("height", "width", "max_sequence_length", "dtype", "embedded_guidance")
+"""What images follow from, beside weights, prompts and seeds."""
 
 
 class EvaluationSettings(Message):
@@ -67,6 +70,7 @@ def settings_of(
         kind: which of them (services/evaluate.py).
     """
     rollout, model = config.evaluation_rollout, config.model
+    adapters = weights is not None and model.train == "lora"
     return EvaluationSettings(
         model=str(weights or find(model.path)),
         base=base_digest(config),
@@ -78,8 +82,10 @@ def settings_of(
         samples=samples,
         seed=config.eval.seed,
         sampling={
-            **rollout.model_dump(include={"solver", "order", "noise_level", "steps", "shift", "guidance"}),
-            **model.model_dump(include={"height", "width", "max_sequence_length", "dtype"}),
+            **rollout.model_dump(include=set(OF_ROLLOUT)),
+            **model.model_dump(include=set(OF_MODEL)),
+            # Their alpha scales them, and is not among the weights of a checkpoint.
+            "lora": model.lora.model_dump(mode="json") if adapters else None,
             "batch": config.eval.batch,
             "score_batch": config.rollout.group_size,
         },

@@ -128,10 +128,13 @@ def test_the_page_of_a_live_run(run: RunDirectory, queue: GroupQueue) -> None:
 
 
 def test_a_token_of_the_environment(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PAGE_TOKEN", "sixteen-characters-or-more")
+    """Also one that an address has to quote."""
+    monkeypatch.setenv("PAGE_TOKEN", token := "sixteen+/=&#%41-or-more")
     with page_process(str(run.root), "--token-env", "PAGE_TOKEN") as (_, told):
-        headers = {"authorization": "Bearer sixteen-characters-or-more"}
+        headers = {"authorization": f"Bearer {token}"}
         assert httpx.get(told["url"] + "/api/run", headers=headers).json()["name"] == run.name
+        with httpx.Client(follow_redirects=True) as browser:
+            assert browser.get(told["address"]).status_code == 200
 
 
 def test_beyond_loopback_says_what_that_means(run: RunDirectory) -> None:

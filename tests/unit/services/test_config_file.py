@@ -126,6 +126,12 @@ def test_a_reward_that_is_elsewhere_round_trips_through_the_run_directory() -> N
 LOGINS = "{driver: {password_env: P}, learner: {password_env: P}, worker: {password_env: P}}"
 
 
+def test_a_mistyped_key_of_a_login_is_named() -> None:
+    changes = [f"queue.logins={LOGINS}", "queue.url=redis://db", "queue.logins.driver.pasword_env=P"]
+    with pytest.raises(ConfigError, match=r"driver\.pasword_env: unknown key; did you mean 'password_env'"):
+        load_config("quickstart", changes)
+
+
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [

@@ -32,7 +32,7 @@ def row_of(told: WeightsAnnouncement, when: str) -> str:
 class Stage:
     """A schedule in front of an evaluator that answers as `answer` says, once `ready`. No Ray."""
 
-    def __init__(self, *overrides: str, evaluated: Sequence[int] = ()) -> None:
+    def __init__(self, *overrides: str, evaluated: Sequence[tuple[int, When]] = ()) -> None:
         self.answer: Answer = row_of
         self.ready = True
         self.ordered: list[tuple[str, str]] = []
@@ -72,7 +72,7 @@ class Stage:
 
 @pytest.fixture
 def stage_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Stage]]:
-    def make(*overrides: str, evaluated: Sequence[int] = ()) -> Stage:
+    def make(*overrides: str, evaluated: Sequence[tuple[int, When]] = ()) -> Stage:
         stage = Stage(*overrides, evaluated=evaluated)
         fake_ray = SimpleNamespace(wait=stage.wait, get=stage.get, exceptions=ray.exceptions)
         fake_time = SimpleNamespace(monotonic=lambda: stage.now, sleep=stage.sleep)
@@ -93,16 +93,31 @@ def test_each_step_that_is_due_is_evaluated_once(stage_of: Callable[..., Stage])
 
 
 def test_what_an_earlier_driver_has_evaluated_is_not_evaluated_again(stage_of: Callable[..., Stage]) -> None:
-    stage = stage_of("eval.every_steps=20", evaluated=[0, 20])
+    stage = stage_of("eval.every_steps=20", evaluated=[(0, "before"), (20, "during")])
     stage.polls(weights(0, epoch=1), weights(20, epoch=1), weights(40, epoch=1))
     assert stage.rows == [("during", 40)]
+
+
+def test_a_run_that_is_to_end_where_it_was_evaluated_is_evaluated_after_training(
+    stage_of: Callable[..., Stage],
+) -> None:
+    """`learner.max_steps` was lowered; the evaluation during training had fewer prompts."""
+    stage = stage_of("eval.every_steps=20", evaluated=[(0, "before"), (100, "during")])
+    stage.schedule.finish(weights(100, epoch=1), lambda: "")
+    assert stage.rows == [("after", 100)]
+
+
+def test_where_a_shorter_run_had_ended_is_not_evaluated_again(stage_of: Callable[..., Stage]) -> None:
+    stage = stage_of("eval.every_steps=20", evaluated=[(0, "before"), (40, "after")])
+    stage.polls(weights(40, epoch=1), weights(60, epoch=1))
+    assert stage.rows == [("during", 60)]
 
 
 @pytest.mark.parametrize(("every", "step"), [(0, 10), (0, 20), (20, 10)])
 def test_the_weights_a_resumed_learner_begins_with_are_evaluated_only_if_due(
     stage_of: Callable[..., Stage], every: int, step: int
 ) -> None:
-    stage = stage_of(f"eval.every_steps={every}", evaluated=[0])
+    stage = stage_of(f"eval.every_steps={every}", evaluated=[(0, "before")])
     stage.polls(weights(step, epoch=1), weights(100, epoch=1))
     assert stage.ordered == [("1.100", "after")]
 

@@ -181,6 +181,13 @@ def test_a_recorder_makes_exactly_the_groups_asked_for(groups: int, per_step: in
     assert 2 * 3 <= window <= own.queue.max_groups
 
 
+def test_a_recorder_of_one_rank_and_of_turns_has_settings_that_go_together() -> None:
+    spread = recorder_config(config("learner.ranks=2", "learner.placement=spread"), 4)
+    assert (spread.learner.ranks, spread.learner.placement) == (1, "pack")
+    turns = ("cluster.colocate=true", "queue.max_staleness=0", "rollout.workers=1")
+    assert recorder_config(config(*turns), 4).queue.max_staleness == 0
+
+
 def test_a_recorder_refuses_before_it_starts(recorded: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is a recording already"):
         record_groups(offline(recorded), 2, tmp_path / "out", None)  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from services.logs import configure_logging
 from services.metrics import Estimate, EvalRow, MemoryRow, Spread, UpdateRow, parse_row
-from services.telemetry import METRICS_FILE, Telemetry, read_metrics
+from services.telemetry import METRICS_FILE, Metrics, Telemetry, read_metrics
 
 
 def update(step: int, *, epoch: int = 0, reward: float = 0.5) -> UpdateRow:
@@ -53,6 +54,17 @@ def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
     assert [(event.what, event.ordinal) for event in metrics.events] == [("dead letter", 7)]
     assert metrics.memory is not None
     assert metrics.memory.parts == {"learner-0": 123}
+
+
+def test_an_evaluation_after_training_is_none_once_the_run_has_gone_on() -> None:
+    ended = Metrics(updates=(update(1), update(2)), evals=(evaluation(0, "before"), evaluation(2, "after")))
+    assert ended.evaluation("after") == ended.newest_evaluation == evaluation(2, "after")
+    longer = replace(ended, updates=(*ended.updates, update(3)))
+    assert longer.evaluation("after") is None
+    assert longer.newest_evaluation == evaluation(2, "after")
+    during = replace(longer, evals=(*ended.evals, evaluation(3, "during")))
+    assert during.newest_evaluation == evaluation(3, "during")
+    assert Metrics(evals=(evaluation(0, "before"),)).newest_evaluation is None
 
 
 def test_a_row_is_readable_before_the_writer_closes(tmp_path: Path) -> None:

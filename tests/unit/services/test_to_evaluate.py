@@ -12,6 +12,7 @@ from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from learner.checkpoint import write_checkpoint
 from policy import load_policy
 from policy.export import export_lora
 from rollout_workers.suite_worker import SuiteWork, SuiteWorker
@@ -22,6 +23,7 @@ from services.config_file import ConfigError, load_config
 from services.context import RewardPlace
 from services.evaluate import asked, evaluate_model, to_evaluate
 from services.exported_lora import LORA, lora_file, read_lora
+from services.run_directory import RunDirectory
 from services.suites.prompts import load_suite
 from services.suites.run import SuiteEvaluation
 from services.suites.settings import with_rewards, without_prompts
@@ -152,6 +154,16 @@ def test_what_only_training_reads_does_not_stand_in_the_way(
     assert config.rollout.solver == told.get("rollout.solver", loaded.rollout.solver)
     assert config.rollout.guidance == float(told.get("rollout.guidance", loaded.rollout.guidance))
     assert config.eval.final_prompts == loaded.eval.final_prompts
+
+
+def test_a_checkpoint_may_be_named_from_within_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = RunDirectory.create(load_config("quickstart", [f"run.directory={tmp_path}"]))
+    checkpoint = write_checkpoint(directory.root, 4, {"ema": {"weight": torch.ones(2)}}, {"epoch": 0}, keep=1)
+    for place, named in ((checkpoint.parent, "step-4"), (checkpoint, "."), (tmp_path, str(checkpoint))):
+        monkeypatch.chdir(place)
+        assert to_evaluate(Path(named), None, ()).weights == checkpoint
 
 
 def test_a_run_on_a_recording_is_evaluated_by_rewards_that_were_not_recorded(tmp_path: Path) -> None:

@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from learner.checkpoint import write_checkpoint
 from services.config_file import ConfigError, load_config
 from services.messages import Prompt
 from services.suites.compare import compare
-from services.suites.folder import EvaluationFolder, Sample
+from services.suites.folder import UNKNOWN, EvaluationFolder, Sample
 from services.suites.prompts import Suite
 from services.suites.settings import EvaluationSettings, settings_of, with_rewards
 from services.suites.sheet import CELL, caption, escaped, write_sheet
@@ -80,9 +82,24 @@ def test_other_settings_are_refused_with_every_difference(tmp_path: Path) -> Non
 
 def test_other_scorers_are_refused(tmp_path: Path) -> None:
     folder = EvaluationFolder.prepare(tmp_path / "e", settings())
+    folder.check_scorers({"ocr": "none, version 0"})
+    # Nothing is finished yet.
     folder.check_scorers({"ocr": "one, version 1"})
+    folder.write_shard(0, [sample(0, 0, 0.5)])
     folder.check_scorers({"ocr": "one, version 1"})
-    with pytest.raises(ConfigError, match="'two, version 1'; there 'one, version 1'"):
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="'two, version 1'; there 'one, version 1'"):
+            folder.check_scorers({"ocr": "two, version 1"})
+        # A server that does not say what it is hides nothing that is known.
+        folder.check_scorers({"ocr": UNKNOWN})
+
+
+def test_what_scores_may_be_told_later(tmp_path: Path) -> None:
+    folder = EvaluationFolder.prepare(tmp_path / "e", settings())
+    folder.check_scorers({"ocr": UNKNOWN})
+    folder.write_shard(0, [sample(0, 0, 0.5)])
+    folder.check_scorers({"ocr": "one, version 1"})
+    with pytest.raises(ConfigError, match="there 'one, version 1'"):
         folder.check_scorers({"ocr": "two, version 1"})
 
 
@@ -164,8 +181,28 @@ def test_what_an_evaluation_depends_on_is_told_by_what_it_is() -> None:
     assert list(told.differences(settings_of(guided, None, "ema", suite, 1))) == [
         "sampling.guidance: 1.0; there 4.5"
     ]
+    for section, key, value in (
+        *(("rollout", "sigmas", "fractions"), ("rollout", "terminal", 0.02)),
+        *(("model", "embedded_guidance", 7.5), ("model", "dtype", "float16")),
+    ):
+        other = config.model_copy(update={section: getattr(config, section).model_copy(update={key: value})})
+        (line,) = told.differences(settings_of(other, None, "ema", suite, 1))
+        assert line.startswith(f"sampling.{key}: ") and line.endswith(f"there {value!r}")
     more = config.model_copy(update={"rollout": config.rollout.model_copy(update={"workers": 7})})
     assert settings_of(more, None, "ema", suite, 1) == told
+
+
+def test_the_alpha_of_a_checkpoints_adapters_is_told(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path, 1, {"ema": {"weight": torch.ones(2)}}, {"epoch": 0}, keep=1)
+    suite = Suite("mine", (Prompt(text="a"),), (None,))
+    one, two = (
+        settings_of(
+            load_config("quickstart", ["model.train=lora", f"model.lora.alpha={alpha}"]),
+            *(checkpoint, "ema", suite, 1),
+        )
+        for alpha in (8, 16)
+    )
+    assert list(one.differences(two)) == ["sampling.lora.alpha: 8.0; there 16.0"]
 
 
 def test_rewards_are_chosen_by_name_from_the_recipe_or_the_scorers() -> None:
