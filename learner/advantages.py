@@ -18,6 +18,12 @@ from services.config import AdvantageConfig, RewardConfig
 
 LARGEST_TOTAL = 1e100
 """Its square is still a number: the standard deviation needs it."""
+EQUAL = 1e-9
+"""Scores of a group that differ by less are equal: of the largest of them, or of 1 where that is larger. Sums
+of the same terms in another order differ by their rounding."""
+AT_THE_MEAN = 1e-12
+"""A score that is nearer to the mean is neither better nor worse; small enough that in a group of hundreds
+whose scores are not equal some are."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class Advantages:
     totals: Tensor
     """(groups, G) float64 total rewards."""
     live: Tensor
-    """(groups,) bool: the group has a preference; false where all total rewards are equal."""
+    """(groups,) bool: the group has a preference; false where all total rewards are equal (`EQUAL`)."""
 
 
 def total_rewards(rewards: Mapping[str, Sequence[float]], trained: Sequence[RewardConfig]) -> Tensor:
@@ -112,15 +118,21 @@ def group_advantages(totals: Tensor, config: AdvantageConfig) -> Advantages:
 
 
 def _differ(scores: Tensor) -> Tensor:
-    return scores.amax(dim=1) > scores.amin(dim=1)
+    return scores.amax(dim=1) - scores.amin(dim=1) > EQUAL * _scale(scores)
+
+
+def _scale(scores: Tensor) -> Tensor:
+    """(groups,)"""
+    return scores.abs().amax(dim=1).clamp(min=1)
 
 
 def _normalized(scores: Tensor, config: AdvantageConfig) -> Tensor:
     """(groups, G): centred by group, divided by the deviation."""
     centred = scores - scores.mean(dim=1, keepdim=True)
     std = scores.std(correction=0) if config.std == "step" else scores.std(dim=1, correction=0, keepdim=True)
-    # The mean of equal numbers may be off by a rounding error: zero means zero.
-    return torch.where(_differ(scores)[:, None], centred / (std + config.epsilon), torch.zeros_like(scores))
+    # Means are off by rounding errors: zero means zero.
+    away = (centred.abs() > AT_THE_MEAN * _scale(scores)[:, None]) & _differ(scores)[:, None]
+    return torch.where(away, centred / (std + config.epsilon), torch.zeros_like(scores))
 
 
 def _split_evenly(values: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from learner.epochs import NONE, EpochFile
 from services.card import OwnCard
 from services.codec import Group
 from services.config import Config
@@ -115,6 +116,7 @@ class LearnerLoop:
         record: Callable[[Sequence[Group]], None] | None = None,
         curriculum: Curriculum | None = None,
         card: OwnCard | None = None,
+        epochs: EpochFile | None = None,
     ) -> None:
         self._config = config
         self._queue = queue
@@ -124,6 +126,7 @@ class LearnerLoop:
         self._record = record
         self._curriculum = curriculum
         self._card = card or OwnCard()
+        self._epochs = epochs
         self._checkpointed = -1
 
     def run(self, start: Start) -> int:
@@ -168,11 +171,12 @@ class LearnerLoop:
         with self._card.turn():
             self._pulse.enter("publishing the first weights")
             version = self._queue.begin_epoch(
-                lambda version: self._trainer.publish(version, kind="policy"),
+                self._announce_first,
                 limit=start.trained + max(0, settings.max_steps - start.step) * settings.groups_per_step,
                 window=(queue.max_staleness + 1) * settings.groups_per_step,
                 checkpoint=start.version,
                 frontier=start.frontier,
+                newest_epoch=NONE if self._epochs is None else self._epochs.read(),
             )
             if self._curriculum is not None:
                 self._curriculum.assign(start.frontier or Frontier())
@@ -184,6 +188,11 @@ class LearnerLoop:
         self._pulse.version = version
         self._checkpointed = start.step if start.version is not None else -1
         return version.epoch
+
+    def _announce_first(self, version: PolicyVersion) -> WeightsAnnouncement:
+        if self._epochs is not None:
+            self._epochs.keep(version.epoch)
+        return self._trainer.publish(version, kind="policy")
 
     def _step(self, epoch: int, step: int) -> dict[str, Any]:
         settings = self._config.learner

@@ -27,6 +27,7 @@ import ray.train
 import torch
 
 from learner.checkpoint import CheckpointsUnusable
+from learner.epochs import EpochFile
 from learner.follower import follow
 from learner.loop import LearnerLoop
 from learner.ranks import Order, RankFailedForGood, RankLost, Ranks, RanksDiffer, together
@@ -164,6 +165,7 @@ def _lead(
             record=record,
             curriculum=trainer.curriculum,
             card=card or OwnCard(),
+            epochs=EpochFile(context.directory),
         )
         try:
             loop.run(start)

@@ -239,11 +239,11 @@ def _section_at(location: tuple[int | str, ...]) -> type[BaseModel] | None:
     for part in parts:
         if isinstance(part, int):
             continue
-        if not (isinstance(section, type) and issubclass(section, BaseModel)):
-            return None
         if part in OBJECTIVES:
             section = OBJECTIVES[part]
             continue
+        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+            return None
         field = section.model_fields.get(part)
         if field is None:
             return None

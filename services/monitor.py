@@ -309,7 +309,8 @@ class Monitor:
             raise PartFailed(
                 f"{len(letters)} ordinals were given up (queue.max_dead "
                 f"{self._context.config.queue.max_dead}); the last one, {letters[-1].ordinal}, because: "
-                f"{letters[-1].reason}"
+                f"{letters[-1].reason}; they stay given up: to go on, --resume with --set "
+                f"queue.max_dead=N, N at least {len(letters)}"
             )
 
     def _put_off(self, announced: WeightsAnnouncement, when: str) -> None:

@@ -3,6 +3,7 @@
 Layout
     config.yaml        the resolved configuration; former ones of a resumed run: config.yaml.before-N
     environment.json   versions, git revision, machine
+    epoch.json         the newest epoch, which never begins again (learner/epochs.py)
     micro_batch.json   what `learner.micro_batch: auto` has found, and the run keeps to
     metrics.jsonl      one row an update, an evaluation, an event
     tensorboard/       the same as event files

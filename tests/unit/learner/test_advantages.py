@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -116,13 +118,36 @@ def test_rewards_that_cancel_are_no_preference() -> None:
     assert not group_advantages(ranked, AdvantageConfig()).live.any()
 
 
+@pytest.mark.parametrize(
+    ("totals", "expected"),
+    [
+        ([0.1, 0.2, 0.3], [-1.5, 0.0, 1.5]),
+        ([0.3, 0.1 + 0.2, 0.3, 0.3], [0.0, 0.0, 0.0, 0.0]),
+        ([0.3, math.nextafter(0.3, 1)], [0.0, 0.0]),
+    ],
+)
+def test_rounding_is_no_preference(totals: list[float], expected: list[float]) -> None:
+    found = group_advantages(torch.tensor([totals], dtype=torch.float64), AdvantageConfig(weights="equal"))
+    assert found.values.tolist() == [expected]
+    assert found.live.tolist() == [any(expected)]
+
+
+def test_normalized_rewards_that_cancel_but_for_rounding_are_no_preference() -> None:
+    rewards = [{"ocr": [0.1, 0.2, 0.3, 0.7], "taste": [0.9, 0.8, 0.7, 0.3]}]
+    trained = [RewardConfig(name=name, app="ocr") for name in ("ocr", "taste")]
+    config = AdvantageConfig(combine="normalized", weights="equal")
+    found = group_advantages(preferences(rewards, trained, config), config)
+    assert not found.live.any() and not found.values.any()
+
+
 @given(GROUPS)
 def test_equal_weights_sum_to_zero_and_keep_the_sign(rows: list[list[float]]) -> None:
     totals = torch.tensor(rows, dtype=torch.float64)
     graded = group_advantages(totals, AdvantageConfig()).values
-    equal = group_advantages(totals, AdvantageConfig(weights="equal")).values
+    found = group_advantages(totals, AdvantageConfig(weights="equal"))
+    equal = found.values
     assert torch.equal(equal.sign(), graded.sign())
     assert equal.sum(dim=1).abs().max() < 1e-12
-    for row in equal[(totals.amax(1) > totals.amin(1))]:
+    for row in equal[found.live]:
         assert float(row.abs().mean()) == pytest.approx(1.0)
         assert len(set(row[row > 0].tolist())) == len(set(row[row < 0].tolist())) == 1

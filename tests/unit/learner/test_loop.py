@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from learner.epochs import EpochFile
 from learner.loop import LearnerLoop, Start
 from services.config import Config
-from services.config_file import load_config
+from services.config_file import ConfigError, load_config
 from services.group_queue import Frontier, Stopped
 from services.heartbeat import Pulse
 from services.messages import PolicyVersion, WeightsAnnouncement
@@ -73,6 +75,28 @@ def limit(config: Config, start: Start, queue: Any = None) -> int:
     assert trainer.finished == len(trainer.checkpoints) == (0 if start.version is not None else 1)
     found: int = queue.began["limit"]
     return found
+
+
+def test_a_queue_server_that_has_lost_its_data_is_told_of_the_newest_epoch(tmp_path: Path) -> None:
+    """It is in the run directory before its first weights are published."""
+
+    class Keeps(Trainer):
+        def publish(self, version: PolicyVersion, *, kind: str) -> WeightsAnnouncement:
+            assert EpochFile(tmp_path).read() == version.epoch
+            return super().publish(version, kind=kind)
+
+    told = []
+    for _ in range(2):
+        queue: Any = Queue()
+        pulse = Pulse("learner-0", lambda beat: None)
+        LearnerLoop(load_config("quickstart"), queue, Keeps(), pulse, epochs=EpochFile(tmp_path)).run(Start())
+        told.append(queue.began["newest_epoch"])
+    assert told == [-1, 1]
+    EpochFile(tmp_path).keep(0)
+    assert EpochFile(tmp_path).read() == 1
+    (tmp_path / "epoch.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"epoch\.json: unreadable"):
+        EpochFile(tmp_path).read()
 
 
 @pytest.mark.parametrize("groups_per_step", [2, 4, 16])
