@@ -51,6 +51,7 @@ class RecordedGroups:
             run=run,
             ordinal=lease.ordinal,
             attempt=lease.attempt,
+            place=lease.ordinal,
             prompt=header.prompt,
             seeds=header.seeds,
             version=lease.version,

@@ -9,7 +9,6 @@ Promises
 
 from __future__ import annotations
 
-import itertools
 import random
 import socket
 from pathlib import Path
@@ -78,7 +77,7 @@ class PolicySampler:
         """The group of a task: latents (G, C, h, w), condition of one sample, images (G, H, W, 3)."""
         rollout = self._config.rollout
         if self._source is not None and not self.policy.prepared(task.prompt.text):
-            texts = list(itertools.islice(upcoming(self._config, self._source, task.ordinal), AHEAD))
+            texts = list(upcoming(self._config, self._source, task.place, AHEAD))
             # Workers that miss the same prompts at once share them so, each its own part first.
             random.shuffle(texts)
             self.policy.prepare([task.prompt.text, *texts], negative=rollout.guidance > 1)

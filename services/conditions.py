@@ -40,8 +40,14 @@ def prompts_of(config: Config, source: PromptSource) -> Iterator[str]:
     yield from dict.fromkeys(texts)
 
 
-def upcoming(config: Config, source: PromptSource, ordinal: int) -> Iterator[str]:
-    """Texts of the training prompts from an ordinal on, to the last of the run."""
-    count = config.learner.max_steps * config.learner.groups_per_step
-    for later in range(ordinal, count):
+def upcoming(config: Config, source: PromptSource, place: int, at_most: int | None = None) -> Iterator[str]:
+    """Texts of the training prompts from a place on, to that of the run's last group.
+
+    Args:
+        at_most: so many; also beyond the last group, where a curriculum leaves prompts out.
+    """
+    end = config.learner.max_steps * config.learner.groups_per_step
+    if at_most is not None:
+        end = place + at_most if config.prompts.curriculum.after else min(end, place + at_most)
+    for later in range(place, end):
         yield source.training(config.run.seed, later).text

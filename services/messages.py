@@ -57,6 +57,8 @@ class GroupTask(Message):
     ordinal: int = Field(ge=0)
     attempt: int = Field(ge=1)
     """1 for the first issue; grows when a lease expires or a group is refused."""
+    place: int = Field(ge=0)
+    """In the sequence of prompts: its ordinal, but for a curriculum."""
     prompt: Prompt
     seeds: tuple[int, ...]
     """One a sample, G in all; each determines the initial noise of its sample."""

@@ -140,11 +140,13 @@ def group_task(
     Args:
         place: in the sequence of prompts that it takes; None: its own number.
     """
+    place = ordinal if place is None else place
     return GroupTask(
         run=run,
         ordinal=ordinal,
         attempt=attempt,
-        prompt=source.training(config.run.seed, ordinal if place is None else place),
+        place=place,
+        prompt=source.training(config.run.seed, place),
         seeds=sample_seeds(config.run.seed, "noise", ordinal, config.rollout.group_size),
         version=version,
     )

@@ -88,7 +88,9 @@ def test_a_killed_evaluator_is_made_anew(recipe: Callable[..., Config], digest: 
                 killed.append(beat.pid)
                 os.kill(beat.pid, signal.SIGKILL)
 
-    outcome = run(recipe("rollout.workers=1", "telemetry.heartbeat_s=0.05"), Watching(at_beats=kill))
+    # So many prompts that it is seen while it evaluates.
+    settings = ("rollout.workers=1", "telemetry.heartbeat_s=0.05", "eval.final_prompts=300")
+    outcome = run(recipe(*settings), Watching(at_beats=kill))
     assert killed and outcome.weights_digest == digest
     written = read_metrics(outcome.run.root)
     # The first evaluation is asked for again, unless training has come to its end meanwhile.

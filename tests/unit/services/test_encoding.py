@@ -16,7 +16,7 @@ from policy import text_encoders
 from rollout_workers.loop import SampledGroup
 from rollout_workers.policy_sampler import PolicySampler
 from services.cli import app
-from services.conditions import condition_cache
+from services.conditions import condition_cache, upcoming
 from services.config import Config
 from services.config_file import ConfigError, load_config
 from services.messages import PolicyVersion
@@ -112,3 +112,18 @@ def test_every_process_looks_in_one_place(tmp_path: Path, monkeypatch: pytest.Mo
     assert condition_cache(beside, tmp_path / "runs" / "run-1") == tmp_path / "runs" / "conditions"
     assert condition_cache(named, tmp_path / "runs" / "run-1") == tmp_path / "here"
     assert condition_cache(load_config("quickstart", [])) is None
+
+
+def test_a_worker_encodes_ahead_what_its_run_needs_next(tmp_path: Path) -> None:
+    """A curriculum takes prompts from beyond the number of the run's groups."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(f"prompt {number}" for number in range(40)))
+    settings = [f"prompts={{source: file, path: {file}}}", "learner.max_steps=3", "learner.groups_per_step=4"]
+    plain = load_config("quickstart", settings)
+    curriculum = load_config("quickstart", [*settings, "prompts.curriculum.after=2"])
+    source = prompt_source(plain)
+    texts = [source.training(plain.run.seed, place).text for place in range(40)]
+    assert list(upcoming(plain, source, 2)) == texts[2:12]
+    assert list(upcoming(plain, source, 2, 4)) == list(upcoming(curriculum, source, 2, 4)) == texts[2:6]
+    assert list(upcoming(plain, source, 10, 4)) == texts[10:12]
+    assert list(upcoming(curriculum, source, 20, 4)) == texts[20:24]
