@@ -64,8 +64,8 @@ def test_a_finished_run_goes_on_with_more_and_larger_steps(recipe: Callable[...,
     assert (second["steps"], second["groups"]) == (3, 2 + 2 * 3)
     assert RunDirectory.open(directory.root).config() == further
     card = (directory.root / "export" / "pipeline" / "README.md").read_text()
-    assert "- updates: 3 of 3\n" in card
-    assert "held-out ocr" in card
+    assert "| updates | 3 of 3 |\n" in card
+    assert "after 3 updates |\n" in card
 
 
 def test_staleness_is_bounded_and_used_and_metrics_are_told(
