@@ -114,10 +114,11 @@ def group_advantages(totals: Tensor, config: AdvantageConfig) -> Advantages:
     values = _normalized(totals, config).clamp(-config.clip, config.clip)
     if config.weights == "equal":
         values = _split_evenly(values)
-    return Advantages(values=values, totals=totals, live=_differ(totals))
+    return Advantages(values=values, totals=totals, live=differ(totals))
 
 
-def _differ(scores: Tensor) -> Tensor:
+def differ(scores: Tensor) -> Tensor:
+    """(groups,) bool: whether the scores (groups, G) of a group are not all equal (`EQUAL`)."""
     return scores.amax(dim=1) - scores.amin(dim=1) > EQUAL * _scale(scores)
 
 
@@ -131,7 +132,7 @@ def _normalized(scores: Tensor, config: AdvantageConfig) -> Tensor:
     centred = scores - scores.mean(dim=1, keepdim=True)
     std = scores.std(correction=0) if config.std == "step" else scores.std(dim=1, correction=0, keepdim=True)
     # Means are off by rounding errors: zero means zero.
-    away = (centred.abs() > AT_THE_MEAN * _scale(scores)[:, None]) & _differ(scores)[:, None]
+    away = (centred.abs() > AT_THE_MEAN * _scale(scores)[:, None]) & differ(scores)[:, None]
     return torch.where(away, centred / (std + config.epsilon), torch.zeros_like(scores))
 
 

@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from learner.advantages import total_rewards
+from learner.advantages import differ, total_rewards
 from services.codec import Group
 from services.config import Config
 from services.config_file import ConfigError
@@ -67,10 +67,9 @@ class Curriculum:
     def observe(self, groups: Sequence[Group]) -> None:
         """The groups of an update, in ordinal order."""
         for group in groups:
-            totals = total_rewards(group.header.rewards, self._config.trained_rewards).tolist()
+            totals = total_rewards(group.header.rewards, self._config.trained_rewards)
             key = _key(group.header.prompt.text)
-            # pstdev is exact: of equal numbers it is 0, not nearly.
-            if statistics.pstdev(totals) <= self._settings.min_std:
+            if not differ(totals[None])[0] or statistics.pstdev(totals.tolist()) <= self._settings.min_std:
                 self._streaks[key] = self._streaks.get(key, 0) + 1
             else:
                 self._streaks.pop(key, None)

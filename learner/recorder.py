@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from learner.advantages import total_rewards
+from learner.advantages import differ, total_rewards
 from learner.loop import Start
 from learner.prober import Prober
 from learner.update_metrics import reward_spreads, spread
@@ -87,7 +87,7 @@ class UntrainedTrainer:
             "reward_mean": of_total["mean"],
             "reward_std": of_total["std"],
             "rewards": reward_spreads([group.header.rewards for group in groups]),
-            "zero_variance_groups": sum(bool((total == total[0]).all()) for total in totals),
+            "zero_variance_groups": int((~differ(torch.stack(totals))).sum()),
         }
 
     def publish(self, version: PolicyVersion, *, kind: str) -> WeightsAnnouncement:

@@ -10,6 +10,7 @@ Evaluations on a suite of prompts, over several workers: services/suites/.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -195,7 +196,8 @@ def _of_run(model: Path, recipe: str | None, overrides: tuple[str, ...], weights
     from learner.checkpoint import newest_checkpoint
 
     if (model / "manifest.json").is_file():
-        checkpoint = model.resolve()
+        # Not resolved: a folder of checkpoints may be a link to another disk.
+        checkpoint = Path(os.path.abspath(model))  # noqa: PTH100
         run = RunDirectory.open(checkpoint.parent.parent)
     else:
         run = RunDirectory.open(model)

@@ -1,7 +1,7 @@
 """What is refused before a run has a directory, and before anything of it is started.
 
 Promises
-- What costs least is looked at first; nothing heavy is imported before that is fine.
+- What costs least is looked at first; nothing heavy is imported before that is fine, but for a recording.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ def refuse_unusable(config: Config) -> None:
         ConfigError: what does not fit, and what would.
     """
     evaluating = evaluates(config)
+    server = config.queue.server
+    if server is not None and not (server.is_file() and os.access(server, os.X_OK)):
+        raise ConfigError(f"queue.server: {server} is no file that can be run")
+    refuse_unusable_trackers(config)
     # They import torch.
     from learner.timesteps import configured_window
     from policy.registry import SLOW_TO_LOAD, check_files, check_sampling
     from services.context import queue_authority, reward_authority
 
     queue_authority(config)
-    server = config.queue.server
-    if server is not None and not (server.is_file() and os.access(server, os.X_OK)):
-        raise ConfigError(f"queue.server: {server} is no file that can be run")
     if not config.offline or evaluating:
         for reward in config.rewards:
             reward_authority(reward)
-    refuse_unusable_trackers(config)
     try:
         configured_window(config)
         check_sampling(config)

@@ -52,10 +52,11 @@ def reconfigure(run: RunDirectory, config: Config) -> None:
 
 
 def _check_unfinished(run: RunDirectory, config: Config) -> None:
-    wanted, evaluated = config.learner.max_steps, read_metrics(run.root).evaluation("after")
+    wanted = config.learner.max_steps
+    ended = {row.step for row in read_metrics(run.root).evals if row.when == "after"}
 
     def refused(done: int) -> bool:
-        return done > wanted or (done == wanted and evaluated is not None and evaluated.step == done)
+        return done > wanted or (done == wanted and done in ended)
 
     # The learner verifies what it goes on from; nobody else does before "nothing" is said of it.
     if refused(newest_step(run.root)) and refused(done := _verified_step(run)):

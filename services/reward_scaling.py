@@ -40,7 +40,8 @@ class RewardScaling:
         self.asked: dict[str, int] = {}
         """Reward -> replicas that Serve was asked for."""
         self._under_way: tuple[str, int, Future[None]] | None = None
-        self._not_before = 0.0
+        self._not_before: dict[str, float] = {}
+        """Reward -> when it is tried again (monotonic)."""
 
     def turn(self, wanted: Mapping[str, int]) -> Iterator[Told]:
         """Begin what is wanted and was not asked for; what has come of that which was begun."""
@@ -54,12 +55,11 @@ class RewardScaling:
                 self.asked[name] = count
                 yield Told("reward scaled", f"{name}: {count} replicas asked for", failed=False)
             else:
-                self._not_before = time.monotonic() + self._again_s
+                self._not_before[name] = time.monotonic() + self._again_s
                 yield Told("reward not scaled", f"{name} keeps its replicas: {reason(error)}", failed=True)
-        if time.monotonic() < self._not_before:
-            return
+        now = time.monotonic()
         for name, count in wanted.items():
-            if self.asked.get(name) != count:
+            if self.asked.get(name) != count and now >= self._not_before.get(name, now):
                 self._under_way = name, count, self._begin(name, count)
                 return
 

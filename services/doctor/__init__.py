@@ -88,8 +88,9 @@ def table(findings: list[Finding]) -> Table:
 
 def _directory(config: Config) -> list[Finding]:
     place = config.run.directory.resolve()
-    existing = next(p for p in (place, *place.parents) if p.exists())
-    writable = os.access(existing, os.W_OK)
+    # Path.exists() raises of what lies in a folder that may not be entered.
+    existing = next(p for p in (place, *place.parents) if os.path.exists(p))  # noqa: PTH110
+    writable = existing.is_dir() and os.access(existing, os.W_OK)
     free = psutil.disk_usage(str(existing)).free
     ok = writable and free > 1024**3
     return [

@@ -102,7 +102,8 @@ class Published:
             }
             return {
                 "hidden_states": packed,
-                "guidance": time,
+                # FLUX.1-schnell embeds none.
+                "guidance": time if self.config["guidance_embeds"] else None,
                 "pooled_projections": pooled,
                 **places,
                 **common,

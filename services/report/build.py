@@ -88,7 +88,7 @@ def _contents(run_dir: Path) -> dict[str, Any]:
         ),
         "learner_charts": curves.learner_charts(metrics.updates),
         "times": curves.time_breakdowns(metrics.updates),
-        "pairs": pictures.pairs(run_dir, config),
+        "pairs": pictures.pairs(run_dir, config, after=after is not None),
         "groups": pictures.shown_groups(run_dir, config),
         "events": metrics.events[-MAX_EVENTS:],
         "events_left_out": max(0, len(metrics.events) - MAX_EVENTS),

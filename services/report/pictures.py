@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from services.config import Config
 from services.report.ranking import Member, ranked_group
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 MAX_PAIRS = 64
 MAX_GROUPS = 8
+SIDES: Final = ("before", "after")
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,16 @@ class ShownGroup:
     flat: bool
 
 
-def pairs(run_dir: Path, config: Config | None) -> tuple[Pair, ...]:
-    """The first held-out prompts, each before and after; either side may be missing."""
+def pairs(run_dir: Path, config: Config | None, *, after: bool) -> tuple[Pair, ...]:
+    """The first held-out prompts, each before and after; either side may be missing.
+
+    Args:
+        after: whether there is an evaluation after training; the pictures may be those of a former end.
+    """
     if config is None:
         return ()
     size = config.model.width, config.model.height
-    told = {when: load_eval(run_dir, when) for when in ("before", "after")}
+    told = {when: load_eval(run_dir, when) if after or when == "before" else [] for when in SIDES}
     drawn = {when: load_eval_images(run_dir, when, *size) for when in told}
     longest = told["before"] or told["after"]
     if told["after"] and [s.prompt for s in told["after"]] != [s.prompt for s in longest]:
@@ -80,7 +86,7 @@ def pairs(run_dir: Path, config: Config | None) -> tuple[Pair, ...]:
                 _shot(told[when][i], data_uri(drawn[when][i]) if i < len(drawn[when]) else None)
                 if i < len(told[when])
                 else None
-                for when in ("before", "after")
+                for when in SIDES
             ),
         )
         for i in range(count)

@@ -52,8 +52,9 @@ def ranked_group(sample: GroupSample, config: Config) -> RankedGroup | None:
         log.warning("group %d left out: %s", sample.ordinal, error)
         return None
     preferred = preferences([sample.rewards], config.trained_rewards, config.advantage)
-    advantages = group_advantages(preferred, config.advantage).values[0].tolist()
-    return _ranked(sample, totals.tolist(), preferred[0].tolist(), advantages, config)
+    found = group_advantages(preferred, config.advantage)
+    flat = not bool(found.live[0])
+    return _ranked(sample, totals.tolist(), preferred[0].tolist(), found.values[0].tolist(), config, flat)
 
 
 def _ranked(
@@ -62,8 +63,8 @@ def _ranked(
     preferred: list[float],
     advantages: list[float],
     config: Config,
+    flat: bool,
 ) -> RankedGroup:
-    flat = max(preferred) == min(preferred)
     speaker = next((one.name for one in config.trained_rewards if sample.details.get(one.name)), None)
     order = sorted(range(len(totals)), key=lambda i: (-preferred[i], i))
     members = tuple(

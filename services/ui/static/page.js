@@ -25,7 +25,7 @@ const seen = new IntersectionObserver((entries) => {
     const view = [...views.values()].find((one) => one.figure === target);
     if (view === undefined) continue;
     view.shown = isIntersecting;
-    if (isIntersecting && view.curves === null) load(view);
+    if (isIntersecting && view.due) load(view);
   }
 }, { rootMargin: "300px" });
 
@@ -50,7 +50,7 @@ function reload(which = () => true) {
   for (const view of views.values()) {
     if (!which(view)) continue;
     if (view.shown) load(view);
-    else view.curves = null;
+    else view.stale = true;
   }
 }
 
@@ -100,7 +100,7 @@ follow({
     showFacts(facts);
     if (first) await listCharts();
     for (const view of views.values()) {
-      if (view.curves === null && !view.loading) continue;
+      if (view.due && !view.loading && !view.failed) continue;
       if (!view.append(columns)) load(view);
     }
   }),

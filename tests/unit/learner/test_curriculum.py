@@ -93,6 +93,8 @@ def test_a_group_of_equal_scores_is_without_a_difference_whatever_they_are() -> 
     curriculum = Curriculum(configured(), Numbered(2))
     curriculum.observe([group("prompt 0", [0.1] * 24)])
     assert curriculum.state()["streaks"].tolist() == [1]
+    curriculum.observe([group("prompt 1", [0.3, 0.1 + 0.2, 0.3])])
+    assert curriculum.state()["streaks"].tolist() == [1, 1]
     tolerant = Curriculum(configured("prompts.curriculum.min_std=0.02"), Numbered(2))
     tolerant.observe([group("prompt 0", [0.5, 0.53]), group("prompt 1", [0.5, 0.55])])
     assert tolerant.state()["streaks"].tolist() == [1]

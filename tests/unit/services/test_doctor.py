@@ -89,6 +89,14 @@ def test_the_table_shows_what_is_in_brackets() -> None:
     assert all(shown in text for shown in ("reward [a]", "[b]", remedy))
 
 
+def test_a_run_directory_that_is_a_file_is_not_writable(tmp_path: Path) -> None:
+    file = tmp_path / "runs"
+    file.touch()
+    config = load_config("quickstart", [f"run.directory={file}"])
+    (finding,) = [finding for finding in examine(config) if finding.what == "run directory"]
+    assert not finding.ok and "not writable" in finding.found
+
+
 def test_a_hub_id_is_no_mistyped_directory() -> None:
     config = load_config("quickstart", ["model.path=stabilityai/stable-diffusion-3.5-medium"])
     (finding,) = [finding for finding in examine(config) if finding.what == "model"]

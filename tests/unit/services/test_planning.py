@@ -21,7 +21,7 @@ from services.config_file import ConfigError, load_config
 from services.messages import GroupHeader, PolicyVersion, Prompt
 from services.planning.local import architecture
 from services.planning.plan import Costs, costs_of, make_plan
-from services.planning.published import PassCost, pass_cost
+from services.planning.published import PassCost, Published, pass_cost
 from services.planning.show import _settings, as_json
 from services.planning.step import Requests, Shape, Split, Times, predict
 from services.planning.traffic import Machine, group_bytes, weights_bytes
@@ -95,6 +95,18 @@ def test_a_local_model_is_counted_from_its_own_configuration() -> None:
     counted = pass_cost(model, config.model.height, config.model.width, None)
     assert counted.parameters == sum(parameter.numel() for parameter in policy.transformer.parameters())
     assert model.latents(32, 64) == torch.Size(policy.latent_shape()).numel()
+
+
+def test_a_flux_without_embedded_guidance_is_counted() -> None:
+    """FLUX.1-schnell."""
+    dev = Published.named("flux-dev")
+    small = {**dev.config, "num_layers": 1, "num_single_layers": 1}
+    counted = [
+        pass_cost(replace(dev, config=small | {"guidance_embeds": embeds}), 64, 64, None)
+        for embeds in (True, False)
+    ]
+    assert counted[0].parameters > counted[1].parameters
+    assert counted[0].forward > counted[1].forward > 0
 
 
 TIMES = Times(sample=10.0, scores={"ocr": 2.0}, update=3.0, install=1.0, take=0.5, gather=0.25, publish=0.25)

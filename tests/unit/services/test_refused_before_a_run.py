@@ -105,14 +105,18 @@ def test_a_queue_server_that_cannot_be_run_is_refused_before_there_is_a_run(
     refuse_unusable(config)
 
 
-def test_what_costs_little_to_see_is_refused_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "override", ["prompts={source: file, path: %s/none.txt}", "queue.server=%s/none.txt"]
+)
+def test_what_costs_little_to_see_is_refused_before_anything_heavy_is_imported(
+    override: str, tmp_path: Path
+) -> None:
     code = (
         "import sys\n"
         "from services.config_file import ConfigError, load_config\n"
         "from services.preflight import refuse_unusable\n"
-        f"prompts = 'prompts={{source: file, path: {tmp_path}/none.txt}}'\n"
         "try:\n"
-        "    refuse_unusable(load_config('quickstart', [prompts]))\n"
+        f"    refuse_unusable(load_config('quickstart', ['{override % tmp_path}']))\n"
         "except ConfigError as error:\n"
         "    print(error, sorted({'torch', 'ray'} & set(sys.modules)))\n"
     )

@@ -33,3 +33,11 @@ def test_it_is_ranked_as_the_learner_does(combine: str, order: list[int]) -> Non
     advantages = [member.advantage for member in shown.members]
     assert advantages == sorted(advantages, reverse=True) and shown.members[0].best
     assert {member.place: member.total for member in shown.members} == {0: 100.0, 1: 99.5, 2: 0.0}
+
+
+def test_what_differs_by_rounding_alone_has_no_best() -> None:
+    config = load_config("quickstart", ["rewards=[{name: ocr, app: ocr}]"])
+    sample = GroupSample(ordinal=0, prompt="p", version="0.0", rewards={"ocr": [0.3, 0.1 + 0.2]})
+    shown = ranked_group(sample, config)
+    assert shown is not None and shown.flat
+    assert not any(member.best or member.worst or member.advantage for member in shown.members)

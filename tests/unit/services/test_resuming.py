@@ -118,6 +118,11 @@ def test_a_run_that_is_done_has_nothing_to_resume(run: RunDirectory) -> None:
     with pytest.raises(ConfigError, match=r"nothing to do: 36 .* N above 36"):
         reconfigure(run, run.config())
     assert formers(run) == ["config.yaml"]
+    # It had gone on from there, and died before a checkpoint.
+    beyond = {"kind": "eval", "time": 1.0, "when": "during", "epoch": 1, "step": 38, "prompts": 8}
+    (run.root / METRICS_FILE).write_text(f"{json.dumps(row)}\n{json.dumps(beyond)}\n")
+    with pytest.raises(ConfigError, match=r"nothing to do: 36 .* N above 36"):
+        reconfigure(run, run.config())
     reconfigure(run, run.config(("learner.max_steps=40",)))
 
 

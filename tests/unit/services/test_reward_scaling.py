@@ -47,6 +47,16 @@ def test_a_try_that_fails_is_told_and_made_again() -> None:
     assert "ocr keeps its replicas: ValueError: reward 'ocr' was not started here" in told[0].detail
 
 
+def test_one_that_always_fails_keeps_no_other_waiting() -> None:
+    def scale(name: str, count: int) -> None:
+        if name == "ocr":
+            raise ValueError("no room")
+
+    scaling = RewardScaling(scale, again_s=DEADLINE_S)
+    told = until(scaling, {"ocr": 3, "jpeg": 2}, lambda told: len(told) == 2)
+    assert [one.failed for one in told] == [True, False] and scaling.asked == {"jpeg": 2}
+
+
 def test_nobody_waits_for_a_serve_that_does_not_answer() -> None:
     answers = threading.Event()
     scaling = RewardScaling(lambda name, count: answers.wait(DEADLINE_S) and None)

@@ -164,6 +164,9 @@ def test_a_checkpoint_may_be_named_from_within_its_folder(
     for place, named in ((checkpoint.parent, "step-4"), (checkpoint, "."), (tmp_path, str(checkpoint))):
         monkeypatch.chdir(place)
         assert to_evaluate(Path(named), None, ()).weights == checkpoint
+    elsewhere = (directory.root / "checkpoints").rename(tmp_path / "elsewhere")
+    (directory.root / "checkpoints").symlink_to(elsewhere)
+    assert to_evaluate(checkpoint, None, ()).weights == checkpoint
 
 
 def test_a_run_on_a_recording_is_evaluated_by_rewards_that_were_not_recorded(tmp_path: Path) -> None:
