@@ -7,11 +7,10 @@ name would keep them, and what they sample would be taken for what it is not.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from services.config_file import ConfigError
-from services.full_disk import naming
+from services.whole_file import write_whole
 
 NONE = -1
 
@@ -39,11 +38,5 @@ class EpochFile:
             ) from error
 
     def keep(self, epoch: int) -> None:
-        if epoch <= self.read():
-            return
-        partial = self._path.with_suffix(".partial")
-        with naming(partial), partial.open("w") as file:
-            json.dump({"epoch": epoch}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self._path)
+        if epoch > self.read():
+            write_whole(self._path, json.dumps({"epoch": epoch}))

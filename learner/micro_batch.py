@@ -14,7 +14,6 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -27,7 +26,7 @@ from learner.objectives.base import LiveGroup, Objective
 from learner.ranks import Ranks
 from policy.base import Condition
 from services.config_file import ConfigError
-from services.full_disk import naming
+from services.whole_file import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -57,14 +56,8 @@ class MicroBatchFile:
 
     def keep(self, micro_batch: int) -> None:
         """Written once."""
-        if self._path.exists():
-            return
-        partial = self._path.with_suffix(".partial")
-        with naming(partial), partial.open("w") as file:
-            json.dump({"micro_batch": micro_batch}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self._path)
+        if not self._path.exists():
+            write_whole(self._path, json.dumps({"micro_batch": micro_batch}))
 
 
 def sizes_to_try(group_size: int) -> list[int]:

@@ -9,7 +9,6 @@ Promises
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,12 +23,12 @@ from learner.update_metrics import reward_spreads, spread
 from policy import load_policy
 from services.codec import Group
 from services.context import RunContext
-from services.full_disk import naming
 from services.group_queue import Frontier
 from services.messages import PolicyVersion, WeightsAnnouncement
 from services.policy_store import publish
 from services.recording_writer import RecordingWriter
 from services.transports.base import WeightsTransport
+from services.whole_file import write_whole
 
 Record = Callable[[Sequence[Group]], None]
 STATE = "recorded.json"
@@ -97,15 +96,8 @@ class UntrainedTrainer:
         return publish(self._transport, tensors, version, kind=kind, dtype=dtype, probe=probe)
 
     def checkpoint(self, version: PolicyVersion, frontier: Frontier) -> None:
-        partial = self._state.with_suffix(".partial")
-        with naming(partial), partial.open("w") as file:
-            json.dump(
-                {"version": version.model_dump(mode="json"), "frontier": frontier.model_dump(mode="json")},
-                file,
-            )
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self._state)
+        state = {"version": version.model_dump(mode="json"), "frontier": frontier.model_dump(mode="json")}
+        write_whole(self._state, json.dumps(state))
 
     def held(self) -> Iterator[torch.Tensor]:
         """Every tensor that is kept."""

@@ -103,7 +103,7 @@ class Published:
             return {
                 "hidden_states": packed,
                 # FLUX.1-schnell embeds none.
-                "guidance": time if self.config["guidance_embeds"] else None,
+                "guidance": time if self.config.get("guidance_embeds") else None,
                 "pooled_projections": pooled,
                 **places,
                 **common,

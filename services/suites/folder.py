@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +31,7 @@ from pydantic import ValidationError
 from services.config_file import ConfigError
 from services.messages import Message
 from services.suites.settings import EvaluationSettings
+from services.whole_file import write_whole
 
 UNKNOWN: Final = "unknown"
 """What scores, where its server did not say."""
@@ -75,7 +75,7 @@ class EvaluationFolder:
         for part in ("shards", "sheets"):
             (root / part).mkdir(parents=True, exist_ok=True)
         if not folder._settings_file.is_file():
-            _write(folder._settings_file, settings.model_dump_json(indent=2))
+            write_whole(folder._settings_file, settings.model_dump_json(indent=2))
             return folder
         changed = list(settings.differences(folder.settings()))
         if changed:
@@ -138,7 +138,7 @@ class EvaluationFolder:
                 f"--out {self.root}: its finished shards were scored by other scorers; give another folder\n"
                 + "\n".join(changed)
             )
-        _write(file, json.dumps({**told, **known}, indent=2))
+        write_whole(file, json.dumps({**told, **known}, indent=2))
 
     def missing(self) -> list[int]:
         """The shards that are not finished."""
@@ -147,7 +147,7 @@ class EvaluationFolder:
         return [number for number in range(count) if not self._shard(number).is_file()]
 
     def write_shard(self, number: int, samples: list[Sample]) -> None:
-        _write(self._shard(number), json.dumps([sample.model_dump(mode="json") for sample in samples]))
+        write_whole(self._shard(number), json.dumps([sample.model_dump(mode="json") for sample in samples]))
 
     def sheet(self, number: int) -> Path:
         return self.root / "sheets" / f"{number:05d}.png"
@@ -174,7 +174,7 @@ class EvaluationFolder:
         return found
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        _write(self.root / "summary.json", json.dumps(summary, indent=2))
+        write_whole(self.root / "summary.json", json.dumps(summary, indent=2))
 
     def _shard(self, number: int) -> Path:
         return self.root / "shards" / f"{number:05d}.json"
@@ -182,12 +182,3 @@ class EvaluationFolder:
     @property
     def _settings_file(self) -> Path:
         return self.root / "evaluation.json"
-
-
-def _write(file: Path, text: str) -> None:
-    partial = file.with_name(f".{file.name}.partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(file)

@@ -136,8 +136,9 @@ def test_the_run_directory_is_complete(finished: dict[str, Any]) -> None:
     page = (run / "report.html").read_text()
     assert "<html" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
-    for place in ("config.yaml", "environment.json", "metrics.jsonl", "checkpoints/step-3/manifest.json"):
+    for place in ("config.yaml", "environment.json", "epoch.json", "metrics.jsonl"):
         assert (run / place).is_file()
+    assert (run / "checkpoints" / "step-3" / "manifest.json").is_file()
     assert list((run / "tensorboard").iterdir())
 
 

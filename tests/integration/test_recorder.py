@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from services.prompts import group_task, prompt_source
 from services.record import recorder_config
 from services.recording import Recording
 from services.safetensors_layout import Bytes
-from tests.recorded_groups import config
+from tests.recorded_groups import config, group
 
 pytestmark = pytest.mark.integration
 
@@ -126,3 +127,11 @@ def test_every_group_is_recorded_once_and_is_the_untrained_models(
         recorded = found.read(place)
         assert recorded.header.seeds == task.seeds
         assert all(torch.equal(recorded.tensors[name], tensor) for name, tensor in made.tensors.items())
+
+
+def test_groups_that_differ_by_rounding_alone_are_counted_as_in_training(tmp_path: Path) -> None:
+    own = recorder_config(config(), 2)
+    alike, different = ((0.3, 0.1 + 0.2, 0.3, 0.3), (0.3, 0.4, 0.3, 0.3))
+    groups = [group(ordinal, rewards={"ocr": scores}) for ordinal, scores in enumerate((alike, different))]
+    trainer: Any = SimpleNamespace(_context=SimpleNamespace(config=own))
+    assert UntrainedTrainer.update(trainer, groups, 0)["zero_variance_groups"] == 1

@@ -245,6 +245,15 @@ def test_an_interrupted_run_says_so(tmp_path: Path) -> None:
     assert "1 torn line of metrics.jsonl" in text
 
 
+def test_a_run_that_has_gone_on_from_its_end_shows_no_pictures_of_that_as_its_own(run_dir: Path) -> None:
+    assert 'alt="after training"' in read(run_dir)
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write(update(41).model_copy(update={"max_steps": 60}).model_dump_json() + "\n")
+    text = read(run_dir)
+    assert "the newest, at step 40, stands in for it" in text and "Unfinished: 41 of 60" in text
+    assert 'alt="after training"' not in text and 'alt="before training"' in text
+
+
 def test_a_directory_that_is_not_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"neither config\.yaml nor metrics\.jsonl"):
         build_report(tmp_path)
