@@ -127,3 +127,16 @@ def test_a_worker_encodes_ahead_what_its_run_needs_next(tmp_path: Path) -> None:
     assert list(upcoming(plain, source, 2, 4)) == list(upcoming(curriculum, source, 2, 4)) == texts[2:6]
     assert list(upcoming(plain, source, 10, 4)) == texts[10:12]
     assert list(upcoming(curriculum, source, 20, 4)) == texts[20:24]
+
+
+def test_a_worker_encodes_ahead_from_the_place_of_its_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rollout_workers.policy_sampler.AHEAD", 2)
+    settings = recipe(tmp_path, "learner.max_steps=1", "prompts.curriculum.after=2")
+    config = load_config("quickstart", settings)
+    sampler = PolicySampler(config, tmp_path, SharedDirectoryTransport(tmp_path))
+    source, version = prompt_source(config), PolicyVersion(epoch=0, step=0)
+    sampler.sample(group_task(config, source, "run", 0, 1, version, place=50))
+    encoded = [sampler.policy.prepared(source.training(config.run.seed, place).text) for place in (1, 50, 51)]
+    assert encoded == [False, True, True]

@@ -12,9 +12,10 @@ from learner import checkpoint
 from learner.checkpoint import CheckpointsUnusable, write_checkpoint
 from services.config_file import ConfigError
 from services.config_file import load_config as load
+from services.metrics import UpdateRow
 from services.resuming import reconfigure
 from services.run_directory import RunDirectory
-from services.telemetry import METRICS_FILE
+from services.telemetry import METRICS_FILE, read_metrics
 
 
 @pytest.fixture
@@ -119,8 +120,10 @@ def test_a_run_that_is_done_has_nothing_to_resume(run: RunDirectory) -> None:
         reconfigure(run, run.config())
     assert formers(run) == ["config.yaml"]
     # It had gone on from there, and died before a checkpoint.
-    beyond = {"kind": "eval", "time": 1.0, "when": "during", "epoch": 1, "step": 38, "prompts": 8}
-    (run.root / METRICS_FILE).write_text(f"{json.dumps(row)}\n{json.dumps(beyond)}\n")
+    told = {"time": 1.0, "epoch": 1, "step": 37, "max_steps": 40, "seconds": 1.0}
+    beyond = UpdateRow.model_validate(told | {"reward_mean": 0.5, "reward_std": 0.1})
+    (run.root / METRICS_FILE).write_text(f"{json.dumps(row)}\n{beyond.model_dump_json()}\n")
+    assert read_metrics(run.root).evaluation("after") is None
     with pytest.raises(ConfigError, match=r"nothing to do: 36 .* N above 36"):
         reconfigure(run, run.config())
     reconfigure(run, run.config(("learner.max_steps=40",)))
